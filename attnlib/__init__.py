@@ -1,0 +1,35 @@
+"""attnlib: attention for JAX, any score, any mask, any axes, in one engine."""
+
+from attnlib import masks, scores
+from attnlib.attention import (
+    Explanation,
+    additive_attention,
+    attention,
+    dot_product_attention,
+    explain,
+    merge_attention,
+)
+from attnlib.layers import init_multi_head_attention, multi_head_attention
+from attnlib.linen import AdditiveAttention, DotProductAttention, MultiHeadAttention
+from attnlib.regularization import apply_constraints, constrain, parameter_penalty, regularization_loss
+
+__all__ = [
+    "AdditiveAttention",
+    "DotProductAttention",
+    "Explanation",
+    "MultiHeadAttention",
+    "additive_attention",
+    "apply_constraints",
+    "attention",
+    "constrain",
+    "dot_product_attention",
+    "explain",
+    "init_multi_head_attention",
+    "masks",
+    "merge_attention",
+    "multi_head_attention",
+    "parameter_penalty",
+    "regularization_loss",
+    "scores",
+]
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,205 @@
+"""Validation at the border, and the wording of its errors: argument, what was expected, what came, the remedy."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlib import _axes
+from attnlib._axes import Axes
+from attnlib._mask import Mask, Shapes
+from attnlib.masks import Dense
+from attnlib.scores import Score
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)) or hasattr(value, "__jax_array__")
+
+
+def arrays(**operands: Any) -> None:
+    """Raises TypeError unless every operand is an array of real floating-point numbers."""
+    for name, value in operands.items():
+        if not is_array(value):
+            raise TypeError(f"{name} must be an array; got {type(value).__name__}. Convert it with jnp.asarray.")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must hold real floating-point numbers; got {value.dtype}{list(value.shape)}. Convert it with "
+                f"{name}.astype(jnp.float32)."
+            )
+
+
+def static_axes(attention_axes: Any) -> int | tuple[int, ...] | None:
+    """`attention_axes` as a hashable value; out of range is `_axes.normalize`'s to say."""
+    if attention_axes is None or isinstance(attention_axes, (int, tuple)):
+        return attention_axes
+    if isinstance(attention_axes, (Sequence, np.ndarray)) and not isinstance(attention_axes, str):
+        return tuple(attention_axes)
+    raise TypeError(f"attention_axes must be an int, a sequence of ints or None; got {attention_axes!r}.")
+
+
+def static_bool(value: Any, name: str) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} must be a Python bool, known when the program is compiled; got a traced value. Mark it static "
+            f"(jax.jit(..., static_argnames={name!r})) or close over it."
+        )
+    raise TypeError(f"{name} must be True or False; got {value!r}.")
+
+
+def static_number(value: Any, name: str) -> float:
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} must be a Python number, known when the program is compiled; got a traced value. Mark it static "
+            f"(jax.jit(..., static_argnames={name!r})) or close over it."
+        )
+    if isinstance(value, (bool, str)) or value is None or np.ndim(value) != 0:
+        raise TypeError(f"{name} must be a number; got {value!r}.")
+    try:
+        return float(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a number; got {value!r}.") from error
+
+
+def dropout(rate: Any, rng: Any) -> float:
+    """The dropout rate as a float in [0, 1), with a key where it is not 0."""
+    rate = static_number(rate, "dropout_rate")
+    if not 0.0 <= rate < 1.0:  # NaN too
+        raise ValueError(f"dropout_rate must be in [0, 1); got {rate}. It is the fraction of weights to drop.")
+    if rng is None:
+        if rate > 0.0:
+            raise ValueError(
+                f"dropout_rate={rate} needs dropout_rng; got None. Pass dropout_rng=jax.random.key(seed), a new one "
+                "each step, or dropout_rate=0.0 when evaluating."
+            )
+    elif not is_key(rng):
+        what = f"{rng.dtype}{list(rng.shape)}" if is_array(rng) else type(rng).__name__
+        raise TypeError(f"dropout_rng must be one JAX random key, jax.random.key(seed); got {what}.")
+    return rate
+
+
+def is_key(rng: Any) -> bool:
+    if not is_array(rng):
+        return False
+    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        return rng.shape == ()
+    return rng.dtype == jnp.uint32 and rng.ndim == 1  # a raw key
+
+
+def soft_cap(value: Any) -> float | None:
+    if value is None:
+        return None
+    value = static_number(value, "logits_soft_cap")
+    if not (value > 0.0 and math.isfinite(value)):
+        raise ValueError(f"logits_soft_cap must be a positive finite number or None; got {value}.")
+    return value
+
+
+def implementation(value: Any, known: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"implementation must be None, one of {', '.join(map(repr, known))}, or a sequence of them to try in "
+            f"order; got {value!r}."
+        )
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"implementation {name!r} is unknown; known are {', '.join(map(repr, known))}, and None to choose."
+            )
+    return value if isinstance(value, str) else tuple(names)
+
+
+def block_sizes(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    try:
+        sizes = tuple(operator.index(size) for size in value)
+    except TypeError as error:
+        raise TypeError(f"block_sizes must be (queries, keys), two ints, or None; got {value!r}.") from error
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"block_sizes must be (queries, keys), two positive ints, or None; got {value!r}.")
+    return sizes
+
+
+def score(value: Any) -> None:
+    if not isinstance(value, Score):
+        raise TypeError(
+            f"score must be a Score such as attnlib.scores.Dot() or scores.Custom(fn, *params); got {value!r}."
+        )
+
+
+def mask(value: Any) -> Mask | None:
+    """A bool array becomes a Dense mask; Masks and None pass."""
+    if value is None or isinstance(value, Mask):
+        return value
+    if not is_array(value):
+        raise TypeError(
+            f"mask must be a bool array or a Mask such as attnlib.masks.Causal(); got {type(value).__name__}."
+        )
+    return Dense(value)
+
+
+def operands(query: Any, key: Any, value: Any, axes: Axes) -> tuple[int, ...]:
+    """Checks ranks, heads, positions and batch of the operands; gives the batch shape they broadcast to."""
+    for name, operand in (("key", key), ("value", value)):
+        if operand.ndim != axes.rank:
+            raise ValueError(
+                f"query, key and value must have the same rank; got query {query.shape} and {name} {operand.shape}."
+            )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"key and value must have equally many heads (axis -2); got key {key.shape} and value {value.shape}."
+        )
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"query heads must be a multiple of key heads (axis -2); got {heads} and {kv_heads} in query {query.shape} "
+            f"and key {key.shape}. The layout is (batch, positions, heads, features): if heads come first, swap axes."
+        )
+    if axes.attention_shape(key.shape) != axes.attention_shape(value.shape):
+        raise ValueError(
+            f"key and value must have the same attention axes {axes.attention}; got key {key.shape} and value "
+            f"{value.shape}."
+        )
+    return tuple(_batch_size(axis, query, key, value) for axis in axes.batch)
+
+
+def _batch_size(axis: int, query: Any, key: Any, value: Any) -> int:
+    sizes = {operand.shape[axis] for operand in (query, key, value)} - {1}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"batch axis {axis} must be equal in query, key and value, or 1; got query {query.shape}, key {key.shape} "
+            f"and value {value.shape}. Name it in attention_axes if it is to be attended over."
+        )
+    return sizes.pop() if sizes else 1
+
+
+def rank(operand: Any, name: str) -> None:
+    if operand.ndim < 3:
+        raise ValueError(
+            f"{name} must have rank 3 or more, (*batch and attention axes, heads, features); got {operand.shape}. Add "
+            f"an axis for a single head: {name}[..., None, :]."
+        )
+
+
+def bias(value: Any, shapes: Shapes) -> None:
+    if value is None:
+        return
+    if not is_array(value):
+        raise TypeError(f"bias must be an array; got {type(value).__name__}.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"bias must hold real floating-point numbers; got {value.dtype}{list(value.shape)}. A bool array goes to "
+            "`mask`."
+        )
+    _axes.check_pairs(value.shape, "bias", *shapes)

@@ -1,0 +1,116 @@
+"""The sizes of a multi-head attention layer, and the shapes and initial values of its projections."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._types import Rng
+
+Initializer = Callable[..., jax.Array]
+
+default_kernel_init: Initializer = jax.nn.initializers.lecun_normal()
+default_bias_init: Initializer = jax.nn.initializers.zeros
+
+
+def vector_glorot_uniform(rng: Rng, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform in +-sqrt(3 / D), D the last axis: what Keras' glorot_uniform gives for a vector of D entries."""
+    limit = math.sqrt(3 / max(shape[-1], 1))
+    return jax.random.uniform(rng, shape, dtype, -limit, limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """The shapes of one projection: `inputs` axes are contracted, `outputs` axes are made."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def init_kernel(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
+        """Initialises the kernel as the matrix it is, so that fan-in and fan-out are those of the projection."""
+        return _reshaped(init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype), self.inputs + self.outputs)
+
+    def init_bias(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
+        return _reshaped(init(rng, (math.prod(self.outputs),), dtype), self.outputs)
+
+
+def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
+    """Reshapes what an initialiser made, also inside the box of partitioning metadata that it may come in."""
+    if hasattr(value, "replace_boxed"):
+        return value.replace_boxed(value.unbox().reshape(shape))
+    return value.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a multi-head attention layer, defaults resolved and checked."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    output_shape: tuple[int, ...]
+    use_gate: bool
+
+    @classmethod
+    def resolve(
+        cls,
+        query_features: int,
+        *,
+        num_heads: int,
+        key_dim: int | None,
+        value_dim: int | None,
+        num_kv_heads: int | None,
+        output_shape: int | Sequence[int] | None,
+        use_gate: bool,
+    ) -> Dimensions:
+        num_heads = positive(num_heads, "num_heads")
+        if key_dim is None:
+            if query_features % num_heads:
+                raise ValueError(
+                    f"key_dim defaults to query features / num_heads, which must be whole; got {query_features} / "
+                    f"{num_heads}. Pass key_dim."
+                )
+            key_dim = query_features // num_heads
+        kv_heads = num_heads if num_kv_heads is None else positive(num_kv_heads, "num_kv_heads")
+        if num_heads % kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {kv_heads}.")
+        key_dim = positive(key_dim, "key_dim")
+        if output_shape is None:
+            output_shape = (query_features,)
+        elif not isinstance(output_shape, Sequence):
+            output_shape = (output_shape,)
+        return cls(
+            num_heads=num_heads,
+            num_kv_heads=kv_heads,
+            key_dim=key_dim,
+            value_dim=key_dim if value_dim is None else positive(value_dim, "value_dim"),
+            output_shape=tuple(positive(size, "output_shape") for size in output_shape),
+            use_gate=use_gate,
+        )
+
+    def projections(self, query_features: int, key_features: int, value_features: int) -> dict[str, Affine]:
+        attended = (self.num_heads, self.value_dim)
+        projections = {
+            "query": Affine((query_features,), (self.num_heads, self.key_dim)),
+            "key": Affine((key_features,), (self.num_kv_heads, self.key_dim)),
+            "value": Affine((value_features,), (self.num_kv_heads, self.value_dim)),
+            "out": Affine(attended, self.output_shape),
+        }
+        return {**projections, "gate": Affine((query_features,), attended)} if self.use_gate else projections
+
+
+def positive(value: Any, name: str) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a positive int; got {value!r}.") from error
+    if size < 1 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a positive int; got {value!r}.")
+    return size

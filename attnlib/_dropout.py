@@ -1,0 +1,57 @@
+"""Dropout by counter: whether an entry is kept is a hash of (key, batch index, head, query position, key position).
+
+Nothing is drawn in sequence, so any block of the weights can be asked for alone and gives the same entries whatever
+the implementation, the block sizes, the sharding or the pass. Row and column each get a well mixed 32-bit word, and
+the entry is the finaliser of their exclusive or: one cheap integer hash an entry, all in registers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def seeds_of(rng: jax.Array) -> jax.Array:
+    """Four 32-bit words from a JAX random key (typed or raw): what `keep_block` hashes with."""
+    return jax.random.bits(rng, (4,), jnp.uint32)
+
+
+def keep_block(
+    seeds: jax.Array, rate: float, lead: jax.Array, query_index: jax.Array, key_index: jax.Array
+) -> jax.Array:
+    """Which entries of a block are kept.
+
+    Args:
+      seeds: `(4,)` words of `seeds_of`.
+      rate: the fraction to drop, in [0, 1).
+      lead: the index of (batch, head), broadcastable against the two position indices.
+      query_index: positions of the block's queries, e.g. `(T, 1)`.
+      key_index: positions of the block's keys, e.g. `(1, S)`.
+
+    Returns:
+      bool of the broadcast shape, True with probability `1 - rate` (to within 2**-32).
+    """
+    lead, query_index, key_index = (jnp.asarray(x).astype(jnp.uint32) for x in (lead, query_index, key_index))
+    row = _mix(_mix(lead ^ seeds[0]) + _mix(query_index ^ seeds[1]))
+    column = _mix(_mix(lead ^ seeds[2]) + _mix(key_index ^ seeds[3]))
+    threshold = np.uint32(min(round((1.0 - rate) * 2**32), 2**32 - 1))
+    return _mix(row ^ column) < threshold
+
+
+def lead_index(batch: tuple[int, ...], kv_heads: int, groups: int) -> jax.Array:
+    """The index of (batch, head) at every place of `(*batch, K, G, 1, 1)`, in row-major order, heads last."""
+    shape = (*batch, kv_heads, groups)
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        index = index + np.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        stride *= shape[axis]
+    return index[..., None, None]
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A 32-bit finaliser with low bias: two multiplications and three xor-shifts, a bijection (C. Wellons, 2018)."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))

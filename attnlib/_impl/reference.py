@@ -1,0 +1,81 @@
+"""The definition: every logit at once, plain automatic differentiation, the shortest code that keeps the contract.
+
+softmax(cap(score(q, k) + bias)) v (Bahdanau et al. 2015; Vaswani et al. 2017), with masked pairs left out of the sum.
+Its memory is quadratic; it shares no numerics with the fast implementations, which are tested against it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attnlib import _axes, _dropout
+from attnlib._positions import Positions
+from attnlib._problem import Implementation, Problem, Result
+
+
+def _unsupported(problem: Problem) -> str | None:
+    if problem.block_sizes is not None:
+        return "it computes all pairs at once and has no blocks; leave block_sizes=None"
+    return None
+
+
+def _run(problem: Problem) -> Result:
+    query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
+    mask = _dense_mask(problem)
+    poison = None
+    if mask is not None:
+        poison = _non_finite(query)[..., :, None] | (_non_finite(key) | _non_finite(value))[..., None, None, :]
+        query, key, value = (jnp.where(jnp.isfinite(x), x, 0) for x in (query, key, value))
+
+    logits = problem.score.block(query, key, problem.precision)  # (*batch, K, G, T, S)
+    if problem.bias is not None:
+        logits = logits + problem.bias.astype(logits.dtype)
+    if problem.logits_soft_cap is not None:
+        logits = problem.logits_soft_cap * jnp.tanh(logits / problem.logits_soft_cap)
+    if mask is not None:
+        # What a row attends must reach it, NaN too; what it does not attend must not, in either pass.
+        logits = jnp.where(mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
+
+    logits = jnp.broadcast_to(logits, (*problem.batch, *logits.shape[-4:]))
+    weights, lse = _softmax(logits)
+    if problem.dropout_seeds is not None:
+        weights = jnp.where(_keep(problem), weights / (1 - problem.dropout_rate), 0)
+    output = jnp.einsum("...kgts,...kse->...kgte", weights, value, precision=problem.precision)
+    if mask is not None:
+        # Stops the NaN cotangent of a poisoned row from meeting the zero weights of what the row does not attend.
+        output = jnp.where(jnp.isnan(lse)[..., None], jnp.nan, output)
+    return Result(output, lse, weights if problem.return_weights else None)
+
+
+def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the last axis and its log-sum-exp; a row of -inf (or of no keys) gives weights 0 and lse -inf."""
+    highest = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True, initial=-jnp.inf))
+    highest = jnp.where(highest == -jnp.inf, 0, highest)
+    terms = jnp.exp(logits - highest)
+    total = jnp.sum(terms, -1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, jnp.log(total) + highest)
+    return jnp.where(logits == -jnp.inf, 0, terms / total), lse[..., 0]
+
+
+def _dense_mask(problem: Problem) -> jax.Array | None:
+    if problem.mask is None:
+        return None
+    query, key = Positions(problem.query_shape, "query"), Positions(problem.key_shape, "key")
+    return _axes.split_heads(problem.mask.at(query, key), problem.kv_heads)
+
+
+def _non_finite(array: jax.Array) -> jax.Array:
+    return ~jnp.all(jnp.isfinite(array), -1)
+
+
+def _keep(problem: Problem) -> jax.Array:
+    query, key = Positions(problem.query_shape, "query"), Positions(problem.key_shape, "key")
+    lead = _dropout.lead_index(problem.batch, problem.kv_heads, problem.groups)
+    assert problem.dropout_seeds is not None
+    return _dropout.keep_block(problem.dropout_seeds, problem.dropout_rate, lead, query.index, key.index)
+
+
+reference = Implementation("reference", _unsupported, _run)

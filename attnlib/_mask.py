@@ -1,0 +1,264 @@
+"""What every mask is: the abstract `Mask`, its algebra, how it becomes a pytree, and checks of the values it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlib._positions import Positions
+
+
+class Shapes(NamedTuple):
+    """What a mask is checked against: sizes of the batch axes, of heads, and of the attention axes on each side."""
+
+    batch: tuple[int, ...]
+    heads: int
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask:
+    """Which query positions may attend which key positions; abstract.
+
+    A kind of mask implements `at(query, key)`, and `check(shapes)` where it holds arrays.
+    """
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
+        raise NotImplementedError
+
+    def check(self, shapes: Shapes) -> None:
+        """Raises ValueError where the arrays of this mask do not fit the operands."""
+
+    def as_array(self, query_shape: int | Sequence[int], key_shape: int | Sequence[int]) -> jax.Array:
+        """The mask as a bool array `(*query_shape, *key_shape)`, with `(*batch, 1 or N)` in front where it has them.
+
+        Args:
+          query_shape: length of each query attention axis (an int where there is one).
+          key_shape: length of each key attention axis.
+
+        Returns:
+          A bool array that can itself be passed as `mask=`; True = attend.
+
+        >>> from attnlib import masks
+        >>> masks.Causal().as_array(2, 3).astype(int)
+        Array([[1, 0, 0],
+               [1, 1, 0]], dtype=int32)
+        """
+        query_shape, key_shape = _as_shape(query_shape, "query_shape"), _as_shape(key_shape, "key_shape")
+        query, key = Positions(query_shape, "query"), Positions(key_shape, "key")
+        block = self.at(query, key)
+        block = jnp.broadcast_to(block, (*block.shape[:-2], query.total, key.total))
+        return block.reshape(*block.shape[:-2], *query_shape, *key_shape)
+
+    def plot(self, query_shape: int | Sequence[int], key_shape: int | Sequence[int], *, ax: Any = None) -> Any:
+        """Draws the mask on matplotlib axes (needs the `notebooks` extra) and returns them."""
+        from attnlib import plot
+
+        return plot.mask(self, query_shape, key_shape, ax=ax)
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, _as_mask(other, "&"))
+
+    def __rand__(self, other: Mask) -> Mask:
+        return And(_as_mask(other, "&"), self)
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, _as_mask(other, "|"))
+
+    def __ror__(self, other: Mask) -> Mask:
+        return Or(_as_mask(other, "|"), self)
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a Mask has no truth value: combine masks with `&`, `|` and `~` instead of `and`, `or` and `not`, and "
+            "test for absence with `mask is None`."
+        )
+
+
+MaskType = TypeVar("MaskType", bound=type[Mask])
+
+
+def register(kind: MaskType) -> MaskType:
+    """Makes a frozen dataclass a pytree whose arrays and masks are children and whose plain values are static."""
+    names = [field.name for field in dataclasses.fields(kind)]
+
+    def flatten_with_keys(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
+        values = [(name, getattr(mask, name)) for name in names]
+        children = [(jax.tree_util.GetAttrKey(name), value) for name, value in values if not _is_static(value)]
+        static = tuple((name, value) for name, value in values if _is_static(value))
+        return children, (tuple(key.name for key, _ in children), static)
+
+    def unflatten(layout: Any, children: Sequence[Any]) -> Mask:
+        dynamic, static = layout
+        mask = object.__new__(kind)  # no checks: JAX unflattens with tracers and placeholders
+        for name, value in (*zip(dynamic, children, strict=True), *static):
+            object.__setattr__(mask, name, value)
+        return mask
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten)
+    return kind
+
+
+def _is_static(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_static, value))
+    return value is None or isinstance(value, (bool, int, str)) or (callable(value) and not isinstance(value, Mask))
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class And(Mask):
+    """`left & right`."""
+
+    left: Mask
+    right: Mask
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return self.left.at(query, key) & self.right.at(query, key)
+
+    def check(self, shapes: Shapes) -> None:
+        self.left.check(shapes)
+        self.right.check(shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Or(Mask):
+    """`left | right`."""
+
+    left: Mask
+    right: Mask
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return self.left.at(query, key) | self.right.at(query, key)
+
+    def check(self, shapes: Shapes) -> None:
+        self.left.check(shapes)
+        self.right.check(shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Not(Mask):
+    """`~mask`."""
+
+    mask: Mask
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return ~self.mask.at(query, key)
+
+    def check(self, shapes: Shapes) -> None:
+        self.mask.check(shapes)
+
+
+def set_fields(mask: Mask, **values: Any) -> None:
+    """Sets fields of a frozen mask while it is being made."""
+    for name, value in values.items():
+        object.__setattr__(mask, name, value)
+
+
+def static_int(value: Any, name: str, least: int | None = None) -> int | None:
+    """An int or None; anything else is refused, since it decides the program."""
+    if value is None:
+        return None
+    try:
+        result = operator.index(value)
+    except TypeError as error:  # floats, and tracers, whose value is not known
+        raise TypeError(f"{name} must be a Python int or None (it is static); got {value!r}.") from error
+    if least is not None and result < least:
+        raise ValueError(f"{name} must be at least {least}; got {result}.")
+    return result
+
+
+def static_ints(value: Any, name: str) -> int | tuple[int, ...]:
+    """A positive int, or a tuple of them, one for each attention axis."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    for each in values:
+        if each is None or static_int(each, name, least=1) is None:
+            raise TypeError(f"{name} must be an int or a sequence of ints; got {value!r}.")
+    return tuple(map(operator.index, values)) if isinstance(value, Sequence) else operator.index(value)
+
+
+def integer(value: Any, name: str) -> int | jax.Array:
+    """A static int, or an integer array, which is traced."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    return integers(value, name)
+
+
+def integers(value: Any, name: str) -> jax.Array:
+    value = _as_array(value, name)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers; got {value.dtype}{list(value.shape)}.")
+    return value
+
+
+def boolean(value: Any, name: str) -> jax.Array:
+    value = _as_array(value, name)
+    if value.dtype != jnp.bool_:
+        raise TypeError(
+            f"{name} must be bool (True = attend); got {value.dtype}{list(value.shape)}. Write `array.astype(bool)` "
+            "for a 0/1 array, and pass additive numbers (0 and -inf) as `bias`."
+        )
+    return value
+
+
+def _as_array(value: Any, name: str) -> Any:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return value
+    if isinstance(value, (Sequence, bool, float)) and not isinstance(value, str):
+        return np.asarray(value)
+    raise TypeError(f"{name} must be an array; got {type(value).__name__}.")
+
+
+def check_per_batch(value: Any, name: str, shapes: Shapes) -> None:
+    """Lengths and offsets are `()` or one for each batch index."""
+    shape = np.shape(value) if value is not None else ()
+    if shape and not _broadcasts(shape, shapes.batch):
+        raise ValueError(f"{name} must be () or one integer for each batch index {shapes.batch}; got shape {shape}.")
+
+
+def check_positions(
+    array: Any, name: str, batch: tuple[int, ...], positions: tuple[int, ...], side: str
+) -> None:
+    """Arrays of one entry a position are `(*batch, *axes)` or `(*axes,)`."""
+    shape = tuple(array.shape)
+    lead, tail = shape[: len(shape) - len(positions)], shape[len(shape) - len(positions) :]
+    if tail != positions or (lead and not _broadcasts(lead, batch)):
+        raise ValueError(
+            f"{name} must have shape (*batch, *{side} axes) = {(*batch, *positions)} or {positions}; got {shape}."
+        )
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    return len(shape) == len(target) and all(size in (1, whole) for size, whole in zip(shape, target, strict=True))
+
+
+def per_batch(value: int | jax.Array) -> int | jax.Array:
+    """Lays a value for each batch index out against a block `(*batch, N, T, S)`."""
+    return value if np.ndim(value) == 0 else jnp.asarray(value)[..., None, None, None]
+
+
+def _as_shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    return tuple(static_int(size, name, least=0) or 0 for size in sizes)
+
+
+def _as_mask(value: Any, symbol: str) -> Mask:
+    if isinstance(value, Mask):
+        return value
+    raise TypeError(
+        f"`{symbol}` combines a Mask with another Mask; got {type(value).__name__}. Wrap a bool array as "
+        "attnlib.masks.Dense(array)."
+    )

@@ -1,0 +1,64 @@
+"""Positions: the places along the attention axes of a query or a key, as masks and modifiers see them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A run of `size` consecutive flat positions from `start`, over attention axes of lengths `shape`.
+
+    `side` is "query" or "key": query indices come as a column `(size, 1)`, key indices as a row `(1, size)`, so that
+    a comparison of the two is already a block.
+    """
+
+    shape: tuple[int, ...]
+    side: str
+    start: int | jax.Array = 0
+    size: int | None = None
+
+    @property
+    def total(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def length(self) -> int:
+        return self.total if self.size is None else self.size
+
+    @cached_property
+    def index(self) -> jax.Array:
+        """Flat positions in row-major order."""
+        block = (self.length, 1) if self.side == "query" else (1, self.length)
+        index = jax.lax.broadcasted_iota(jnp.int32, block, 0 if self.side == "query" else 1)
+        return index + jnp.asarray(self.start, jnp.int32)
+
+    @cached_property
+    def coordinates(self) -> tuple[jax.Array, ...]:
+        """The position along each attention axis."""
+        if len(self.shape) == 1:
+            return (self.index,)
+        strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        return tuple(
+            (self.index // np.int32(max(stride, 1))) % np.int32(max(size, 1))
+            for stride, size in zip(strides, self.shape, strict=True)
+        )
+
+    def take(self, array: jax.Array) -> jax.Array:
+        """Entries of `array (*batch, *shape)` at these positions, laid out against a block `(*batch, 1, T, S)`."""
+        lead = array.shape[: array.ndim - len(self.shape)]
+        run = self.cut(array.reshape(*lead, self.total), -1)
+        run = run[..., None] if self.side == "query" else run[..., None, :]
+        return run[..., None, :, :] if lead else run  # batch entries get a head axis of one
+
+    def cut(self, array: jax.Array, axis: int) -> jax.Array:
+        """The part of a flattened axis that these positions cover; an axis of one broadcasts and stays."""
+        if array.shape[axis] == 1 or self.length == array.shape[axis]:
+            return array
+        return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)

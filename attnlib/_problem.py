@@ -1,0 +1,91 @@
+"""The one canonical form in which every implementation receives attention, and what an implementation is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._mask import Mask
+from attnlib.scores import Score
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """Attention with axes folded, arguments checked, defaults resolved. Query head n = k * G + g reads key head k.
+
+    Attributes:
+      query: `(*batch, K, G, T, D)`; batch axes may be one where another operand's are larger.
+      key: `(*batch, K, S, D)`.
+      value: `(*batch, K, S, E)`.
+      score: turns blocks of query and key into logits.
+      mask: which pairs may attend, or None for all.
+      bias: `(*batch | 1, K | 1, G | 1, T | 1, S | 1)` or `(T | 1, S | 1)`, or None.
+      dropout_seeds: `(4,)` words for `_dropout.keep_block`, or None for no dropout.
+      batch: sizes of the batch axes after broadcasting.
+      query_shape, key_shape: sizes of the attention axes, whose products are T and S.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    score: Score
+    mask: Mask | None
+    bias: jax.Array | None
+    dropout_seeds: jax.Array | None
+    batch: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    query_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    key_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dropout_rate: float = dataclasses.field(metadata={"static": True})
+    logits_soft_cap: float | None = dataclasses.field(metadata={"static": True})
+    return_weights: bool = dataclasses.field(metadata={"static": True})
+    block_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
+    precision: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[-3]
+
+    @property
+    def groups(self) -> int:
+        return self.query.shape[-3]
+
+    @property
+    def query_length(self) -> int:
+        return math.prod(self.query_shape)
+
+    @property
+    def key_length(self) -> int:
+        return math.prod(self.key_shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of logits and softmax statistics: float32 at least."""
+        return compute_dtype(self.query, self.key, self.value)
+
+
+class Result(NamedTuple):
+    """What an implementation gives, in the dtype of `Problem.dtype` and with full batch axes."""
+
+    output: jax.Array  # (*batch, K, G, T, E)
+    lse: jax.Array  # (*batch, K, G, T)
+    weights: jax.Array | None  # (*batch, K, G, T, S) if asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A way to compute a Problem. `unsupported` says why it cannot compute one (None: it can); all who ask, ask it."""
+
+    name: str
+    unsupported: Callable[[Problem], str | None]
+    run: Callable[[Problem], Result]
+
+
+def compute_dtype(*arrays: jax.Array) -> Any:
+    """float64 if any array is float64, else float32."""
+    return jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32

@@ -1,0 +1,18 @@
+"""Shape-annotated array types of the public signatures; checked in the tests, never at run time for users."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+Array: TypeAlias = jax.Array | np.ndarray
+
+Query: TypeAlias = Float[Array, "*query N D"]
+Key: TypeAlias = Float[Array, "*key K Dk"]
+Value: TypeAlias = Float[Array, "*key K E"]
+Bias: TypeAlias = Float[Array, "..."]
+BoolMask: TypeAlias = Bool[Array, "..."]
+Rng: TypeAlias = Any  # a typed key jax.random.key(seed), or a raw uint32 key

@@ -1,0 +1,335 @@
+"""Masks: frozen values that say which query position may attend which key position.
+
+A mask knows no implementation and carries no lengths; it answers from positions. `True` means attend, everywhere.
+`&`, `|` and `~` compose masks. Python ints inside a mask are static; arrays are traced, so other values (lengths,
+segment ids, offsets) never recompile. `mask.as_array(query_shape, key_shape)` is the definition of each kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib import _axes
+from attnlib._mask import (
+    Mask,
+    Shapes,
+    boolean,
+    check_per_batch,
+    check_positions,
+    integer,
+    integers,
+    per_batch,
+    register,
+    set_fields,
+    static_int,
+    static_ints,
+)
+from attnlib._positions import Positions
+
+__all__ = [
+    "Causal",
+    "Dense",
+    "KeyPadding",
+    "Lengths",
+    "Mask",
+    "Neighborhood",
+    "Predicate",
+    "Prefix",
+    "QueryPadding",
+    "Segments",
+    "SlidingWindow",
+]
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Causal(Mask):
+    """Key position <= query position + offset (top-left aligned where the lengths differ).
+
+    Args:
+      offset: how far the queries are ahead of the keys, e.g. the number of cached keys in decoding. An int is static;
+        an int array `()` or `(*batch,)` is traced.
+      axis: with several attention axes, the one (by its index among `attention_axes`) along which to be causal;
+        None compares flat positions in row-major order.
+    """
+
+    offset: int | jax.Array = 0
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        set_fields(self, offset=integer(self.offset, "Causal offset"), axis=static_int(self.axis, "Causal axis"))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        if self.axis is None:
+            query_index, key_index = query.index, key.index
+        else:
+            query_index, key_index = query.coordinates[self.axis], key.coordinates[self.axis]
+        return key_index <= query_index + per_batch(self.offset)
+
+    def check(self, shapes: Shapes) -> None:
+        check_per_batch(self.offset, "Causal offset", shapes)
+        axes = len(shapes.key)
+        if self.axis is not None and not -axes <= self.axis < axes:
+            raise ValueError(
+                f"Causal axis must be one of the {axes} attention axes ({-axes}..{axes - 1}); got {self.axis}."
+            )
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class SlidingWindow(Mask):
+    """Query position - left <= key position <= query position + right, in flat row-major positions.
+
+    Args:
+      left: how many earlier keys a query sees; None: all of them.
+      right: how many later keys a query sees; None: all of them.
+    """
+
+    left: int | None
+    right: int | None
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self,
+            left=static_int(self.left, "SlidingWindow left", least=0),
+            right=static_int(self.right, "SlidingWindow right", least=0),
+        )
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        inside = jnp.ones((1, 1), bool)
+        if self.left is not None:
+            inside = inside & (key.index >= query.index - self.left)
+        if self.right is not None:
+            inside = inside & (key.index <= query.index + self.right)
+        return inside
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Neighborhood(Mask):
+    """The `size` nearest keys of each query along every attention axis (Hassani et al. 2023, NATTEN).
+
+    At a border the window is shifted inward, so that every query sees `size` keys an axis (all of them where the
+    axis is shorter); `border="clip"` cuts it off instead. With a dilation of d a query sees only keys whose
+    coordinate is congruent to its own modulo d. An even size reaches one further to the left.
+
+    Args:
+      size: keys per axis, an int or one for each attention axis.
+      dilation: step between them, an int or one for each attention axis.
+      border: "shift" or "clip".
+    """
+
+    size: int | tuple[int, ...]
+    dilation: int | tuple[int, ...] = 1
+    border: str = "shift"
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self,
+            size=static_ints(self.size, "Neighborhood size"),
+            dilation=static_ints(self.dilation, "Neighborhood dilation"),
+        )
+        if self.border not in ("shift", "clip"):
+            raise ValueError(f'Neighborhood border must be "shift" or "clip"; got {self.border!r}.')
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        axes = len(key.shape)
+        near = jnp.ones((1, 1), bool)
+        for axis, (size, dilation) in enumerate(zip(_each(self.size, axes), _each(self.dilation, axes), strict=True)):
+            near = near & self._near(query.coordinates[axis], key.coordinates[axis], key.shape[axis], size, dilation)
+        return near
+
+    def _near(self, query: jax.Array, key: jax.Array, length: int, size: int, dilation: int) -> jax.Array:
+        residue, place = query % dilation, query // dilation
+        first = place - size // 2
+        if self.border == "shift":
+            group = (length - residue + dilation - 1) // dilation  # keys of the same residue
+            first = jnp.maximum(jnp.minimum(first, group - size), 0)
+        key_place = key // dilation
+        return (key % dilation == residue) & (key_place >= first) & (key_place < first + size)
+
+    def check(self, shapes: Shapes) -> None:
+        axes = len(shapes.key)
+        for name, value in (("size", self.size), ("dilation", self.dilation)):
+            if isinstance(value, tuple) and len(value) != axes:
+                raise ValueError(
+                    f"Neighborhood {name} must be an int or one int for each of the {axes} attention axes; got {value}."
+                )
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefix(Mask):
+    """Key position < length: with `Causal() | Prefix(length)` the prefix language model (Raffel et al. 2020).
+
+    Args:
+      length: an int (static) or an int array `()` or `(*batch,)` (traced).
+    """
+
+    length: int | jax.Array
+
+    def __post_init__(self) -> None:
+        set_fields(self, length=integer(self.length, "Prefix length"))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return key.index < per_batch(self.length)
+
+    def check(self, shapes: Shapes) -> None:
+        check_per_batch(self.length, "Prefix length", shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lengths(Mask):
+    """Positions < length are real, the rest is padding (flat row-major positions).
+
+    Args:
+      query: real query positions, an int or int array `()` or `(*batch,)`; None: all. Padded queries attend nothing.
+      key: real key positions, likewise. Padded keys are attended by none.
+    """
+
+    query: int | jax.Array | None = None
+    key: int | jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        for side in ("query", "key"):
+            value = getattr(self, side)
+            set_fields(self, **{side: None if value is None else integer(value, f"Lengths {side}")})
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        real = jnp.ones((1, 1), bool)
+        if self.query is not None:
+            real = real & (query.index < per_batch(self.query))
+        if self.key is not None:
+            real = real & (key.index < per_batch(self.key))
+        return real
+
+    def check(self, shapes: Shapes) -> None:
+        check_per_batch(self.query, "Lengths query", shapes)
+        check_per_batch(self.key, "Lengths key", shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyPadding(Mask):
+    """Keys that are real: bool `(*batch, *key axes)` or `(*key axes,)`, True = real."""
+
+    mask: jax.Array
+
+    def __post_init__(self) -> None:
+        set_fields(self, mask=boolean(self.mask, "KeyPadding mask"))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return key.take(self.mask)
+
+    def check(self, shapes: Shapes) -> None:
+        check_positions(self.mask, "KeyPadding mask", shapes.batch, shapes.key, "key")
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class QueryPadding(Mask):
+    """Queries that are real: bool `(*batch, *query axes)` or `(*query axes,)`, True = real; others attend nothing."""
+
+    mask: jax.Array
+
+    def __post_init__(self) -> None:
+        set_fields(self, mask=boolean(self.mask, "QueryPadding mask"))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return query.take(self.mask)
+
+    def check(self, shapes: Shapes) -> None:
+        check_positions(self.mask, "QueryPadding mask", shapes.batch, shapes.query, "query")
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segments(Mask):
+    """Positions with equal ids attend each other: packed documents (Krell et al. 2021).
+
+    Args:
+      query_ids: int `(*batch, *query axes)` or `(*query axes,)`.
+      key_ids: likewise for the keys; None: the same as `query_ids`.
+      padding_id: a position with this id neither attends nor is attended; None: there is no such id.
+    """
+
+    query_ids: jax.Array
+    key_ids: jax.Array | None = None
+    padding_id: int | jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        set_fields(self, query_ids=integers(self.query_ids, "Segments query_ids"))
+        if self.key_ids is not None:
+            set_fields(self, key_ids=integers(self.key_ids, "Segments key_ids"))
+        if self.padding_id is not None:
+            set_fields(self, padding_id=integer(self.padding_id, "Segments padding_id"))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        query_ids = query.take(self.query_ids)
+        key_ids = key.take(self.query_ids if self.key_ids is None else self.key_ids)
+        same = query_ids == key_ids
+        return same if self.padding_id is None else same & (query_ids != self.padding_id)
+
+    def check(self, shapes: Shapes) -> None:
+        check_positions(self.query_ids, "Segments query_ids", shapes.batch, shapes.query, "query")
+        if self.key_ids is not None:
+            check_positions(self.key_ids, "Segments key_ids", shapes.batch, shapes.key, "key")
+        elif shapes.query != shapes.key:
+            raise ValueError(
+                f"Segments needs key_ids where query and key lengths differ; got query axes {shapes.query} and key "
+                f"axes {shapes.key} with key_ids=None."
+            )
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """Any bool array: of the rank of the weights `(*batch, N, *query axes, *key axes)` with ones where it broadcasts,
+    or of at most the number of query and key axes."""
+
+    array: jax.Array
+
+    def __post_init__(self) -> None:
+        set_fields(self, array=boolean(self.array, "mask"))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        folded = _axes.fold_pairs(self.array, query.shape, key.shape)
+        return key.cut(query.cut(folded, -2), -1)
+
+    def check(self, shapes: Shapes) -> None:
+        _axes.check_pairs(self.array.shape, "mask", *shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predicate(Mask):
+    """A mask from a function of positions.
+
+    Args:
+      fn: `fn(query_position, key_position) -> bool`, called with broadcastable integer arrays, or with tuples of them
+        (one for each attention axis) where there are several attention axes. Static: pass the same function object
+        to avoid recompilation.
+    """
+
+    fn: Callable[[Any, Any], Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"Predicate fn must be a function of (query_position, key_position); got {self.fn!r}.")
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        single = len(key.shape) == 1
+        result = jnp.asarray(self.fn(*(p.index if single else p.coordinates for p in (query, key))))
+        if result.dtype != jnp.bool_:
+            raise TypeError(f"Predicate fn must return bool (True = attend); got {result.dtype}.")
+        return jnp.broadcast_to(result, jnp.broadcast_shapes(result.shape, (1, 1)))
+
+
+def _each(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * axes

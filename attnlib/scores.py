@@ -1,0 +1,194 @@
+"""Scores: frozen values that turn a block of queries and a block of keys into logits.
+
+A score knows neither masks, softmax, dropout nor implementation; an implementation knows nothing of a score but
+`block`. Operands reach it folded and in the dtype to compute in: query `(*batch, K, G, T, D)`, key `(*batch, K, S, D)`,
+where query head n = k * G + g reads key head k; logits are `(*batch, K, G, T, S)`. Arrays inside a score are its
+parameters: traced, and differentiable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
+
+
+class Score:
+    """How well a query and a key match; abstract. A kind of score implements `block` and `check`."""
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        """Logits `(*batch, K, G, T, S)` of query `(*batch, K, G, T, D)` and key `(*batch, K, S, D)`."""
+        raise NotImplementedError
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        """Raises ValueError where the parameters or features do not fit; by default features must be equal."""
+        if query_features != key_features:
+            raise ValueError(
+                f"query and key must have equally many features (last axis) for {type(self).__name__}; got "
+                f"{query_features} and {key_features}. scores.Bilinear and scores.Custom accept different ones."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dot(Score):
+    """scale * <query, key> (Luong et al. 2015; scaled: Vaswani et al. 2017).
+
+    Args:
+      scale: a scalar, or `(N,)` for one a head; None: 1 / sqrt(D).
+    """
+
+    scale: Any = None
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        scale = query.shape[-1] ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
+        return jnp.einsum("...kgtd,...ksd->...kgts", query * scale, key, precision=precision)
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        super().check(heads, query_features, key_features)
+        _check_shape(self.scale, "Dot scale", ((), (heads,)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Additive(Score):
+    """sum_d scale_d * tanh(query_d + key_d) (Bahdanau et al. 2015).
+
+    Args:
+      scale: `()`, `(D,)` or `(N, D)`; None: 1.
+    """
+
+    scale: Any = None
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        del precision  # no contraction that a matrix unit would round
+        features = jnp.tanh(query[..., :, None, :] + key[..., None, None, :, :])  # (*batch, K, G, T, S, D)
+        return jnp.sum(features if self.scale is None else features * _per_head(self.scale, 1, query), -1)
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        super().check(heads, query_features, key_features)
+        _check_shape(self.scale, "additive scale", ((), (query_features,), (heads, query_features)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Concat(Score):
+    """weight * sum_d tanh(scale * (query_d + key_d)): Keras' `score_mode="concat"` (after Luong et al. 2015).
+
+    Args:
+      weight: a scalar; None: 1.
+      scale: a scalar; None: 1.
+    """
+
+    weight: Any = None
+    scale: Any = None
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        if self.scale is not None:
+            scale = _cast(self.scale, query)
+            query, key = query * scale, key * scale
+        return Additive(self.weight).block(query, key, precision)
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        super().check(heads, query_features, key_features)
+        _check_shape(self.weight, "Concat weight", ((),))
+        _check_shape(self.scale, "Concat scale", ((),))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bilinear(Score):
+    """query^T kernel key, unscaled (Luong et al. 2015, "general").
+
+    Args:
+      kernel: `(D, D_key)`, or `(N, D, D_key)` for one a head; query and key features may differ.
+    """
+
+    kernel: Any
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        kernel = _cast(self.kernel, query)
+        if kernel.ndim == 2:
+            query = jnp.einsum("...kgtd,de->...kgte", query, kernel, precision=precision)
+        else:
+            kernel = kernel.reshape(*query.shape[-4:-2], *kernel.shape[1:])
+            query = jnp.einsum("...kgtd,kgde->...kgte", query, kernel, precision=precision)
+        return jnp.einsum("...kgte,...kse->...kgts", query, key, precision=precision)
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        shape = (query_features, key_features)
+        _check_shape(self.kernel, "Bilinear kernel", (shape, (heads, *shape)))
+
+
+@jax.tree_util.register_pytree_node_class
+class Custom(Score):
+    """Any function of one query vector and one key vector; the library batches it.
+
+    Args:
+      fn: `fn(query (D,), key (D_key,), *params) -> scalar`. Static: pass the same function object again to avoid
+        recompilation, and its arrays as `params`.
+      *params: arrays or pytrees of arrays, shared by all heads; differentiable.
+
+    >>> import jax.numpy as jnp
+    >>> from attnlib import scores
+    >>> euclidean = scores.Custom(lambda q, k, sharpness: -sharpness * jnp.sum((q - k) ** 2), jnp.float32(0.5))
+    """
+
+    def __init__(self, fn: Callable[..., Any], *params: Any):
+        if not callable(fn):
+            raise TypeError(f"Custom fn must be a function of (query, key, *params); got {fn!r}.")
+        self.fn, self.params = fn, params
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        del precision  # the function's own business
+        pairwise = jnp.vectorize(lambda q, k: self.fn(q, k, *self.params), signature="(d),(e)->()")
+        return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        del heads
+        query, key = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (query_features, key_features))
+        result = jax.eval_shape(self.fn, query, key, *self.params)
+        if getattr(result, "shape", None) != ():
+            raise ValueError(
+                f"Custom fn must return a scalar for one query ({query_features},) and one key ({key_features},); got "
+                f"{result}. It is written for one pair: the library batches it over positions and heads."
+            )
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return self.params, self.fn
+
+    @classmethod
+    def tree_unflatten(cls, fn: Any, params: Any) -> Custom:
+        score = object.__new__(cls)
+        score.fn, score.params = fn, tuple(params)
+        return score
+
+
+def _cast(parameter: Any, like: jax.Array) -> jax.Array:
+    return jnp.asarray(parameter).astype(like.dtype)
+
+
+def _per_head(parameter: Any, features: int, query: jax.Array) -> jax.Array:
+    """A parameter `()`, `(D,)` or `(N, D)` (with `features` trailing axes) against `(*batch, K, G, T, ..., D)`."""
+    parameter = _cast(parameter, query)
+    if parameter.ndim <= features:
+        return parameter
+    heads = query.shape[-4:-2]
+    return parameter.reshape(*heads, 1, 1, *parameter.shape[1:])
+
+
+def _check_shape(parameter: Any, name: str, allowed: tuple[tuple[int, ...], ...]) -> None:
+    if parameter is None:
+        return
+    dtype = jnp.result_type(parameter)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number or array; got {dtype}.")
+    if np.shape(parameter) not in allowed:
+        shapes = " or ".join(map(str, allowed))
+        raise ValueError(f"{name} must have shape {shapes}; got {np.shape(parameter)}.")
