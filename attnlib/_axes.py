@@ -97,6 +97,21 @@ def fold_pairs(array: jax.Array, query_shape: tuple[int, ...], key_shape: tuple[
     return array.reshape(*lead, math.prod(query_part), math.prod(key_part))
 
 
+def pad_pairs(array: jax.Array, sizes: tuple[int, int]) -> jax.Array:
+    """Repeats the last row and column of a folded array up to `sizes`; an axis of one stays one."""
+    return pad_axis(pad_axis(array, -2, sizes[0]), -1, sizes[1])
+
+
+def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """Repeats the last entry along an axis up to `size`; an axis of one broadcasts and stays."""
+    missing = size - array.shape[axis]
+    if missing <= 0 or array.shape[axis] == 1:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths, mode="edge")
+
+
 def _whole_or_one(part: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
     return part if all(size == 1 for size in part) else whole
 

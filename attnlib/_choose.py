@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from attnlib._impl.blockwise import blockwise
 from attnlib._impl.reference import reference
 from attnlib._problem import Implementation, Problem
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (reference,)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (reference, blockwise)
 NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._positions import Positions
+from attnlib._tiles import FULL, Kinds, Ranges, kinds
 
 
 class Shapes(NamedTuple):
@@ -27,12 +28,27 @@ class Shapes(NamedTuple):
 class Mask:
     """Which query positions may attend which key positions; abstract.
 
-    A kind of mask implements `at(query, key)`, and `check(shapes)` where it holds arrays.
+    A kind of mask implements `at(query, key)`, `tile(query, key)` where it knows whole tiles, and `check(shapes)` where
+    it holds arrays.
     """
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
         """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
         raise NotImplementedError
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        """For each tile, whether the mask empties it, fills it, or is to be asked entry by entry (PARTIAL).
+
+        It may say PARTIAL of an empty or a full tile, never the reverse. It decides the program, so it sees static
+        values alone: where those do not decide, it says PARTIAL.
+        """
+        del query, key
+        return kinds(empty=False, full=False)
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        """The same mask, with arrays of pairs folded and padded to `sizes` so that tiles can be cut from them."""
+        del query, key, sizes
+        return self
 
     def check(self, shapes: Shapes) -> None:
         """Raises ValueError where the arrays of this mask do not fit the operands."""
@@ -127,6 +143,12 @@ class And(Mask):
     def at(self, query: Positions, key: Positions) -> jax.Array:
         return self.left.at(query, key) & self.right.at(query, key)
 
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return np.minimum(self.left.tile(query, key), self.right.tile(query, key))
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        return And(self.left.padded(query, key, sizes), self.right.padded(query, key, sizes))
+
     def check(self, shapes: Shapes) -> None:
         self.left.check(shapes)
         self.right.check(shapes)
@@ -143,6 +165,12 @@ class Or(Mask):
     def at(self, query: Positions, key: Positions) -> jax.Array:
         return self.left.at(query, key) | self.right.at(query, key)
 
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return np.maximum(self.left.tile(query, key), self.right.tile(query, key))
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        return Or(self.left.padded(query, key, sizes), self.right.padded(query, key, sizes))
+
     def check(self, shapes: Shapes) -> None:
         self.left.check(shapes)
         self.right.check(shapes)
@@ -158,11 +186,28 @@ class Not(Mask):
     def at(self, query: Positions, key: Positions) -> jax.Array:
         return ~self.mask.at(query, key)
 
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return FULL - self.mask.tile(query, key)
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        return Not(self.mask.padded(query, key, sizes))
+
     def check(self, shapes: Shapes) -> None:
         self.mask.check(shapes)
 
 
-def set_fields(mask: Mask, **values: Any) -> None:
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folded(Mask):
+    """A dense mask on flat positions `(..., T | 1, S | 1)`, possibly padded at their ends; made by `Dense.padded`."""
+
+    array: jax.Array
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return key.cut(query.cut(self.array, -2), -1)
+
+
+def set_fields(mask: Mask, /, **values: Any) -> None:
     """Sets fields of a frozen mask while it is being made."""
     for name, value in values.items():
         object.__setattr__(mask, name, value)

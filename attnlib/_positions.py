@@ -51,9 +51,14 @@ class Positions:
         )
 
     def take(self, array: jax.Array) -> jax.Array:
-        """Entries of `array (*batch, *shape)` at these positions, laid out against a block `(*batch, 1, T, S)`."""
+        """Entries of `array (*batch, *shape)` at these positions, laid out against a block `(*batch, 1, T, S)`.
+
+        Positions beyond the end, in the last tile, give the last entry: whoever pads leaves them out.
+        """
         lead = array.shape[: array.ndim - len(self.shape)]
-        run = self.cut(array.reshape(*lead, self.total), -1)
+        run = jnp.asarray(array).reshape(*lead, self.total)
+        if self.length != self.total:
+            run = jnp.take(run, self.index.reshape(-1), axis=-1, mode="clip")
         run = run[..., None] if self.side == "query" else run[..., None, :]
         return run[..., None, :, :] if lead else run  # batch entries get a head axis of one
 

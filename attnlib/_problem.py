@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._mask import Mask
+from attnlib._positions import Positions
 from attnlib.scores import Score
 
 
@@ -62,6 +63,11 @@ class Problem:
     @property
     def key_length(self) -> int:
         return math.prod(self.key_shape)
+
+    @property
+    def positions(self) -> tuple[Positions, Positions]:
+        """All query positions and all key positions."""
+        return Positions(self.query_shape, "query"), Positions(self.key_shape, "key")
 
     @property
     def dtype(self) -> Any:

@@ -12,7 +12,7 @@ Array: TypeAlias = jax.Array | np.ndarray
 
 Query: TypeAlias = Float[Array, "*query N D"]
 Key: TypeAlias = Float[Array, "*key K Dk"]
-Value: TypeAlias = Float[Array, "*key K E"]
+Value: TypeAlias = Float[Array, "*value K E"]
 Bias: TypeAlias = Float[Array, "..."]
 BoolMask: TypeAlias = Bool[Array, "..."]
 Rng: TypeAlias = Any  # a typed key jax.random.key(seed), or a raw uint32 key

@@ -193,7 +193,14 @@ def attention(
     return _attend(*arrays, **static)
 
 
-def explain(query: Query, key: Key, value: Value, *, score: Score | None = None, **options: Any) -> Explanation:
+def explain(
+    query: Query | jax.ShapeDtypeStruct,
+    key: Key | jax.ShapeDtypeStruct,
+    value: Value | jax.ShapeDtypeStruct,
+    *,
+    score: Score | None = None,
+    **options: Any,
+) -> Explanation:
     """Says what `attention(query, key, value, score=score, **options)` would run, without running it.
 
     Args:

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlib import _axes
 from attnlib._mask import (
+    Folded,
     Mask,
     Shapes,
     boolean,
@@ -30,6 +32,8 @@ from attnlib._mask import (
     static_ints,
 )
 from attnlib._positions import Positions
+from attnlib._types import Array
+from attnlib._tiles import Kinds, Ranges, kinds
 
 __all__ = [
     "Causal",
@@ -58,7 +62,7 @@ class Causal(Mask):
         None compares flat positions in row-major order.
     """
 
-    offset: int | jax.Array = 0
+    offset: int | Array = 0
     axis: int | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +74,15 @@ class Causal(Mask):
         else:
             query_index, key_index = query.coordinates[self.axis], key.coordinates[self.axis]
         return key_index <= query_index + per_batch(self.offset)
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        if not isinstance(self.offset, int):
+            return super().tile(query, key)
+        if self.axis is None:
+            query_first, query_last, key_first, key_last = query.first, query.last, key.first, key.last
+        else:
+            (query_first, query_last), (key_first, key_last) = query.along(self.axis), key.along(self.axis)
+        return kinds(empty=key_first > query_last + self.offset, full=key_last <= query_first + self.offset)
 
     def check(self, shapes: Shapes) -> None:
         check_per_batch(self.offset, "Causal offset", shapes)
@@ -108,6 +121,16 @@ class SlidingWindow(Mask):
             inside = inside & (key.index <= query.index + self.right)
         return inside
 
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        empty, full = np.False_, np.True_
+        if self.left is not None:
+            empty = empty | (key.last < query.first - self.left)
+            full = full & (key.first >= query.last - self.left)
+        if self.right is not None:
+            empty = empty | (key.first > query.last + self.right)
+            full = full & (key.last <= query.first + self.right)
+        return kinds(empty, full)
+
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,17 +164,36 @@ class Neighborhood(Mask):
         axes = len(key.shape)
         near = jnp.ones((1, 1), bool)
         for axis, (size, dilation) in enumerate(zip(_each(self.size, axes), _each(self.dilation, axes), strict=True)):
-            near = near & self._near(query.coordinates[axis], key.coordinates[axis], key.shape[axis], size, dilation)
+            place, key_place = query.coordinates[axis], key.coordinates[axis]
+            first = self._first(place, key.shape[axis], size, dilation)
+            inside = (key_place // dilation >= first) & (key_place // dilation < first + size)
+            near = near & inside & (key_place % dilation == place % dilation)
         return near
 
-    def _near(self, query: jax.Array, key: jax.Array, length: int, size: int, dilation: int) -> jax.Array:
-        residue, place = query % dilation, query // dilation
-        first = place - size // 2
+    def _first(self, place: Any, length: int, size: int, dilation: int) -> Any:
+        """Where the window of a query coordinate begins, in steps of the dilation."""
+        first = place // dilation - size // 2
         if self.border == "shift":
-            group = (length - residue + dilation - 1) // dilation  # keys of the same residue
-            first = jnp.maximum(jnp.minimum(first, group - size), 0)
-        key_place = key // dilation
-        return (key % dilation == residue) & (key_place >= first) & (key_place < first + size)
+            group = (length - place % dilation + dilation - 1) // dilation  # keys of the same residue
+            numpy = np if isinstance(place, np.ndarray) else jnp
+            first = numpy.maximum(numpy.minimum(first, group - size), 0)
+        return first
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        axes = len(key.shape)
+        empty, full = np.False_, np.True_
+        for axis, (size, dilation) in enumerate(zip(_each(self.size, axes), _each(self.dilation, axes), strict=True)):
+            first = self._first(np.arange(query.shape[axis]), key.shape[axis], size, dilation)
+            least, greatest = first * dilation, (first + size) * dilation - 1  # keys that a query coordinate can reach
+            (query_first, query_last), (key_first, key_last) = query.along(axis), key.along(axis)
+            # Over a run of queries: bounds by running extremes from either end, exact where the window only moves on.
+            reach_first = np.minimum.accumulate(least[::-1])[::-1][query_first]
+            reach_last = np.maximum.accumulate(greatest)[query_last]
+            empty = empty | (key_last < reach_first) | (key_first > reach_last)
+            common_first = np.maximum.accumulate(least)[query_last]
+            common_last = np.minimum.accumulate(greatest[::-1])[::-1][query_first]
+            full = full & (dilation == 1) & (key_first >= common_first) & (key_last <= common_last)
+        return kinds(empty, full)
 
     def check(self, shapes: Shapes) -> None:
         axes = len(shapes.key)
@@ -171,13 +213,16 @@ class Prefix(Mask):
       length: an int (static) or an int array `()` or `(*batch,)` (traced).
     """
 
-    length: int | jax.Array
+    length: int | Array
 
     def __post_init__(self) -> None:
         set_fields(self, length=integer(self.length, "Prefix length"))
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
         return key.index < per_batch(self.length)
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return _before(key, self.length)
 
     def check(self, shapes: Shapes) -> None:
         check_per_batch(self.length, "Prefix length", shapes)
@@ -193,8 +238,8 @@ class Lengths(Mask):
       key: real key positions, likewise. Padded keys are attended by none.
     """
 
-    query: int | jax.Array | None = None
-    key: int | jax.Array | None = None
+    query: int | Array | None = None
+    key: int | Array | None = None
 
     def __post_init__(self) -> None:
         for side in ("query", "key"):
@@ -209,6 +254,9 @@ class Lengths(Mask):
             real = real & (key.index < per_batch(self.key))
         return real
 
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return np.minimum(_before(query, self.query), _before(key, self.key))
+
     def check(self, shapes: Shapes) -> None:
         check_per_batch(self.query, "Lengths query", shapes)
         check_per_batch(self.key, "Lengths key", shapes)
@@ -219,7 +267,7 @@ class Lengths(Mask):
 class KeyPadding(Mask):
     """Keys that are real: bool `(*batch, *key axes)` or `(*key axes,)`, True = real."""
 
-    mask: jax.Array
+    mask: Array
 
     def __post_init__(self) -> None:
         set_fields(self, mask=boolean(self.mask, "KeyPadding mask"))
@@ -236,7 +284,7 @@ class KeyPadding(Mask):
 class QueryPadding(Mask):
     """Queries that are real: bool `(*batch, *query axes)` or `(*query axes,)`, True = real; others attend nothing."""
 
-    mask: jax.Array
+    mask: Array
 
     def __post_init__(self) -> None:
         set_fields(self, mask=boolean(self.mask, "QueryPadding mask"))
@@ -259,9 +307,9 @@ class Segments(Mask):
       padding_id: a position with this id neither attends nor is attended; None: there is no such id.
     """
 
-    query_ids: jax.Array
-    key_ids: jax.Array | None = None
-    padding_id: int | jax.Array | None = None
+    query_ids: Array
+    key_ids: Array | None = None
+    padding_id: int | Array | None = None
 
     def __post_init__(self) -> None:
         set_fields(self, query_ids=integers(self.query_ids, "Segments query_ids"))
@@ -293,14 +341,16 @@ class Dense(Mask):
     """Any bool array: of the rank of the weights `(*batch, N, *query axes, *key axes)` with ones where it broadcasts,
     or of at most the number of query and key axes."""
 
-    array: jax.Array
+    array: Array
 
     def __post_init__(self) -> None:
         set_fields(self, array=boolean(self.array, "mask"))
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
-        folded = _axes.fold_pairs(self.array, query.shape, key.shape)
-        return key.cut(query.cut(folded, -2), -1)
+        return self.padded(query, key, (query.total, key.total)).at(query, key)
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        return Folded(_axes.pad_pairs(_axes.fold_pairs(self.array, query.shape, key.shape), sizes))
 
     def check(self, shapes: Shapes) -> None:
         _axes.check_pairs(self.array.shape, "mask", *shapes)
@@ -333,3 +383,12 @@ class Predicate(Mask):
 
 def _each(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,) * axes
+
+
+def _before(positions: Ranges, length: Any) -> Kinds:
+    """Tiles of positions before a length: all where it is None, undecided where it is traced."""
+    if length is None:
+        return kinds(empty=False, full=True)
+    if not isinstance(length, int):
+        return kinds(empty=False, full=False)
+    return kinds(empty=positions.first >= length, full=positions.last < length)

@@ -1,9 +1,9 @@
 """Scores: frozen values that turn a block of queries and a block of keys into logits.
 
 A score knows neither masks, softmax, dropout nor implementation; an implementation knows nothing of a score but
-`block`. Operands reach it folded and in the dtype to compute in: query `(*batch, K, G, T, D)`, key `(*batch, K, S, D)`,
-where query head n = k * G + g reads key head k; logits are `(*batch, K, G, T, S)`. Arrays inside a score are its
-parameters: traced, and differentiable.
+`prepare`, once a call, and `block`, for the tiles of what was prepared. Operands reach it folded and in the dtype to
+compute in: query `(*batch, K, G, T, D)`, key `(*batch, K, S, D)`, where query head n = k * G + g reads key head k;
+logits are `(*batch, K, G, T, S)`. Arrays inside a score are its parameters: traced, and differentiable.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
 
 class Score:
     """How well a query and a key match; abstract. A kind of score implements `block` and `check`."""
+
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
+        """(query, key, score) with the same logits, work on single positions being done once, outside the tiles."""
+        del precision
+        return query, key, self
+
+    def pair_size(self, features: int) -> int:
+        """How many numbers a pair costs in the largest array that a derivative of `block` may make."""
+        return features
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         """Logits `(*batch, K, G, T, S)` of query `(*batch, K, G, T, D)` and key `(*batch, K, S, D)`."""
@@ -50,9 +59,28 @@ class Dot(Score):
         scale = query.shape[-1] ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
         return jnp.einsum("...kgtd,...ksd->...kgts", query * scale, key, precision=precision)
 
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
+        scale = query.shape[-1] ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
+        return query * scale, key, Product()
+
+    def pair_size(self, features: int) -> int:
+        return 1
+
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         super().check(heads, query_features, key_features)
         _check_shape(self.scale, "Dot scale", ((), (heads,)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product(Score):
+    """<query, key>: what Dot and Bilinear leave to the tiles."""
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        return jnp.einsum("...kgtd,...ksd->...kgts", query, key, precision=precision)
+
+    def pair_size(self, features: int) -> int:
+        return 1
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +117,12 @@ class Concat(Score):
     weight: Any = None
     scale: Any = None
 
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
+        if self.scale is not None:
+            scale = _cast(self.scale, query)
+            query, key = query * scale, key * scale
+        return Additive(self.weight).prepare(query, key, precision)
+
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         if self.scale is not None:
             scale = _cast(self.scale, query)
@@ -112,14 +146,21 @@ class Bilinear(Score):
 
     kernel: Any
 
-    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         kernel = _cast(self.kernel, query)
         if kernel.ndim == 2:
             query = jnp.einsum("...kgtd,de->...kgte", query, kernel, precision=precision)
         else:
             kernel = kernel.reshape(*query.shape[-4:-2], *kernel.shape[1:])
             query = jnp.einsum("...kgtd,kgde->...kgte", query, kernel, precision=precision)
-        return jnp.einsum("...kgte,...kse->...kgts", query, key, precision=precision)
+        return query, key, Product()
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        query, key, product = self.prepare(query, key, precision)
+        return product.block(query, key, precision)
+
+    def pair_size(self, features: int) -> int:
+        return 1
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         shape = (query_features, key_features)

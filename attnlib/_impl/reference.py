@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _dropout
-from attnlib._positions import Positions
 from attnlib._problem import Implementation, Problem, Result
 
 
@@ -26,7 +25,7 @@ def _run(problem: Problem) -> Result:
     poison = None
     if mask is not None:
         poison = _non_finite(query)[..., :, None] | (_non_finite(key) | _non_finite(value))[..., None, None, :]
-        query, key, value = (jnp.where(jnp.isfinite(x), x, 0) for x in (query, key, value))
+        query, key, value = (jnp.where(jnp.isfinite(x), x, 1) for x in (query, key, value))
 
     logits = problem.score.block(query, key, problem.precision)  # (*batch, K, G, T, S)
     if problem.bias is not None:
@@ -63,8 +62,7 @@ def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _dense_mask(problem: Problem) -> jax.Array | None:
     if problem.mask is None:
         return None
-    query, key = Positions(problem.query_shape, "query"), Positions(problem.key_shape, "key")
-    return _axes.split_heads(problem.mask.at(query, key), problem.kv_heads)
+    return _axes.split_heads(problem.mask.at(*problem.positions), problem.kv_heads)
 
 
 def _non_finite(array: jax.Array) -> jax.Array:
@@ -72,7 +70,7 @@ def _non_finite(array: jax.Array) -> jax.Array:
 
 
 def _keep(problem: Problem) -> jax.Array:
-    query, key = Positions(problem.query_shape, "query"), Positions(problem.key_shape, "key")
+    query, key = problem.positions
     lead = _dropout.lead_index(problem.batch, problem.kv_heads, problem.groups)
     assert problem.dropout_seeds is not None
     return _dropout.keep_block(problem.dropout_seeds, problem.dropout_rate, lead, query.index, key.index)

@@ -1,0 +1,213 @@
+"""What is static of a tiled computation, where a tile is, and what is computed on one tile."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlib import _axes, _dropout, _online_softmax
+from attnlib._mask import Mask
+from attnlib._positions import Positions
+from attnlib._problem import Problem
+from attnlib._tiles import FULL, PARTIAL, Ranges
+from attnlib.scores import Score
+
+
+class Arrays(NamedTuple):
+    """The arrays of a call, prepared by the score: whole, or those of one tile."""
+
+    query: jax.Array  # (*batch, K, G, T, D)
+    key: jax.Array  # (*batch, K, S, D)
+    value: jax.Array  # (*batch, K, S, E)
+    bias: jax.Array | None  # (..., T | 1, S | 1)
+    score: Score
+    mask: Mask | None  # never cut: it answers from positions
+    seeds: jax.Array | None
+
+
+# Along which axis each array is cut by the query tile and by the key tile; None: not at all.
+_CUTS: dict[str, tuple[int | None, int | None]] = {
+    "query": (-2, None),
+    "key": (None, -2),
+    "value": (None, -2),
+    "bias": (-2, -1),
+    "score": (None, None),
+}
+
+
+class Place(NamedTuple):
+    """Where a tile is, and whether the mask is to be asked there."""
+
+    query: Positions
+    key: Positions
+    asked: bool
+
+    def cut(self, leaf: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
+        for positions, axis in zip((self.query, self.key), axes, strict=True):
+            leaf = leaf if axis is None else positions.cut(leaf, axis)
+        return leaf
+
+    def add_leaf(self, total: jax.Array, part: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
+        """The transpose of `cut`, added to a total."""
+        if part.shape == total.shape:
+            return total + part
+        starts = [jnp.int32(0)] * total.ndim
+        for positions, axis in zip((self.query, self.key), axes, strict=True):
+            if axis is not None and part.shape[axis] != total.shape[axis]:
+                starts[axis] = jnp.asarray(positions.start, jnp.int32)
+        old = jax.lax.dynamic_slice(total, starts, part.shape)
+        return jax.lax.dynamic_update_slice(total, old + part, starts)
+
+    def rows(self, array: jax.Array, axis: int) -> jax.Array:
+        return self.query.cut(array, axis)
+
+    def put(self, total: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+        if part.shape == total.shape:
+            return part
+        return jax.lax.dynamic_update_slice_in_dim(total, part, self.query.start, axis)
+
+    def add(self, total: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+        return self.put(total, self.rows(total, axis) + part, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is static of a call; equal plans are equal programs."""
+
+    tree: Any  # the structure of Arrays
+    floating: tuple[bool, ...]  # which of its leaves can have derivatives
+    axes: tuple[tuple[int | None, int | None], ...]  # how those are cut
+    tile: tuple[int, int]
+    batch: tuple[int, ...]
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    dropout_rate: float
+    logits_soft_cap: float | None
+    precision: Any
+
+    @classmethod
+    def of(cls, problem: Problem, tile: tuple[int, int], arrays: Arrays) -> Plan:
+        leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
+        floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
+        axes = tuple(
+            _CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs
+        )
+        return cls(
+            tree, floating, axes, tile, problem.batch, problem.query_shape, problem.key_shape, problem.dropout_rate,
+            problem.logits_soft_cap, problem.precision,
+        )  # fmt: skip
+
+    def split(self, arrays: Arrays) -> tuple[list[Any], list[Any]]:
+        """(leaves that can have derivatives, the others)."""
+        leaves = jax.tree.leaves(arrays)
+        pairs = list(zip(leaves, self.floating, strict=True))
+        return [leaf for leaf, floating in pairs if floating], [leaf for leaf, floating in pairs if not floating]
+
+    def join(self, moving: Sequence[Any], fixed: Sequence[Any]) -> Arrays:
+        moving_, fixed_ = iter(moving), iter(fixed)
+        return self.tree.unflatten([next(moving_ if floating else fixed_) for floating in self.floating])
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the last tiles reach beyond the ends."""
+        return bool(math.prod(self.query_shape) % self.tile[0] or math.prod(self.key_shape) % self.tile[1])
+
+    def schedule(self, mask: Mask | None) -> list[tuple[bool, np.ndarray]]:
+        """(whether to ask the mask, starts `(tiles, 2)`): the tiles that it fills, then those that it may cut."""
+        query, key = Ranges.of(self.query_shape, self.tile[0], "query"), Ranges.of(self.key_shape, self.tile[1], "key")
+        kinds = np.full((query.first.size, key.first.size), FULL)
+        if mask is not None:
+            kinds = np.minimum(kinds, mask.tile(query, key))
+        short = (query.last - query.first + 1 < self.tile[0]) | (key.last - key.first + 1 < self.tile[1])
+        kinds = np.where(short, np.minimum(kinds, PARTIAL), kinds)
+        runs = [(kind == PARTIAL, np.argwhere(kinds == kind) * np.array(self.tile)) for kind in (FULL, PARTIAL)]
+        return [(asked, starts.astype(np.int32)) for asked, starts in runs if len(starts)]
+
+    def place(self, start: jax.Array, asked: bool) -> Place:
+        query = Positions(self.query_shape, "query", start[0], self.tile[0])
+        return Place(query, Positions(self.key_shape, "key", start[1], self.tile[1]), asked)
+
+    def everywhere(self, asked: bool) -> Place:
+        return Place(Positions(self.query_shape, "query"), Positions(self.key_shape, "key"), asked)
+
+
+class Tile:
+    """One tile: its arrays, and what is computed of them."""
+
+    def __init__(self, plan: Plan, arrays: Arrays, at: Place):
+        self.plan, self.arrays, self.at = plan, arrays, at
+
+    def terms(self) -> tuple[jax.Array, jax.Array]:
+        """(logits, values); what the mask leaves out is -inf, and cannot matter, NaN or not."""
+        query, key, value, bias, score, *_ = self.arrays
+        if self.at.asked:
+            # Cleared before the score sees it: a derivative multiplies by zero what the mask leaves out, and 0 * NaN
+            # is NaN. Ones and not zeros, since a score may divide by a norm.
+            (query, bad_query), (key, bad_key), (value, bad_value) = map(_clean, (query, key, value))
+        logits = score.block(query, key, self.plan.precision)
+        if bias is not None:
+            logits = logits + bias
+        if self.plan.logits_soft_cap is not None:
+            logits = self.plan.logits_soft_cap * jnp.tanh(logits / self.plan.logits_soft_cap)
+        if self.at.asked:
+            poison = bad_query[..., :, None] | (bad_key | bad_value)[..., None, None, :]
+            logits = jnp.where(self.mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
+        return logits, value
+
+    def terms_of(self, active: tuple[int, ...]) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], list[jax.Array]]:
+        """(`terms` as a function of the active leaves, their values)."""
+        moving, fixed = self.plan.split(self.arrays)
+
+        def terms(*values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            whole = list(moving)
+            for n, value in zip(active, values, strict=True):
+                whole[n] = value
+            return Tile(self.plan, self.plan.join(whole, fixed), self.at).terms()
+
+        return terms, [moving[n] for n in active]
+
+    @cached_property
+    def mask(self) -> jax.Array:
+        query, key = self.at.query, self.at.key
+        inside = jnp.ones((1, 1), bool)
+        if self.plan.cut_short:
+            inside = (query.index < query.total) & (key.index < key.total)
+        if self.arrays.mask is None:
+            return inside
+        return inside & _axes.split_heads(self.arrays.mask.at(query, key), self.arrays.query.shape[-4])
+
+    def softmax(self, logits: jax.Array, lse: jax.Array) -> jax.Array:
+        weights = jnp.exp(logits - _online_softmax.base(lse)[..., None])
+        # A row that attends NaN is NaN, but not where it does not attend.
+        return jnp.where(logits == -jnp.inf, 0, weights) if self.at.asked else weights
+
+    @cached_property
+    def keep(self) -> jax.Array:
+        lead = _dropout.lead_index(self.plan.batch, *self.arrays.query.shape[-4:-2])
+        return _dropout.keep_block(
+            self.arrays.seeds, self.plan.dropout_rate, lead, self.at.query.index, self.at.key.index
+        )
+
+    def drop(self, weights: jax.Array) -> jax.Array:
+        """Weights after dropout; linear."""
+        if self.arrays.seeds is None:
+            return weights
+        return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)
+
+
+def average(weights: jax.Array, value: jax.Array, precision: Any) -> jax.Array:
+    """(..., K, G, T, S), (..., K, S, E) -> (..., K, G, T, E)."""
+    return jnp.einsum("...kgts,...kse->...kgte", weights, value, precision=precision)
+
+
+def _clean(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the array with ones for what is not finite, whether a position had any)."""
+    finite = jnp.isfinite(array)
+    return jnp.where(finite, array, 1), ~jnp.all(finite, -1)

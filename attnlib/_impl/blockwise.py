@@ -1,0 +1,220 @@
+"""Attention tile by tile: memory linear in the lengths, for every score, mask, bias and dropout, and every derivative.
+
+Forward: online softmax over a static list of the tiles that the mask does not empty (Rabe and Staats 2021; Dao et al.
+2022); it gives the output o and the log-sum-exp of each row. Nothing square is kept. With s the logits of a tile,
+p = exp(s - lse) its softmax, d its dropout factors (0 or 1 / (1 - rate)), v its values:
+
+  tangent     a = sum_tiles (d p s') v + (d p) v',  c = sum_tiles p s';   o' = a - o c,  lse' = c
+  transpose   with delta = lse~ - <o, o~>:   s~ = p (d <o~, v> + delta),  v~ = (d p)^T o~
+
+The score's own derivatives take s' from (query', key', ...) and (query~, key~, ...) from s~. Both loops are plain
+scans over checkpointed bodies, so JAX differentiates them again for higher orders, in linear memory too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib import _axes, _online_softmax
+from attnlib._impl._tile import Arrays, Place, Plan, Tile, average
+from attnlib._linear import linear_map
+from attnlib._online_softmax import Running
+from attnlib._problem import Implementation, Problem, Result
+from attnlib.scores import Score
+
+Leaves = Sequence[jax.Array]
+
+_TILE_NUMBERS = 2**20  # of float32 in the largest array of a tile: measured, see tile_sizes
+
+
+def _run(problem: Problem) -> Result:
+    if problem.query_length == 0 or problem.key_length == 0:
+        return _nothing(problem)
+    arrays, plan = _prepare(problem)
+    moving, fixed = plan.split(arrays)
+    output, lse = _attend(plan, moving, fixed)
+    output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
+    return Result(output, lse, _weights(plan, moving, fixed, lse) if problem.return_weights else None)
+
+
+def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
+    """Does the score's work on single positions, and pads to whole tiles."""
+    query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
+    query, key, score = problem.score.prepare(query, key, problem.precision)
+    query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
+    tile = tile_sizes(problem, score)
+    sizes = tuple(-(-n // size) * size for n, size in zip((problem.query_length, problem.key_length), tile, strict=True))
+    # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
+    arrays = Arrays(
+        query=_axes.pad_axis(query, -2, sizes[0]),
+        key=_axes.pad_axis(key, -2, sizes[1]),
+        value=_axes.pad_axis(value, -2, sizes[1]),
+        bias=None if problem.bias is None else _axes.pad_pairs(problem.bias.astype(problem.dtype), sizes),
+        score=score,
+        mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
+        seeds=problem.dropout_seeds,
+    )
+    return arrays, Plan.of(problem, tile, arrays)
+
+
+def tile_sizes(problem: Problem, score: Score) -> tuple[int, int]:
+    """(queries, keys) of a tile: what the user asked for, or what keeps the largest array of a tile in cache."""
+    rows = math.prod(problem.batch) * problem.kv_heads * problem.groups * score.pair_size(problem.query.shape[-1])
+    side = 2 ** round(math.log2(max(_TILE_NUMBERS / max(rows, 1), 1)) / 2)
+    asked = problem.block_sizes or (min(max(side, 16), 512),) * 2
+    return min(asked[0], problem.query_length), min(asked[1], problem.key_length)
+
+
+def _nothing(problem: Problem) -> Result:
+    """The result where there are no queries or no keys."""
+    rows = (*problem.batch, problem.kv_heads, problem.groups, problem.query_length)
+    weights = jnp.zeros((*rows, problem.key_length), problem.dtype) if problem.return_weights else None
+    output = jnp.zeros((*rows, problem.value.shape[-1]), problem.dtype)
+    return Result(output, jnp.full(rows, -jnp.inf, problem.dtype), weights)
+
+
+def _weights(plan: Plan, moving: Leaves, fixed: Leaves, lse: jax.Array) -> jax.Array:
+    """All weights, which the user asked for: square by nature, so made at once, from the tiles' lse."""
+    at = plan.everywhere(asked=plan.join(moving, fixed).mask is not None)
+    tile = Tile(plan, plan.join([at.cut(x, axes) for x, axes in zip(moving, plan.axes, strict=True)], fixed), at)
+    logits, _ = tile.terms()
+    return tile.drop(tile.softmax(logits, lse))
+
+
+# Derivatives: (output, lse) has the tangent loop as its derivative, and that the transpose loop as its transpose.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(plan: Plan, moving: Leaves, fixed: Leaves) -> tuple[jax.Array, jax.Array]:
+    """(output, lse) of padded arrays; `moving` are those that can have derivatives."""
+    return _forward(plan, plan.join(moving, fixed))
+
+
+def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
+    moving, fixed = primals
+    output, lse = _attend(plan, moving, fixed)
+    active = tuple(n for n, t in enumerate(tangents[0]) if not isinstance(t, jax.custom_derivatives.SymbolicZero))
+    if not active:
+        return (output, lse), (jnp.zeros_like(output), jnp.zeros_like(lse))
+    tangent = linear_map(
+        partial(_tangent, plan, active),
+        partial(_transpose, plan, active),
+        (*moving, *fixed, output, lse),
+        [tangents[0][n] for n in active],
+    )
+    return (output, lse), tuple(tangent)
+
+
+_attend.defjvp(_attend_jvp, symbolic_zeros=True)
+
+
+class _Loop:
+    """Runs a body over all active tiles, those that ask the mask last."""
+
+    def __init__(self, plan: Plan, moving: Leaves, fixed: Leaves):
+        self.plan, self.moving, self.fixed = plan, moving, fixed
+        self.schedule = plan.schedule(plan.join(moving, fixed).mask)
+
+    def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
+        for asked, starts in self.schedule:
+
+            def step(carry: Any, start: jax.Array, asked: bool = asked) -> tuple[Any, None]:
+                at = self.plan.place(start, asked)
+                return body(carry, Tile(self.plan, self.plan.join(self.cut(self.moving, at), self.fixed), at)), None
+
+            if checkpoint:  # derivatives of the loop recompute a tile rather than keep it
+                step = jax.checkpoint(step, prevent_cse=len(starts) == 1)
+            if len(starts) == 1:
+                carry, _ = step(carry, jnp.asarray(starts[0]))
+            else:
+                carry, _ = jax.lax.scan(step, carry, jnp.asarray(starts))
+        return carry
+
+    def cut(self, leaves: Leaves, at: Place, which: Sequence[int] | None = None) -> list[jax.Array]:
+        which = range(len(leaves)) if which is None else which
+        return [at.cut(leaf, self.plan.axes[n]) for leaf, n in zip(leaves, which, strict=True)]
+
+
+def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    def body(running: Running, tile: Tile) -> Running:
+        logits, value = tile.terms()
+        old = Running(*(tile.at.rows(x, axis) for x, axis in zip(running, (-1, -1, -2), strict=True)))
+        highest = jnp.maximum(old.highest, jnp.max(logits, -1))
+        shift = _online_softmax.base(highest)
+        fade, weights = jnp.exp(old.highest - shift), jnp.exp(logits - shift[..., None])
+        total = old.total * fade + jnp.sum(weights, -1)
+        output = old.output * fade[..., None] + average(tile.drop(weights), value, plan.precision)
+        new = Running(highest, total, output)
+        return Running(*(tile.at.put(x, y, axis) for x, y, axis in zip(running, new, (-1, -1, -2), strict=True)))
+
+    rows = jnp.sum(nought(arrays.query[..., :1]), -1)
+    start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
+    loop = _Loop(plan, *plan.split(arrays))
+    return _online_softmax.finish(loop.run(body, start, checkpoint=False))
+
+
+def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
+    """(output', lse') from the tangents of the active leaves."""
+    loop, output, lse = _residuals(plan, residuals)
+
+    def body(carry: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
+        changes = loop.cut(tangents, tile.at, active)
+        terms, values = tile.terms_of(active)
+        (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, changes)
+        weights = tile.softmax(logits, tile.at.rows(lse, -1))
+        moved = weights * logits_dot
+        average_dot = average(tile.drop(moved), value, plan.precision)
+        average_dot += average(tile.drop(weights), value_dot, plan.precision)
+        return tile.at.add(carry[0], average_dot, -2), tile.at.add(carry[1], jnp.sum(moved, -1), -1)
+
+    a, c = loop.run(body, (nought(output), nought(lse)), checkpoint=True)
+    return [a - output * c[..., None], c]
+
+
+def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
+    """Cotangents of the active leaves from those of (output, lse)."""
+    loop, output, lse = _residuals(plan, residuals)
+    output_bar, lse_bar = cotangents
+    if any(asked for asked, _ in loop.schedule):
+        # A row that attends NaN is NaN; its cotangent must not meet the zero weights of what it does not attend.
+        output_bar = jnp.where(jnp.isnan(lse)[..., None], 0, output_bar)
+    delta = lse_bar - jnp.sum(output * output_bar, -1)
+
+    def body(totals: list[jax.Array], tile: Tile) -> list[jax.Array]:
+        terms, values = tile.terms_of(active)
+        (logits, value), pull = jax.vjp(terms, *values)
+        weights = tile.softmax(logits, tile.at.rows(lse, -1))
+        rows_bar = tile.at.rows(output_bar, -2)
+        value_bar = jax.vjp(lambda v: average(tile.drop(weights), v, plan.precision), value)[1](rows_bar)[0]
+        weights_bar = jnp.einsum("...kgte,...kse->...kgts", rows_bar, value, precision=plan.precision)
+        logits_bar = weights * (tile.drop(weights_bar) + tile.at.rows(delta, -1)[..., None])
+        parts = pull((logits_bar, value_bar))
+        return [
+            tile.at.add_leaf(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, active, strict=True)
+        ]
+
+    return loop.run(body, [nought(loop.moving[n]) for n in active], checkpoint=True)
+
+
+def _residuals(plan: Plan, residuals: Leaves) -> tuple[_Loop, jax.Array, jax.Array]:
+    *leaves, output, lse = residuals
+    count = sum(plan.floating)
+    return _Loop(plan, leaves[:count], leaves[count:]), output, lse
+
+
+def nought(array: jax.Array) -> jax.Array:
+    """Zeros that vary over devices and are sharded as the array is, which carries of a loop must be."""
+    return jnp.where(jnp.isfinite(array), array, 0) * 0
+
+
+def _unsupported(problem: Problem) -> str | None:
+    return None
+
+
+blockwise = Implementation("blockwise", _unsupported, _run)

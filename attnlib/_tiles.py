@@ -1,0 +1,46 @@
+"""Which tiles of the (query, key) plane a mask empties, fills, or leaves to be asked entry by entry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+EMPTY, PARTIAL, FULL = 0, 1, 2  # so that `&` is min, `|` is max and `~` is 2 - kind
+
+Kinds: TypeAlias = np.ndarray  # of EMPTY, PARTIAL, FULL, broadcastable to (query tiles, key tiles)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Runs of consecutive flat positions, first and last included, over attention axes of lengths `shape`.
+
+    Queries' come as columns `(tiles, 1)`, keys' as rows `(1, tiles)`.
+    """
+
+    first: np.ndarray
+    last: np.ndarray
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], size: int, side: str) -> Ranges:
+        """All runs of `size` positions, the last one cut at the end."""
+        total = math.prod(shape)
+        first = np.arange(0, total, size)
+        last = np.minimum(first + size, total) - 1
+        return cls(first[:, None], last[:, None], shape) if side == "query" else cls(first[None], last[None], shape)
+
+    def along(self, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the greatest coordinate along an attention axis: exact where a run does not wrap around it."""
+        stride = math.prod(self.shape[axis + 1 :] if axis != -1 else ())
+        size = self.shape[axis]
+        whole = self.first // (stride * size) != self.last // (stride * size)
+        least, greatest = self.first // stride % size, self.last // stride % size
+        return np.where(whole, 0, least), np.where(whole, size - 1, greatest)
+
+
+def kinds(empty: np.ndarray | bool, full: np.ndarray | bool) -> Kinds:
+    """EMPTY where `empty`, FULL where `full`, else PARTIAL."""
+    return np.where(empty, EMPTY, np.where(full, FULL, PARTIAL))
