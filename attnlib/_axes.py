@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from attnlib._types import Array
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -55,7 +57,7 @@ def normalize(attention_axes: int | Sequence[int] | None, rank: int, trailing: i
 def _as_tuple(attention_axes: int | Sequence[int]) -> tuple[int, ...]:
     values = attention_axes if isinstance(attention_axes, Sequence) else (attention_axes,)
     try:
-        axes = tuple(operator.index(axis) for axis in values)  # type: ignore[arg-type]
+        axes = tuple(operator.index(axis) for axis in values)
     except TypeError as error:
         raise TypeError(
             f"attention_axes must be an int, a sequence of ints or None; got {attention_axes!r}."
@@ -82,7 +84,7 @@ def unfold_output(array: jax.Array, axes: Axes, attention_shape: tuple[int, ...]
     return jnp.transpose(array, tuple(order.index(axis) for axis in range(axes.rank)))
 
 
-def fold_pairs(array: jax.Array, query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> jax.Array:
+def fold_pairs(array: Array, query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> jax.Array:
     """Flattens the query axes and the key axes of a mask or bias: (..., *query axes, *key axes) -> (..., T, S).
 
     An axis group that is all ones stays one, so that a broadcast array keeps its own size; a group that is partly
@@ -107,9 +109,10 @@ def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
     missing = size - array.shape[axis]
     if missing <= 0 or array.shape[axis] == 1:
         return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(array, widths, mode="edge")
+    last = jax.lax.slice_in_dim(array, array.shape[axis] - 1, None, axis=axis)
+    shape = list(array.shape)
+    shape[axis] = missing
+    return jnp.concatenate([array, jnp.broadcast_to(last, shape)], axis)
 
 
 def _whole_or_one(part: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:

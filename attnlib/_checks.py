@@ -19,7 +19,8 @@ from attnlib.scores import Score
 
 
 def is_array(value: Any) -> bool:
-    return isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)) or hasattr(value, "__jax_array__")
+    known = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    return isinstance(value, known) or hasattr(value, "__jax_array__")
 
 
 def arrays(**operands: Any) -> None:
@@ -36,11 +37,22 @@ def arrays(**operands: Any) -> None:
 
 def static_axes(attention_axes: Any) -> int | tuple[int, ...] | None:
     """`attention_axes` as a hashable value; out of range is `_axes.normalize`'s to say."""
-    if attention_axes is None or isinstance(attention_axes, (int, tuple)):
-        return attention_axes
-    if isinstance(attention_axes, (Sequence, np.ndarray)) and not isinstance(attention_axes, str):
-        return tuple(attention_axes)
-    raise TypeError(f"attention_axes must be an int, a sequence of ints or None; got {attention_axes!r}.")
+    if attention_axes is None:
+        return None
+    try:
+        if isinstance(attention_axes, (Sequence, np.ndarray)) and np.shape(attention_axes) != ():
+            return tuple(map(_axis, attention_axes))
+        return _axis(attention_axes)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"attention_axes must be an int, a sequence of ints or None; got {attention_axes!r}."
+        ) from error
+
+
+def _axis(value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError("a bool is not an axis")
+    return operator.index(value)
 
 
 def static_bool(value: Any, name: str) -> bool:
@@ -68,11 +80,16 @@ def static_number(value: Any, name: str) -> float:
         raise TypeError(f"{name} must be a number; got {value!r}.") from error
 
 
-def dropout(rate: Any, rng: Any) -> float:
-    """The dropout rate as a float in [0, 1), with a key where it is not 0."""
-    rate = static_number(rate, "dropout_rate")
+def dropout_rate(value: Any) -> float:
+    rate = static_number(value, "dropout_rate")
     if not 0.0 <= rate < 1.0:  # NaN too
         raise ValueError(f"dropout_rate must be in [0, 1); got {rate}. It is the fraction of weights to drop.")
+    return rate
+
+
+def dropout(rate: Any, rng: Any) -> float:
+    """The dropout rate as a float in [0, 1), with a key where it is not 0."""
+    rate = dropout_rate(rate)
     if rng is None:
         if rate > 0.0:
             raise ValueError(

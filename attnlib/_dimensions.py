@@ -34,7 +34,8 @@ class Affine:
 
     def init_kernel(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
         """Initialises the kernel as the matrix it is, so that fan-in and fan-out are those of the projection."""
-        return _reshaped(init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype), self.inputs + self.outputs)
+        matrix = init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype)
+        return _reshaped(matrix, self.inputs + self.outputs)
 
     def init_bias(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
         return _reshaped(init(rng, (math.prod(self.outputs),), dtype), self.outputs)

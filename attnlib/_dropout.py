@@ -35,6 +35,8 @@ def keep_block(
     lead, query_index, key_index = (jnp.asarray(x).astype(jnp.uint32) for x in (lead, query_index, key_index))
     row = _mix(_mix(lead ^ seeds[0]) + _mix(query_index ^ seeds[1]))
     column = _mix(_mix(lead ^ seeds[2]) + _mix(key_index ^ seeds[3]))
+    # Made once a row and once a column: fused into the block, XLA would make them again for every entry.
+    row, column = jax.lax.optimization_barrier((row, column))
     threshold = np.uint32(min(round((1.0 - rate) * 2**32), 2**32 - 1))
     return _mix(row ^ column) < threshold
 

@@ -41,7 +41,7 @@ _linear_map.def_impl(_evaluate)
 mlir.register_lowering(_linear_map, mlir.lower_fun(_evaluate, multiple_results=True))
 
 
-@_linear_map.def_abstract_eval
+@_linear_map.def_abstract_eval  # type: ignore[untyped-decorator]
 def _abstract_eval(*avals: Any, **params: Any) -> list[Any]:
     return list(jax.make_jaxpr(lambda *args: _evaluate(*args, **params))(*avals).out_avals)
 
@@ -65,7 +65,7 @@ def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn,
         _, part = jax.jvp(of_residuals, [residuals[n] for n in moving], [tangents[n] for n in moving])
         parts.append(part)
     if not parts:
-        return out, [ad.Zero.from_primal_value(x) for x in out]
+        return out, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
     return out, parts[0] if len(parts) == 1 else [a + b for a, b in zip(*parts, strict=True)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from attnlib._positions import Positions
 from attnlib._tiles import FULL, Kinds, Ranges, kinds
+from attnlib._types import Array
 
 
 class Shapes(NamedTuple):
@@ -115,7 +116,7 @@ def register(kind: MaskType) -> MaskType:
         static = tuple((name, value) for name, value in values if _is_static(value))
         return children, (tuple(key.name for key, _ in children), static)
 
-    def unflatten(layout: Any, children: Sequence[Any]) -> Mask:
+    def unflatten(layout: Any, children: Iterable[Any]) -> Mask:
         dynamic, static = layout
         mask = object.__new__(kind)  # no checks: JAX unflattens with tracers and placeholders
         for name, value in (*zip(dynamic, children, strict=True), *static):
@@ -235,21 +236,23 @@ def static_ints(value: Any, name: str) -> int | tuple[int, ...]:
     return tuple(map(operator.index, values)) if isinstance(value, Sequence) else operator.index(value)
 
 
-def integer(value: Any, name: str) -> int | jax.Array:
+def integer(value: Any, name: str) -> int | Array:
     """A static int, or an integer array, which is traced."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if not -(2**31) <= value < 2**31:
+            raise ValueError(f"{name} must fit in 32 bits, as positions do; got {value}.")
         return int(value)
     return integers(value, name)
 
 
-def integers(value: Any, name: str) -> jax.Array:
+def integers(value: Any, name: str) -> Array:
     value = _as_array(value, name)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers; got {value.dtype}{list(value.shape)}.")
     return value
 
 
-def boolean(value: Any, name: str) -> jax.Array:
+def boolean(value: Any, name: str) -> Array:
     value = _as_array(value, name)
     if value.dtype != jnp.bool_:
         raise TypeError(
@@ -290,7 +293,7 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return len(shape) == len(target) and all(size in (1, whole) for size, whole in zip(shape, target, strict=True))
 
 
-def per_batch(value: int | jax.Array) -> int | jax.Array:
+def per_batch(value: int | Array) -> int | Array:
     """Lays a value for each batch index out against a block `(*batch, N, T, S)`."""
     return value if np.ndim(value) == 0 else jnp.asarray(value)[..., None, None, None]
 

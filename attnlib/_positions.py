@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlib._types import Array
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -50,7 +52,7 @@ class Positions:
             for stride, size in zip(strides, self.shape, strict=True)
         )
 
-    def take(self, array: jax.Array) -> jax.Array:
+    def take(self, array: Array) -> jax.Array:
         """Entries of `array (*batch, *shape)` at these positions, laid out against a block `(*batch, 1, T, S)`.
 
         Positions beyond the end, in the last tile, give the last entry: whoever pads leaves them out.

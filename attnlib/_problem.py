@@ -65,6 +65,11 @@ class Problem:
         return math.prod(self.key_shape)
 
     @property
+    def rows(self) -> int:
+        """How many softmax rows: one for each batch index, head and query position."""
+        return math.prod(self.batch) * self.kv_heads * self.groups * self.query_length
+
+    @property
     def positions(self) -> tuple[Positions, Positions]:
         """All query positions and all key positions."""
         return Positions(self.query_shape, "query"), Positions(self.key_shape, "key")
@@ -83,6 +88,14 @@ class Result(NamedTuple):
     weights: jax.Array | None  # (*batch, K, G, T, S) if asked for
 
 
+class Estimate(NamedTuple):
+    """What a forward pass of an implementation would need."""
+
+    memory: int  # bytes of temporaries
+    block_sizes: tuple[int, int] | None = None  # (queries, keys) of a tile, where there are tiles
+    tiles: tuple[int, int] | None = None  # (tiles computed, all tiles)
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """A way to compute a Problem. `unsupported` says why it cannot compute one (None: it can); all who ask, ask it."""
@@ -90,6 +103,7 @@ class Implementation:
     name: str
     unsupported: Callable[[Problem], str | None]
     run: Callable[[Problem], Result]
+    estimate: Callable[[Problem], Estimate]
 
 
 def compute_dtype(*arrays: jax.Array) -> Any:

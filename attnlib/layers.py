@@ -197,6 +197,7 @@ def project_and_attend(
 ) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
     """The layer: (output, weights if asked for, what each projection gave, for activity regularisers)."""
     key, value = default_operands(query, key, value)
+    _check_projections(params)
     axes = module_axes(attention_axes, query, key, value)
     joined = joined_mask(mask, query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
     query, key, value, params = _promote(query, key, value, params, dtype)
@@ -324,6 +325,15 @@ def _score(score: str | Score, params: Params) -> Score:
     return Additive(params["score"]["scale"])
 
 
+def _check_projections(params: Any) -> None:
+    names = ("query", "key", "value", "out")
+    if not isinstance(params, Mapping) or any(name not in params for name in names):
+        got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(
+            f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention makes it; got {got}."
+        )
+
+
 def _promote(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tuple[Any, Any, Any, Params]:
     arrays = (query, key, value, dict(params))
     if dtype is None:
@@ -331,8 +341,7 @@ def _promote(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tu
             dtype = jnp.result_type(*jax.tree.leaves(arrays))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating-point dtype; got {dtype}.")
-    promoted = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), arrays)
-    return promoted
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), arrays)
 
 
 def _project(inputs: jax.Array, affine: Params, name: str, precision: Any, contracted: int = 1) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlib import layers
+from attnlib import _checks, layers
 from attnlib._dimensions import (
     Affine,
     Dimensions,
@@ -59,10 +59,10 @@ class _Attention(nn.Module):
 
     def _dropout(self, deterministic: bool | None, rng: Rng | None) -> dict[str, Any]:
         """The rate and key to use: none where deterministic, else the call's key or the "dropout" stream."""
-        rate = self.dropout_rate  # type: ignore[attr-defined]
+        rate = _checks.dropout_rate(self.dropout_rate)
         if rate == 0.0:
             return {"dropout_rate": 0.0, "dropout_rng": None}
-        declared = self.deterministic  # type: ignore[attr-defined]
+        declared = self.deterministic
         if nn.merge_param("deterministic", declared, deterministic):
             return {"dropout_rate": 0.0, "dropout_rng": None}
         return {"dropout_rate": rate, "dropout_rng": self.make_rng("dropout") if rng is None else rng}

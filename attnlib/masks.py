@@ -32,8 +32,8 @@ from attnlib._mask import (
     static_ints,
 )
 from attnlib._positions import Positions
-from attnlib._types import Array
 from attnlib._tiles import Kinds, Ranges, kinds
+from attnlib._types import Array
 
 __all__ = [
     "Causal",
@@ -122,7 +122,8 @@ class SlidingWindow(Mask):
         return inside
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        empty, full = np.False_, np.True_
+        empty: Any = np.False_
+        full: Any = np.True_
         if self.left is not None:
             empty = empty | (key.last < query.first - self.left)
             full = full & (key.first >= query.last - self.left)
@@ -181,7 +182,8 @@ class Neighborhood(Mask):
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
         axes = len(key.shape)
-        empty, full = np.False_, np.True_
+        empty: Any = np.False_
+        full: Any = np.True_
         for axis, (size, dilation) in enumerate(zip(_each(self.size, axes), _each(self.dilation, axes), strict=True)):
             first = self._first(np.arange(query.shape[axis]), key.shape[axis], size, dilation)
             least, greatest = first * dilation, (first + size) * dilation - 1  # keys that a query coordinate can reach
@@ -379,6 +381,17 @@ class Predicate(Mask):
         if result.dtype != jnp.bool_:
             raise TypeError(f"Predicate fn must return bool (True = attend); got {result.dtype}.")
         return jnp.broadcast_to(result, jnp.broadcast_shapes(result.shape, (1, 1)))
+
+    def check(self, shapes: Shapes) -> None:
+        query, key = Positions(shapes.query, "query"), Positions(shapes.key, "key")
+        shape = jax.eval_shape(lambda: self.at(query, key)).shape
+        whole = (*shapes.batch, shapes.heads, query.total, key.total)
+        aligned = zip(reversed(shape), reversed(whole), strict=False)
+        if len(shape) > len(whole) or any(size not in (1, full) for size, full in aligned):
+            raise ValueError(
+                f"Predicate fn must return an array that broadcasts to (*batch, heads, queries, keys) = {whole}; got "
+                f"shape {shape}."
+            )
 
 
 def _each(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:

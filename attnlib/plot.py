@@ -1,7 +1,7 @@
 """Pictures of attention: weights between tokens, weights over an image, and masks.
 
-matplotlib is imported when a picture is drawn, never before, so that attnlib itself does not need it. Every function draws
-into the Axes it is given or into a new pyplot figure, and returns the Axes.
+matplotlib is imported when a picture is drawn, never before, so that attnlib itself does not need it. Every function
+draws into the Axes it is given or into a new pyplot figure, and returns the Axes.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ def attention_map(
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
     title: str | None = None,
 ) -> Axes | np.ndarray:
-    """Draw which keys each query attends to: one row for each query, one column for each key, dark where the weight is large.
+    """Draws which keys each query attends to: a row for each query, a column for each key, dark for a large weight.
 
     Args:
-        weights: attention weights `(T, S)`, or `(N, T, S)` for one panel for each head, all on one colour scale.
-        query_tokens: T texts for the rows; default: positions.
-        key_tokens: S texts for the columns; default: positions.
-        ax: the Axes to draw into, or N of them for N heads; default: a new figure.
-        title: a title for the Axes, or for the figure where there are heads.
+      weights: attention weights `(T, S)`, or `(N, T, S)` for one panel for each head, all on one colour scale.
+      query_tokens: T texts for the rows; default: positions.
+      key_tokens: S texts for the columns; default: positions.
+      ax: the Axes to draw into, or N of them for N heads; default: a new figure.
+      title: a title for the Axes, or for the figure where there are heads.
 
     Returns:
-        The Axes; an array of N Axes where there are heads.
+      The Axes; an array of N Axes where there are heads.
 
     Raises:
-        ValueError: the weights have another rank or no entries, or tokens or Axes do not match them in number.
-        ImportError: matplotlib is not installed.
+      ValueError: the weights have another rank or no entries, or tokens or Axes do not match them in number.
+      ImportError: matplotlib is not installed.
 
     Example:
-        >>> import matplotlib; matplotlib.use("agg")
-        >>> axes = attention_map([[0.9, 0.1], [0.2, 0.8]], ["le", "chat"], ["the", "cat"])
-        >>> axes.get_xlabel()
-        'key'
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> axes = attention_map([[0.9, 0.1], [0.2, 0.8]], ["le", "chat"], ["the", "cat"])
+      >>> axes.get_xlabel()
+      'key'
     """
     grid = _weights(weights, ranks=(2, 3), wanted="(queries, keys) or (heads, queries, keys)")
     queries, keys = grid.shape[-2:]
     _check_tokens("query_tokens", query_tokens, queries)
     _check_tokens("key_tokens", key_tokens, keys)
     panels = grid.reshape(-1, queries, keys)
-    axes = _panels(ax, len(panels), size=(_inches(keys), _inches(queries)))
+    axes = _panels(ax, len(panels), size=(_inches(keys, len(panels)), _inches(queries, len(panels))))
     for panel, one_ax in zip(panels, axes, strict=True):
-        drawn = one_ax.imshow(panel, cmap=WEIGHT_COLORS, vmin=0, vmax=_top(grid), aspect="auto", interpolation="nearest")
+        drawn = one_ax.imshow(panel, cmap=WEIGHT_COLORS, aspect="auto", **_scale(grid))
         _label_axis(one_ax.xaxis, key_tokens, "key")
         _label_axis(one_ax.yaxis, query_tokens, "query")
     return _finish(axes, drawn, has_heads=grid.ndim == 3, title=title)
@@ -79,36 +79,38 @@ def attention_over_image(
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
     title: str | None = None,
 ) -> Axes | np.ndarray:
-    """Draw weights over the two axes of an image on the image itself: grey pixels, orange where the attention is.
+    """Draws weights over the two axes of an image on the image itself: grey pixels, orange where the attention is.
 
     Args:
-        image: `(H, W)` in any range, or `(H, W, 3)` colours as matplotlib takes them.
-        weights: weights over the image `(h, w)`, or `(N, h, w)` for one panel for each head. A grid coarser than the image
-            (patches) is stretched over it. With `query`, all queries at once: `(qh, qw, h, w)` or `(N, qh, qw, h, w)`.
-        query: row and column of the query whose weights are drawn; it is framed in blue.
-        ax: the Axes to draw into, or N of them for N heads; default: a new figure.
-        title: a title for the Axes, or for the figure where there are heads.
+      image: `(H, W)` in any range, or `(H, W, 3)` colours as matplotlib takes them.
+      weights: weights over the image `(h, w)`, or `(N, h, w)` for one panel for each head. A grid coarser than the
+        image (patches) is stretched over it. With `query`, all queries: `(qh, qw, h, w)` or `(N, qh, qw, h, w)`.
+      query: row and column of the query whose weights are drawn; it is framed in blue.
+      ax: the Axes to draw into, or N of them for N heads; default: a new figure.
+      title: a title for the Axes, or for the figure where there are heads.
 
     Returns:
-        The Axes; an array of N Axes where there are heads.
+      The Axes; an array of N Axes where there are heads.
 
     Raises:
-        ValueError: image or weights have another rank or no entries, the query is outside, or Axes do not match in number.
-        ImportError: matplotlib is not installed.
+      ValueError: image or weights have another rank or no entries, the query is outside, or Axes do not match in
+        number.
+      ImportError: matplotlib is not installed.
 
     Example:
-        >>> import matplotlib; matplotlib.use("agg")
-        >>> weights = np.full((2, 8, 8), 1 / 64)  # two heads
-        >>> attention_over_image(np.zeros((8, 8)), weights).shape
-        (2,)
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> weights = np.full((2, 8, 8), 1 / 64)  # two heads
+      >>> attention_over_image(np.zeros((8, 8)), weights).shape
+      (2,)
     """
     picture = np.asarray(image)
     if picture.ndim not in (2, 3) or 0 in picture.shape:
-        raise ValueError(f"image: expected (H, W) or (H, W, colours), got shape {picture.shape}; pick one image of a batch")
+        raise ValueError(f"image: expected (H, W) or (H, W, colours), got shape {picture.shape}; pick one of a batch")
     if query is None:
-        grid = _weights(weights, ranks=(2, 3), wanted="(h, w) or (heads, h, w); pass query=(row, column) for all queries")
+        wanted = "(h, w) or (heads, h, w), or those of all queries together with query=(row, column)"
+        grid = _weights(weights, ranks=(2, 3), wanted=wanted)
     else:
-        grid = _weights(weights, ranks=(4, 5), wanted="(qh, qw, h, w) or (heads, qh, qw, h, w), since a query is given")
+        grid = _weights(weights, ranks=(4, 5), wanted="(qh, qw, h, w) or (heads, qh, qw, h, w), since query is given")
         query_grid = grid.shape[-4:-2]
         if not all(0 <= place < size for place, size in zip(query, query_grid, strict=True)):
             raise ValueError(f"query: expected row and column inside {query_grid}, got {query}")
@@ -118,8 +120,8 @@ def attention_over_image(
     panels = grid.reshape(-1, *grid.shape[-2:])
     axes = _panels(ax, len(panels), size=(3.0, 3.0 * min(height / width, 2)))
     for panel, one_ax in zip(panels, axes, strict=True):
-        one_ax.imshow(picture, cmap="gray", interpolation="nearest")
-        drawn = one_ax.imshow(panel, cmap=_overlay_colors(), vmin=0, vmax=_top(grid), extent=whole, interpolation="nearest")
+        one_ax.imshow(picture, cmap=_image_colors(), interpolation="nearest")
+        drawn = one_ax.imshow(panel, cmap=_overlay_colors(), extent=whole, **_scale(grid))
         if query is not None:
             one_ax.add_patch(_frame(query, (height / query_grid[0], width / query_grid[1])))
         one_ax.set(xlabel="column", ylabel="row")
@@ -133,28 +135,28 @@ def mask(
     *,
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
 ) -> Axes | np.ndarray:
-    """Draw which keys each query may attend to: filled where attention is allowed.
+    """Draws which keys each query may attend to: filled where attention is allowed.
 
     Args:
-        mask: anything with `as_array(query_shape, key_shape)`, such as `attnlib.masks.Causal()`.
-        query_shape: the sizes of the query axes; one integer for one axis.
-        key_shape: the sizes of the key axes; one integer for one axis.
-        ax: the Axes to draw into, or one for each panel; default: a new figure.
+      mask: anything with `as_array(query_shape, key_shape)`, such as `attnlib.masks.Causal()`.
+      query_shape: the sizes of the query axes; one integer for one axis.
+      key_shape: the sizes of the key axes; one integer for one axis.
+      ax: the Axes to draw into, or one for each panel; default: a new figure.
 
     Returns:
-        The Axes. Several axes are laid out in row-major order. A mask with batch or head axes gives an array of Axes, one
-        for each entry of those axes.
+      The Axes. Several axes are laid out in row-major order. A mask with batch or head axes gives an array of Axes, one
+      for each entry of those axes.
 
     Raises:
-        ValueError: the mask has no entries, or Axes do not match in number.
-        ImportError: matplotlib is not installed.
+      ValueError: the mask has no entries, or Axes do not match in number.
+      ImportError: matplotlib is not installed.
 
     Example:
-        >>> import matplotlib; matplotlib.use("agg")
-        >>> import attnlib
-        >>> axes = mask(attnlib.masks.Causal(), 5, 5)
-        >>> axes.get_ylabel()
-        'query'
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import attnlib
+      >>> axes = mask(attnlib.masks.Causal(), 5, 5)
+      >>> axes.get_ylabel()
+      'query'
     """
     query_sizes, key_sizes = (tuple(np.atleast_1d(shape).tolist()) for shape in (query_shape, key_shape))
     allowed = np.asarray(mask.as_array(query_sizes, key_sizes), bool)
@@ -162,19 +164,20 @@ def mask(
         raise ValueError(f"mask: nothing to draw for query_shape {query_sizes} and key_shape {key_sizes}")
     leading = allowed.shape[: allowed.ndim - len(query_sizes) - len(key_sizes)]
     panels = allowed.reshape(-1, np.prod(query_sizes), np.prod(key_sizes))
-    axes = _panels(ax, len(panels), size=(_inches(panels.shape[2]), _inches(panels.shape[1])))
+    count, queries, keys = panels.shape
+    axes = _panels(ax, count, size=(_inches(keys, count), _inches(queries, count)))
     for panel, one_ax, place in zip(panels, axes, np.ndindex(leading), strict=True):
         one_ax.imshow(panel, cmap=_mask_colors(), vmin=0, vmax=1, interpolation="nearest")
         _label_axis(one_ax.xaxis, None, "key" + _order(key_sizes))
         _label_axis(one_ax.yaxis, None, "query" + _order(query_sizes))
         _draw_grid_lines(one_ax, panel.shape)
-        if len(panels) > 1:
-            one_ax.set_title(f"[{', '.join(map(str, place))}]", fontsize="medium")
-    return axes if len(panels) > 1 else axes[0]
+        if count > 1:
+            one_ax.set_title(_place_name(place, leading), fontsize="medium")
+    return axes if count > 1 else axes[0]
 
 
 def _matplotlib(module: str) -> Any:
-    """Return a module of matplotlib, or say what to install."""
+    """Returns a module of matplotlib, or say what to install."""
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
@@ -182,10 +185,10 @@ def _matplotlib(module: str) -> Any:
 
 
 def _weights(weights: ArrayLike, *, ranks: tuple[int, ...], wanted: str) -> np.ndarray:
-    """Return weights as float32 (which holds bfloat16 too) after checking that they can be drawn."""
+    """Returns weights as float32 (which holds bfloat16 too) after checking that they can be drawn."""
     grid = np.asarray(weights).astype(np.float32)
     if grid.ndim not in ranks or 0 in grid.shape:
-        raise ValueError(f"weights: expected {wanted}, got shape {grid.shape}; pick one example of a batch with weights[0]")
+        raise ValueError(f"weights: expected {wanted}; got shape {grid.shape}. One example of a batch: weights[0]")
     return grid
 
 
@@ -195,7 +198,7 @@ def _check_tokens(name: str, tokens: Sequence[str] | None, expected: int) -> Non
 
 
 def _panels(ax: Any, count: int, *, size: tuple[float, float]) -> np.ndarray:
-    """Return `count` Axes: the given ones, or new ones of about `size` inches each."""
+    """Returns `count` Axes: the given ones, or new ones of about `size` inches each."""
     if ax is not None:
         axes = np.ravel(np.asarray(ax, dtype=object))
         if len(axes) != count:
@@ -211,18 +214,18 @@ def _panels(ax: Any, count: int, *, size: tuple[float, float]) -> np.ndarray:
     return axes.ravel()[:count]
 
 
-def _inches(cells: int) -> float:
-    """Return a readable extent of a panel for that many rows or columns, with room for the labels."""
-    return float(np.clip(CELL_INCHES * cells, 1.5, 10)) + 0.9
+def _inches(cells: int, panels: int) -> float:
+    """Returns a readable extent of a panel for that many rows or columns, with room for the labels."""
+    return float(np.clip(CELL_INCHES * cells, 1.5, 10 if panels == 1 else 5)) + 0.9
 
 
-def _top(grid: np.ndarray) -> float:
-    """Return the end of the colour scale: the largest weight, or 1 where all are zero."""
-    return float(np.nanmax(grid)) or 1.0
+def _scale(grid: np.ndarray) -> dict[str, Any]:
+    """Returns the colour scale of all panels: from zero to the largest weight, or to 1 where all are zero."""
+    return {"vmin": 0.0, "vmax": float(np.nanmax(grid)) or 1.0, "interpolation": "nearest"}
 
 
 def _label_axis(axis: Any, tokens: Sequence[str] | None, name: str) -> None:
-    """Write the name of an axis and, where they can be read, its tokens; without tokens, whole positions."""
+    """Writes the name of an axis and, where they can be read, its tokens; without tokens, whole positions."""
     axis.set_label_text(name)
     if tokens is None:
         axis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
@@ -233,11 +236,12 @@ def _label_axis(axis: Any, tokens: Sequence[str] | None, name: str) -> None:
     words = axis.axis_name == "x" and max(map(len, texts)) > 2
     # Tokens are data: a dollar sign in one must not start a formula.
     axis.set_ticks(range(len(texts)), texts, rotation=90 if words else 0, parse_math=False)
-    axis.set_tick_params(length=0, labelsize="small" if len(texts) > 20 else "medium")
+    size = "medium" if len(texts) <= 20 else "small" if len(texts) <= 40 else "xx-small"
+    axis.set_tick_params(length=0, labelsize=size)
 
 
 def _finish(axes: np.ndarray, drawn: AxesImage, *, has_heads: bool, title: str | None) -> Axes | np.ndarray:
-    """Add the colour scale, the names of the heads and the title."""
+    """Adds the colour scale, the names of the heads and the title."""
     figure = axes[0].figure
     figure.colorbar(drawn, ax=list(axes), label="attention weight", fraction=0.05, pad=0.02)
     if not has_heads:
@@ -250,10 +254,16 @@ def _finish(axes: np.ndarray, drawn: AxesImage, *, has_heads: bool, title: str |
     return axes
 
 
+def _image_colors() -> Any:
+    """Returns greys without black, on which an overlay would not show."""
+    return _matplotlib("colors").LinearSegmentedColormap.from_list("image", ["#303030", "white"])
+
+
 def _overlay_colors() -> Any:
-    """Return a colour map from fully transparent to opaque orange."""
+    """Returns a colour map from fully transparent to opaque orange."""
     colors = _matplotlib("colors")
-    return colors.LinearSegmentedColormap.from_list("overlay", [(*colors.to_rgb(OVERLAY_COLOR), a) for a in (0.0, 0.95)])
+    ends = [(*colors.to_rgb(OVERLAY_COLOR), opacity) for opacity in (0.0, 0.95)]
+    return colors.LinearSegmentedColormap.from_list("overlay", ends)
 
 
 def _mask_colors() -> Any:
@@ -261,9 +271,15 @@ def _mask_colors() -> Any:
 
 
 def _frame(query: tuple[int, int], cell: tuple[float, float]) -> Any:
-    """Return the outline of one cell of the query grid, in pixels of the image."""
+    """Returns the outline of one cell of the query grid, in pixels of the image."""
     corner = (query[1] * cell[1] - 0.5, query[0] * cell[0] - 0.5)
     return _matplotlib("patches").Rectangle(corner, cell[1], cell[0], fill=False, edgecolor=QUERY_COLOR, linewidth=2.5)
+
+
+def _place_name(place: tuple[int, ...], sizes: tuple[int, ...]) -> str:
+    """Returns "batch 1, head 0" for an entry of the axes before the query's, leaving out axes of size 1."""
+    names = ["batch"] * (len(sizes) - 1) + ["head"]
+    return ", ".join(f"{name} {index}" for name, index, size in zip(names, place, sizes, strict=True) if size > 1)
 
 
 def _order(sizes: tuple[int, ...]) -> str:
@@ -271,7 +287,7 @@ def _order(sizes: tuple[int, ...]) -> str:
 
 
 def _draw_grid_lines(ax: Axes, shape: tuple[int, ...]) -> None:
-    """Separate the cells of a small mask, so that positions can be counted."""
+    """Separates the cells of a small mask, so that positions can be counted."""
     if max(shape) > 32:
         return
     ax.set_xticks(np.arange(shape[1] + 1) - 0.5, minor=True)

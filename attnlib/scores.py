@@ -9,7 +9,7 @@ logits are `(*batch, K, G, T, S)`. Arrays inside a score are its parameters: tra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,11 +56,11 @@ class Dot(Score):
     scale: Any = None
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
-        scale = query.shape[-1] ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
+        scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
         return jnp.einsum("...kgtd,...ksd->...kgts", query * scale, key, precision=precision)
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
-        scale = query.shape[-1] ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
+        scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
         return query * scale, key, Product()
 
     def pair_size(self, features: int) -> int:
@@ -200,6 +200,8 @@ class Custom(Score):
                 f"Custom fn must return a scalar for one query ({query_features},) and one key ({key_features},); got "
                 f"{result}. It is written for one pair: the library batches it over positions and heads."
             )
+        if jnp.issubdtype(result.dtype, jnp.complexfloating) or result.dtype == jnp.bool_:
+            raise TypeError(f"Custom fn must return a real number; got {result.dtype}.")
 
     def tree_flatten(self) -> tuple[Any, Any]:
         return self.params, self.fn
@@ -227,6 +229,8 @@ def _per_head(parameter: Any, features: int, query: jax.Array) -> jax.Array:
 def _check_shape(parameter: Any, name: str, allowed: tuple[tuple[int, ...], ...]) -> None:
     if parameter is None:
         return
+    if isinstance(parameter, (Sequence, Mapping)):
+        raise TypeError(f"{name} must be a number or an array; got {type(parameter).__name__}. Use jnp.asarray.")
     dtype = jnp.result_type(parameter)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number or array; got {dtype}.")

@@ -121,12 +121,7 @@ class Plan:
 
     def schedule(self, mask: Mask | None) -> list[tuple[bool, np.ndarray]]:
         """(whether to ask the mask, starts `(tiles, 2)`): the tiles that it fills, then those that it may cut."""
-        query, key = Ranges.of(self.query_shape, self.tile[0], "query"), Ranges.of(self.key_shape, self.tile[1], "key")
-        kinds = np.full((query.first.size, key.first.size), FULL)
-        if mask is not None:
-            kinds = np.minimum(kinds, mask.tile(query, key))
-        short = (query.last - query.first + 1 < self.tile[0]) | (key.last - key.first + 1 < self.tile[1])
-        kinds = np.where(short, np.minimum(kinds, PARTIAL), kinds)
+        kinds = tile_kinds(mask, self.query_shape, self.key_shape, self.tile)
         runs = [(kind == PARTIAL, np.argwhere(kinds == kind) * np.array(self.tile)) for kind in (FULL, PARTIAL)]
         return [(asked, starts.astype(np.int32)) for asked, starts in runs if len(starts)]
 
@@ -136,6 +131,18 @@ class Plan:
 
     def everywhere(self, asked: bool) -> Place:
         return Place(Positions(self.query_shape, "query"), Positions(self.key_shape, "key"), asked)
+
+
+def tile_kinds(
+    mask: Mask | None, query_shape: tuple[int, ...], key_shape: tuple[int, ...], tile: tuple[int, int]
+) -> np.ndarray:
+    """EMPTY, PARTIAL or FULL for each tile `(query tiles, key tiles)`; one that reaches beyond the end is never FULL."""
+    query, key = Ranges.of(query_shape, tile[0], "query"), Ranges.of(key_shape, tile[1], "key")
+    kinds = np.full((query.first.size, key.first.size), FULL)
+    if mask is not None:
+        kinds = np.minimum(kinds, mask.tile(query, key))
+    short = (query.last - query.first + 1 < tile[0]) | (key.last - key.first + 1 < tile[1])
+    return np.where(short, np.minimum(kinds, PARTIAL), kinds)
 
 
 class Tile:
@@ -155,6 +162,8 @@ class Tile:
         if bias is not None:
             logits = logits + bias
         if self.plan.logits_soft_cap is not None:
+            if self.at.asked:
+                logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so would be the cap's derivative
             logits = self.plan.logits_soft_cap * jnp.tanh(logits / self.plan.logits_soft_cap)
         if self.at.asked:
             poison = bad_query[..., :, None] | (bad_key | bad_value)[..., None, None, :]

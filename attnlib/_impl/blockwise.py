@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _online_softmax
-from attnlib._impl._tile import Arrays, Place, Plan, Tile, average
+from attnlib._impl._tile import Arrays, Place, Plan, Tile, average, tile_kinds
 from attnlib._linear import linear_map
 from attnlib._online_softmax import Running
-from attnlib._problem import Implementation, Problem, Result
-from attnlib.scores import Score
+from attnlib._problem import Estimate, Implementation, Problem, Result
+from attnlib._tiles import EMPTY
 
 Leaves = Sequence[jax.Array]
 
-_TILE_NUMBERS = 2**20  # of float32 in the largest array of a tile: measured, see tile_sizes
+_TILE_NUMBERS = 2**19  # of float32 in the largest array of a tile: measured, see tile_sizes
 
 
 def _run(problem: Problem) -> Result:
@@ -48,7 +48,7 @@ def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
     query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
     query, key, score = problem.score.prepare(query, key, problem.precision)
     query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
-    tile = tile_sizes(problem, score)
+    tile = tile_sizes(problem)
     sizes = tuple(-(-n // size) * size for n, size in zip((problem.query_length, problem.key_length), tile, strict=True))
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
     arrays = Arrays(
@@ -63,10 +63,10 @@ def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
     return arrays, Plan.of(problem, tile, arrays)
 
 
-def tile_sizes(problem: Problem, score: Score) -> tuple[int, int]:
+def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) of a tile: what the user asked for, or what keeps the largest array of a tile in cache."""
-    rows = math.prod(problem.batch) * problem.kv_heads * problem.groups * score.pair_size(problem.query.shape[-1])
-    side = 2 ** round(math.log2(max(_TILE_NUMBERS / max(rows, 1), 1)) / 2)
+    pairs = max(1, problem.rows // problem.query_length) * problem.score.pair_size(problem.query.shape[-1])
+    side = 2 ** round(math.log2(max(_TILE_NUMBERS / max(pairs, 1), 1)) / 2)
     asked = problem.block_sizes or (min(max(side, 16), 512),) * 2
     return min(asked[0], problem.query_length), min(asked[1], problem.key_length)
 
@@ -217,4 +217,17 @@ def _unsupported(problem: Problem) -> str | None:
     return None
 
 
-blockwise = Implementation("blockwise", _unsupported, _run)
+def _estimate(problem: Problem) -> Estimate:
+    """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
+    if problem.query_length == 0 or problem.key_length == 0:
+        return Estimate(memory=0)
+    tile = tile_sizes(problem)
+    kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
+    rows, features = problem.rows, problem.value.shape[-1]
+    whole = rows * (problem.query.shape[-1] + features + 2) + problem.key.size + problem.value.size
+    block = 2 * rows // problem.query_length * tile[0] * tile[1]
+    itemsize = jnp.dtype(problem.dtype).itemsize
+    return Estimate((whole + block) * itemsize, tile, (int((kinds != EMPTY).sum()), kinds.size))
+
+
+blockwise = Implementation("blockwise", _unsupported, _run, _estimate)

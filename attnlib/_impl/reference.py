@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _dropout
-from attnlib._problem import Implementation, Problem, Result
+from attnlib._problem import Estimate, Implementation, Problem, Result
 
 
 def _unsupported(problem: Problem) -> str | None:
@@ -31,6 +31,8 @@ def _run(problem: Problem) -> Result:
     if problem.bias is not None:
         logits = logits + problem.bias.astype(logits.dtype)
     if problem.logits_soft_cap is not None:
+        if mask is not None:
+            logits = jnp.where(mask, logits, 0)  # a masked bias may be NaN, and so would be the cap's derivative
         logits = problem.logits_soft_cap * jnp.tanh(logits / problem.logits_soft_cap)
     if mask is not None:
         # What a row attends must reach it, NaN too; what it does not attend must not, in either pass.
@@ -76,4 +78,9 @@ def _keep(problem: Problem) -> jax.Array:
     return _dropout.keep_block(problem.dropout_seeds, problem.dropout_rate, lead, query.index, key.index)
 
 
-reference = Implementation("reference", _unsupported, _run)
+def _estimate(problem: Problem) -> Estimate:
+    """Logits and weights of all pairs."""
+    return Estimate(memory=2 * problem.rows * problem.key_length * jnp.dtype(problem.dtype).itemsize)
+
+
+reference = Implementation("reference", _unsupported, _run, _estimate)

@@ -1,0 +1,85 @@
+"""Memory is a promise: the compiler's own count of temporaries of the tiled implementation, growing with length."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import attnlib
+from attnlib import masks, scores
+
+HEADS, FEATURES = 2, 64
+LIMITS_MB = {"forward": 60, "jvp": 90, "grad": 90, "forward over reverse": 200, "grad of grad": 200}
+SCORES = {
+    "dot": lambda: scores.Dot(),
+    "additive": lambda: scores.Additive(jnp.ones(FEATURES)),
+}
+OPTIONS = {
+    "plain": lambda length: {},
+    "causal with dropout": lambda length: dict(is_causal=True, dropout_rate=0.1, dropout_rng=jax.random.key(0)),
+    "segments": lambda length: dict(mask=masks.Segments(jnp.arange(length) // 300) & masks.Causal()),
+}
+
+
+def temporaries(length, score, option, derivative, implementation=None):
+    """Megabytes of temporaries that the compiled program needs."""
+
+    def forward(query, key, value):
+        options = OPTIONS[option](length)
+        return attnlib.attention(
+            query, key, value, score=SCORES[score](), implementation=implementation, **options
+        )
+
+    def loss(*operands):
+        return jnp.sum(jnp.sin(forward(*operands)))
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    programs = {
+        "forward": forward,
+        "jvp": lambda q, k, v: jax.jvp(forward, (q, k, v), (k, v, q))[1],
+        "grad": gradient,
+        "forward over reverse": lambda q, k, v: jax.jvp(gradient, (q, k, v), (k, v, q))[1],
+        "grad of grad": jax.grad(lambda *x: sum(jnp.sum(jnp.cos(g)) for g in gradient(*x)), (0, 1, 2)),
+    }
+    operand = jax.ShapeDtypeStruct((1, length, HEADS, FEATURES), jnp.float32)
+    compiled = jax.jit(programs[derivative]).lower(operand, operand, operand).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+CASES = [(score, option, d) for score in SCORES for option in ("plain", "causal with dropout") for d in LIMITS_MB]
+CASES += [("dot", "segments", "grad")]
+
+
+@pytest.mark.parametrize(("score", "option", "derivative"), CASES)
+def test_linear_in_length(score, option, derivative):
+    long, half = (temporaries(length, score, option, derivative) for length in (16384, 8192))
+    assert long <= LIMITS_MB[derivative]
+    assert long <= 2.4 * half
+
+
+def test_the_count_sees_a_square():
+    """The assertion above can fail: of the reference, at an eighth of the length, one square of logits is counted."""
+    square = HEADS * 2048**2 * 4 / 1e6
+    assert temporaries(2048, "dot", "plain", "forward", implementation="reference") >= square
+
+
+@pytest.mark.parametrize(("score", "option"), [("dot", "plain"), ("dot", "causal with dropout"), ("additive", "plain")])
+def test_explain_estimates_it(score, option):
+    operand = jax.ShapeDtypeStruct((1, 8192, HEADS, FEATURES), jnp.float32)
+    explained = attnlib.explain(operand, operand, operand, score=SCORES[score](), **OPTIONS[option](8192))
+    assert explained.implementation == "blockwise"
+    counted = temporaries(8192, score, option, "forward")
+    assert counted / 2 <= explained.memory / 1e6 <= counted * 2
+
+
+@pytest.mark.parametrize("mask", [None, "neighborhood", "dense bias"])
+def test_window_and_bias_keep_it_linear(mask):
+    """No array of all pairs is made unless the user gave one."""
+
+    def program(query, key, value, bias):
+        options = {"neighborhood": dict(mask=masks.Neighborhood(65)), "dense bias": dict(bias=bias)}.get(mask, {})
+        return jax.grad(lambda q: jnp.sum(attnlib.dot_product_attention(q, key, value, **options)))(query)
+
+    operand = jax.ShapeDtypeStruct((1, 8192, HEADS, FEATURES), jnp.float32)
+    bias = jax.ShapeDtypeStruct((1, 8192), jnp.float32)  # the same for all queries: its own size is linear
+    compiled = jax.jit(program).lower(operand, operand, operand, bias).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes / 1e6 < HEADS * 8192**2 * 4 / 1e6 / 8

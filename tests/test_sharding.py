@@ -1,0 +1,95 @@
+"""Sharding over batch and heads: no collective is compiled, the output's sharding follows, and numbers do not change."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import attnlib
+from attnlib import masks, scores
+
+COLLECTIVES = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
+SPECS = {"batch": P("x"), "heads": P(None, None, "x"), "both": P("x", None, "y")}
+MESHES = {"batch": (4,), "heads": (4,), "both": (2, 2)}
+SCORES = {"dot": lambda: scores.Dot(), "additive": lambda: scores.Additive(jnp.ones(8))}
+OPTIONS = {
+    "plain": lambda: {},
+    "causal, dropout, segments": lambda: dict(
+        mask=masks.Causal() & masks.Segments(jnp.arange(96) // 40),
+        dropout_rate=0.1,
+        dropout_rng=jax.random.key(0),
+    ),
+}
+needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices: conftest forces them on CPU")
+
+
+def _programs(score, options):
+    def forward(query, key, value):
+        return attnlib.attention(
+            query, key, value, score=SCORES[score](), implementation="blockwise", block_sizes=(32, 24),
+            **OPTIONS[options](),
+        )  # fmt: skip
+
+    gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(forward(*x))), (0, 1, 2))
+    return {
+        "forward": forward,
+        "grad": gradient,
+        "jvp": lambda q, k, v: jax.jvp(forward, (q, k, v), (jnp.cos(q), jnp.cos(k), jnp.cos(v)))[1],
+        "second order": lambda q, k, v: jax.jvp(gradient, (q, k, v), (jnp.cos(q), jnp.cos(k), jnp.cos(v)))[1],
+    }
+
+
+def _operands():
+    keys = jax.random.split(jax.random.key(1), 3)
+    return tuple(jax.random.normal(key, (4, 96, heads, 8)) for key, heads in zip(keys, (8, 4, 4), strict=True))
+
+
+def _mesh(layout, axis_type):
+    return jax.make_mesh(MESHES[layout], ("x", "y")[: len(MESHES[layout])], (axis_type,) * len(MESHES[layout]))
+
+
+@needs_devices
+@pytest.mark.parametrize("program", ["forward", "grad", "jvp", "second order"])
+@pytest.mark.parametrize("layout", SPECS)
+@pytest.mark.parametrize(("score", "options"), [("dot", "causal, dropout, segments"), ("additive", "plain")])
+def test_no_collectives(score, options, layout, program):
+    function = _programs(score, options)[program]
+    operands = _operands()
+    sharding = NamedSharding(_mesh(layout, AxisType.Auto), SPECS[layout])
+    sharded = tuple(jax.device_put(x, sharding) for x in operands)
+    compiled = jax.jit(function).lower(*sharded).compile()
+    found = COLLECTIVES.findall(compiled.as_text())
+    assert not found, found
+    actual, expected = compiled(*sharded), jax.jit(function)(*operands)
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert got.sharding.is_equivalent_to(sharding, got.ndim)
+        scale = float(jnp.max(jnp.abs(want)))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * scale)
+
+
+@needs_devices
+@pytest.mark.parametrize("layout", SPECS)
+def test_explicit_mesh(layout):
+    """With explicit axes the type of every array carries its sharding."""
+    operands = _operands()
+    functions = _programs("dot", "causal, dropout, segments")
+    with jax.set_mesh(_mesh(layout, AxisType.Explicit)):
+        sharded = tuple(jax.device_put(x, SPECS[layout]) for x in operands)
+        for name in ("forward", "grad"):
+            compiled = jax.jit(functions[name]).lower(*sharded).compile()
+            assert not COLLECTIVES.findall(compiled.as_text())
+            actual = jax.tree.map(np.asarray, compiled(*sharded))
+            expected = jax.jit(functions[name])(*operands)
+            for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+
+
+@needs_devices
+def test_the_pattern_finds_collectives():
+    sharding = NamedSharding(_mesh("batch", AxisType.Auto), P("x"))
+    x = jax.device_put(jnp.ones((4, 3)), sharding)
+    assert COLLECTIVES.findall(jax.jit(lambda x: x.sum(0)).lower(x).compile().as_text())
