@@ -22,7 +22,8 @@ def choose(problem: Problem, asked: str | tuple[str, ...] | None) -> Implementat
     Raises:
       ValueError: none can; the message gives each one's reason.
     """
-    candidates = preferred(problem) if asked is None else tuple(map(_named, (asked,) if isinstance(asked, str) else asked))
+    names = (asked,) if isinstance(asked, str) else asked
+    candidates = preferred(problem) if names is None else tuple(map(_named, names))
     reasons = {implementation.name: implementation.unsupported(problem) for implementation in candidates}
     for implementation in candidates:
         if reasons[implementation.name] is None:

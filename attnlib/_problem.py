@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from attnlib._mask import Mask
 from attnlib._positions import Positions
+from attnlib._types import Array
 from attnlib.scores import Score
 
 
@@ -106,6 +107,6 @@ class Implementation:
     estimate: Callable[[Problem], Estimate]
 
 
-def compute_dtype(*arrays: jax.Array) -> Any:
+def compute_dtype(*arrays: Array) -> Any:
     """float64 if any array is float64, else float32."""
     return jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32

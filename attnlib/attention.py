@@ -346,7 +346,7 @@ def _attend(query, key, value, score, mask, bias, dropout_rng, *, return_lse, im
     lead = (*problem.batch, heads)
     output = output.reshape(*lead, *output.shape[-2:]).astype(value.dtype)
     results = [_axes.unfold_output(output, axes, problem.query_shape)]
-    if problem.return_weights:
+    if weights is not None:
         results.append(weights.reshape(*lead, *problem.query_shape, *problem.key_shape))
     if return_lse:
         results.append(lse.reshape(*lead, *problem.query_shape))

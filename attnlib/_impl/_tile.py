@@ -136,7 +136,7 @@ class Plan:
 def tile_kinds(
     mask: Mask | None, query_shape: tuple[int, ...], key_shape: tuple[int, ...], tile: tuple[int, int]
 ) -> np.ndarray:
-    """EMPTY, PARTIAL or FULL for each tile `(query tiles, key tiles)`; one that reaches beyond the end is never FULL."""
+    """EMPTY, PARTIAL or FULL for each tile `(query tiles, key tiles)`; one reaching beyond the end is never FULL."""
     query, key = Ranges.of(query_shape, tile[0], "query"), Ranges.of(key_shape, tile[1], "key")
     kinds = np.full((query.first.size, key.first.size), FULL)
     if mask is not None:
@@ -163,7 +163,7 @@ class Tile:
             logits = logits + bias
         if self.plan.logits_soft_cap is not None:
             if self.at.asked:
-                logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so would be the cap's derivative
+                logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so the cap's derivative
             logits = self.plan.logits_soft_cap * jnp.tanh(logits / self.plan.logits_soft_cap)
         if self.at.asked:
             poison = bad_query[..., :, None] | (bad_key | bad_value)[..., None, None, :]
@@ -199,6 +199,7 @@ class Tile:
 
     @cached_property
     def keep(self) -> jax.Array:
+        assert self.arrays.seeds is not None
         lead = _dropout.lead_index(self.plan.batch, *self.arrays.query.shape[-4:-2])
         return _dropout.keep_block(
             self.arrays.seeds, self.plan.dropout_rate, lead, self.at.query.index, self.at.key.index

@@ -49,7 +49,7 @@ def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
     query, key, score = problem.score.prepare(query, key, problem.precision)
     query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
     tile = tile_sizes(problem)
-    sizes = tuple(-(-n // size) * size for n, size in zip((problem.query_length, problem.key_length), tile, strict=True))
+    sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
     arrays = Arrays(
         query=_axes.pad_axis(query, -2, sizes[0]),

@@ -22,7 +22,7 @@ def _unsupported(problem: Problem) -> str | None:
 def _run(problem: Problem) -> Result:
     query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
     mask = _dense_mask(problem)
-    poison = None
+    poison: jax.Array | bool = False
     if mask is not None:
         poison = _non_finite(query)[..., :, None] | (_non_finite(key) | _non_finite(value))[..., None, None, :]
         query, key, value = (jnp.where(jnp.isfinite(x), x, 1) for x in (query, key, value))

@@ -1,0 +1,268 @@
+"""One table of named cases, and how any of them is run on any implementation.
+
+Every size of a case is distinct along its axes where the case allows it, so that a wrong axis cannot pass. A case
+holds factories, not arrays: `build` draws the same operands each time.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import x64
+from quick_jit import quick_jit
+
+import attnlib
+from attnlib import masks, scores
+from attnlib._choose import NAMES as NAMES
+
+# Block sizes that cut the small operands here into several tiles, the last ones incomplete.
+BLOCK_SIZES = {"blockwise": (3, 4)}
+
+
+class Draw:
+    """Draws arrays for a case: normal floats in its dtype, bools, small integers."""
+
+    def __init__(self, seed: int, dtype: str):
+        self._rng, self.dtype = np.random.default_rng(seed), dtype
+
+    def __call__(self, *shape: int) -> jax.Array:
+        return jnp.asarray(self._rng.normal(size=shape)).astype(self.dtype)
+
+    def bools(self, *shape: int, rate: float = 0.6) -> jax.Array:
+        return jnp.asarray(self._rng.random(shape) < rate)
+
+    def integers(self, low: int, high: int, *shape: int) -> jax.Array:
+        return jnp.asarray(self._rng.integers(low, high, shape), jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """Operand shapes, and factories of everything else that an attention call takes."""
+
+    name: str
+    query: tuple[int, ...] = (2, 5, 3, 4)
+    key: tuple[int, ...] = (2, 7, 3, 4)
+    value: tuple[int, ...] = (2, 7, 3, 6)
+    dtype: str = "float32"
+    score: Callable[[Draw], Any] = lambda draw: scores.Dot()
+    mask: Callable[[Draw], Any] | None = None
+    bias: tuple[int, ...] | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    second_order: bool = False  # also compared in second derivatives, which cost most to compile
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def distance(query, key, sharpness):
+    """A custom score with one parameter."""
+    return -sharpness * jnp.sum((query - key) ** 2)
+
+
+def unequal(query, key, matrix):
+    """A custom score of query and key of different features."""
+    return jnp.tanh(query @ matrix @ key)
+
+
+ADDITIVE = dict(score=lambda draw: scores.Additive(draw(3, 4)))
+CUSTOM = dict(score=lambda draw: scores.Custom(distance, jnp.asarray(0.3, draw.dtype)))
+GROUPED = dict(query=(2, 5, 6, 4), key=(2, 7, 2, 4), value=(2, 7, 2, 3))
+GRID = dict(query=(2, 3, 4, 2, 6), key=(2, 5, 2, 2, 6), value=(2, 5, 2, 2, 7))  # two attention axes
+SQUARE = dict(query=(2, 7, 3, 4), key=(2, 7, 3, 4), value=(2, 7, 3, 6))
+WHOLE = (2, 3, 5, 7)  # the weights of the default shapes
+DROPOUT = dict(dropout_rate=0.4)
+
+
+def _of(length: int) -> dict[str, Any]:
+    return dict(key=(2, length, 3, 4), value=(2, length, 3, 6))
+
+
+def _cases() -> list[Case]:
+    return [
+        # scores
+        Case("dot", second_order=True),
+        Case("dot scale a head", score=lambda draw: scores.Dot(draw(3))),
+        Case("additive scale a feature", score=lambda draw: scores.Additive(draw(4))),
+        Case("additive scale a head", **ADDITIVE, second_order=True),
+        Case("concat", score=lambda draw: scores.Concat(draw(), draw())),
+        Case("bilinear", score=lambda draw: scores.Bilinear(draw(4, 4))),
+        Case("bilinear a head, unequal features", key=(2, 7, 3, 8), score=lambda draw: scores.Bilinear(draw(3, 4, 8))),
+        Case("custom", **CUSTOM, second_order=True),
+        Case("custom, unequal features", key=(2, 7, 3, 8), score=lambda draw: scores.Custom(unequal, draw(4, 8))),
+        # grouped heads
+        Case("grouped", **GROUPED),
+        Case("grouped additive", **GROUPED, score=lambda draw: scores.Additive(draw(6, 4))),
+        Case("grouped, mask and bias a head", **GROUPED, mask=lambda draw: draw.bools(1, 6, 5, 7), bias=(2, 6, 1, 7)),
+        Case("multi-query", query=(2, 5, 6, 4), key=(2, 7, 1, 4), value=(2, 7, 1, 3), bias=(1, 6, 5, 1)),
+        # masks, one of every kind
+        Case("causal", mask=lambda draw: masks.Causal(), second_order=True),
+        Case("is_causal and a mask", mask=lambda draw: draw.bools(2, 1, 5, 7), options=dict(is_causal=True)),
+        Case("causal, offset a batch index", mask=lambda draw: masks.Causal(offset=draw.integers(-2, 5, 2))),
+        Case("causal, negative offset", mask=lambda draw: masks.Causal(offset=-2)),
+        Case("sliding window", mask=lambda draw: masks.SlidingWindow(2, 1)),
+        Case("sliding window, one side open", mask=lambda draw: masks.SlidingWindow(None, 1)),
+        Case("neighborhood", **SQUARE, mask=lambda draw: masks.Neighborhood(3)),
+        Case("neighborhood, clipped and dilated", **SQUARE, mask=lambda draw: masks.Neighborhood(3, 2, "clip")),
+        Case("prefix", mask=lambda draw: masks.Prefix(draw.integers(0, 8, 2))),
+        Case("causal or prefix", mask=lambda draw: masks.Causal() | masks.Prefix(3)),
+        Case("lengths", mask=lambda draw: masks.Lengths(draw.integers(0, 6, 2), draw.integers(0, 8, 2))),
+        Case("key padding", mask=lambda draw: masks.KeyPadding(draw.bools(2, 7))),
+        Case("query padding", mask=lambda draw: masks.QueryPadding(draw.bools(2, 5))),
+        Case("segments", **SQUARE, mask=lambda draw: masks.Segments(draw.integers(0, 3, 2, 7), padding_id=0)),
+        Case("segments of two sides",
+             mask=lambda draw: masks.Segments(draw.integers(0, 3, 2, 5), draw.integers(0, 3, 2, 7))),
+        Case("predicate", mask=lambda draw: masks.Predicate(lambda q, k: (q + k) % 3 != 1)),
+        Case("dense, whole", mask=lambda draw: draw.bools(*WHOLE)),
+        Case("dense, a key row", mask=lambda draw: draw.bools(7)),
+        Case("dense, a query column", mask=lambda draw: draw.bools(5, 1)),
+        Case("dense, batch and head", mask=lambda draw: draw.bools(2, 3, 1, 1)),
+        Case("masks composed",
+             mask=lambda draw: (masks.Causal(1) | ~masks.Dense(draw.bools(5, 7))) & masks.KeyPadding(draw.bools(2, 7))),
+        Case("nothing attends", mask=lambda draw: masks.Dense(jnp.zeros((1, 1), bool))),
+        # biases of every broadcast
+        *(
+            Case(f"bias {shape}", bias=shape, second_order=shape == WHOLE)
+            for shape in [(), (7,), (5, 1), (1, 3, 1, 1), (2, 1, 5, 1), WHOLE]
+        ),
+        # soft cap and dropout
+        Case("soft cap", bias=(5, 7), options=dict(logits_soft_cap=0.8), second_order=True),
+        Case("soft cap, causal, additive", **ADDITIVE, options=dict(logits_soft_cap=2.0, is_causal=True)),
+        Case("dropout", options=DROPOUT),
+        Case("dropout, grouped, causal", **GROUPED, options=dict(**DROPOUT, is_causal=True)),
+        Case("dropout, additive, padded", **ADDITIVE, options=DROPOUT,
+             mask=lambda draw: masks.KeyPadding(draw.bools(2, 7))),
+        # axes
+        Case("no batch", query=(5, 3, 4), key=(7, 3, 4), value=(7, 3, 6), mask=lambda draw: draw.bools(3, 5, 7)),
+        Case("two axes", **GRID, bias=(1, 2, 3, 4, 5, 2), mask=lambda draw: masks.Causal(axis=0)),
+        Case("two axes, row-major", **GRID, mask=lambda draw: masks.Causal(), bias=(4, 1, 1)),
+        Case("two axes, partly broadcast", **GRID, mask=lambda draw: draw.bools(3, 1, 1, 2), bias=(1, 4, 5, 1)),
+        Case("two axes, neighborhood", query=(2, 5, 4, 2, 6), key=(2, 5, 4, 2, 6), value=(2, 5, 4, 2, 7),
+             mask=lambda draw: masks.Neighborhood((3, 2))),
+        Case("second axis", query=(2, 3, 4, 2, 6), key=(2, 3, 5, 2, 6), value=(2, 3, 5, 2, 7),
+             options=dict(attention_axes=-3), mask=lambda draw: masks.KeyPadding(draw.bools(2, 3, 5))),
+        Case("first axis", query=(3, 2, 2, 6), key=(5, 2, 2, 6), value=(5, 2, 2, 7),
+             options=dict(attention_axes=(0,)), bias=(2, 2, 3, 5)),
+        Case("outer axes, reversed", query=(3, 2, 4, 2, 6), key=(5, 2, 3, 2, 6), value=(5, 2, 3, 2, 7),
+             options=dict(attention_axes=(-3, 0)), mask=lambda draw: masks.Causal(), bias=(2, 2, 4, 3, 3, 5)),
+        Case("batch of one broadcasts", key=(1, 7, 3, 4), value=(1, 7, 3, 6),
+             mask=lambda draw: masks.KeyPadding(draw.bools(2, 7))),
+        Case("query of one broadcasts", query=(1, 5, 3, 4), bias=(2, 1, 1, 7)),
+        # lengths
+        *(Case(f"{queries} queries, {keys} keys", query=(2, queries, 3, 4), **_of(keys), bias=(1, 1, queries, keys))
+          for queries, keys in [(1, 7), (13, 1), (11, 13), (0, 7), (5, 0)]),
+        Case("no keys, causal", **_of(0), options=dict(is_causal=True)),
+        Case("no batch entries", query=(0, 5, 3, 4), key=(0, 7, 3, 4), value=(0, 7, 3, 6)),
+        Case("one feature", query=(2, 5, 3, 1), key=(2, 7, 3, 1), value=(2, 7, 3, 1)),
+        Case("longer", query=(1, 37, 2, 4), key=(1, 53, 2, 4), value=(1, 53, 2, 3),
+             options=dict(is_causal=True, **DROPOUT)),
+        # dtypes
+        Case("bfloat16", dtype="bfloat16", mask=lambda draw: masks.KeyPadding(draw.bools(2, 7)), bias=(1, 7)),
+        Case("float16", dtype="float16", **ADDITIVE, mask=lambda draw: masks.KeyPadding(draw.bools(2, 7)), bias=(1, 7)),
+        Case("float64", dtype="float64", mask=lambda draw: masks.KeyPadding(draw.bools(2, 7)), bias=(1, 7)),
+        Case("float64 everything", dtype="float64", **ADDITIVE, mask=lambda draw: draw.bools(2, 1, 5, 7), bias=WHOLE,
+             options=dict(logits_soft_cap=1.5, is_causal=True, **DROPOUT)),
+    ]  # fmt: skip
+
+
+CASES = _cases()
+BY_NAME = {case.name: case for case in CASES}
+assert len(BY_NAME) == len(CASES), "two cases share a name"
+
+
+def context(case: Case):
+    return x64(case.dtype == "float64")
+
+
+def build(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(what can be differentiated, what is traced besides, static options); call it in `context(case)`."""
+    draw = Draw(zlib.crc32(case.name.encode()), case.dtype)
+    operands = {
+        "query": draw(*case.query), "key": draw(*case.key), "value": draw(*case.value), "score": case.score(draw)
+    }  # fmt: skip
+    if case.bias is not None:
+        operands["bias"] = draw(*case.bias)
+    traced = {} if case.mask is None else {"mask": case.mask(draw)}
+    if "dropout_rate" in case.options:
+        traced["dropout_rng"] = jax.random.key(zlib.crc32(case.name.encode()))
+    return operands, traced, case.options
+
+
+def run(operands: dict[str, Any], traced: dict[str, Any], options: dict[str, Any], implementation: str | None) -> Any:
+    """(output, weights, lse)."""
+    return attnlib.attention(
+        **operands, **traced, **options, **by_name(implementation), return_weights=True, return_lse=True
+    )
+
+
+def by_name(implementation: str | None) -> dict[str, Any]:
+    """The options that ask for an implementation, in several blocks where it has them."""
+    return dict(implementation=implementation, block_sizes=BLOCK_SIZES.get(implementation))
+
+
+def refusal(case: Case, name: str) -> str | None:
+    """Why an implementation does not run a case; None where it does."""
+    with context(case):
+        operands, traced, options = build(case)
+        return unsupported(name, **operands, **traced, **options, return_weights=True, return_lse=True)
+
+
+def unsupported(name: str, *args: Any, **kwargs: Any) -> str | None:
+    """Why an implementation refuses a call; None where it runs."""
+    try:
+        attnlib.explain(*args, **kwargs, **by_name(name))
+    except ValueError as error:
+        head, _, reason = str(error).partition(f"  {name}: ")
+        assert head.startswith("no implementation can compute"), error
+        return reason.splitlines()[0]
+    return None
+
+
+def like(tree: Any, seed: int) -> Any:
+    """Normal numbers in the shapes and dtypes of a tree: tangents and cotangents."""
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape)).astype(x.dtype), tree)
+
+
+@functools.lru_cache(maxsize=4)
+def derivatives(case: Case, name: str) -> dict[str, Any]:
+    """Values, a tangent and a pullback of a case, all from one compiled program."""
+
+    @quick_jit
+    def everything(operands, traced, tangents, cotangents):
+        def function(operands):
+            return run(operands, traced, case.options, name)
+
+        results, pullback = jax.vjp(function, operands)
+        _, tangent = jax.jvp(function, (operands,), (tangents,))
+        return dict(results=results, tangent=tangent, gradients=pullback(cotangents)[0])
+
+    with context(case):
+        operands, traced, options = build(case)
+        shapes = jax.eval_shape(lambda *args: run(*args, options, name), operands, traced)
+        tangents, cotangents = like(operands, 1), like(shapes, 2)
+        made = everything(operands, traced, tangents, cotangents)
+        return dict(**made, operands=operands, tangents=tangents, cotangents=cotangents)
+
+
+def second_derivatives(case: Case, name: str) -> dict[str, Any]:
+    """Products of the second derivative of a scalar with a vector, by forward over reverse and reverse over reverse."""
+
+    @quick_jit
+    def everything(operands, traced, tangents):
+        def loss(operands):
+            output, weights, lse = run(operands, traced, case.options, name)
+            lse = jnp.where(jnp.isfinite(lse), lse, 0)
+            return jnp.sum(jnp.sin(output)) + jnp.sum(weights**2) + jnp.sum(jnp.cos(lse))
+
+        gradient, forward = jax.jvp(jax.grad(loss), (operands,), (tangents,))
+        _, pullback = jax.vjp(jax.grad(loss), operands)
+        return dict(gradient=gradient, forward=forward, reverse=pullback(tangents)[0])
+
+    with context(case):
+        operands, traced, _ = build(case)
+        return everything(operands, traced, like(operands, 3))

@@ -1,0 +1,85 @@
+"""What all tests share: random keys, dtype settings, and closeness to rounding."""
+
+import os
+import zlib
+
+# Sharding is tested on four devices that share this machine's CPU; it has to be said before JAX starts.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def keys(request):
+    """An endless supply of random keys, the same ones each time a test runs, others for each test."""
+    return endless_keys(zlib.crc32(request.node.nodeid.encode()))
+
+
+def endless_keys(seed):
+    key = jax.random.key(seed)
+    while True:
+        key, each = jax.random.split(key)
+        yield each
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Any silent promotion of dtypes, in the library or in the test, is an error."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def x64(enabled=True):
+    """A context in which float64 exists."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    from jax.experimental import enable_x64
+
+    return enable_x64(enabled)
+
+
+def assert_close(actual, desired, *, length=1, eps=None, factor=16):
+    """Asserts that two trees are equal but for rounding.
+
+    The bound is `factor * eps * sqrt(length)` of the magnitude of the numbers that were added up, where `length` is
+    how many were. That magnitude is the largest entry of the leaf, or a sixteenth of the largest of the tree, since a
+    leaf may hold what is left when larger numbers cancel. `eps` is the leaf's, unless given. Infinities and NaN must
+    be at the same places.
+    """
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    pairs = list(zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(desired), strict=True))
+    whole = max((_largest(want) for _, want in pairs), default=0.0)
+    for (path, got), want in pairs:
+        name = jax.tree_util.keystr(path) or "array"
+        assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+        assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, expected {want.dtype}"
+        unit = float(jnp.finfo(got.dtype).eps) if eps is None else eps
+        bound = factor * unit * length**0.5 * max(_largest(want), whole / 16)
+        got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
+        np.testing.assert_allclose(got, want, rtol=0, atol=bound + 1e-37, err_msg=name)
+
+
+def _largest(array):
+    array = np.abs(np.asarray(array).astype(np.float64))
+    return float(np.max(array, initial=0.0, where=np.isfinite(array)))
+
+
+def assert_finite(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        assert bool(jnp.all(jnp.isfinite(leaf))), f"{jax.tree_util.keystr(path)} is not finite: {leaf}"
+
+
+def assert_zero(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        assert bool(jnp.all(leaf == 0)), f"{jax.tree_util.keystr(path)} is not zero: {leaf}"
+
+
+def assert_same(actual, desired):
+    """Asserts that two trees are equal bit by bit (NaN being equal to NaN, and zero to minus zero)."""
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(desired), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want), err_msg=jax.tree_util.keystr(path))

@@ -1,0 +1,76 @@
+"""The table of cases on every implementation: values, first and second derivatives, forward and reverse mode."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, NAMES, derivatives, refusal, second_derivatives
+from conftest import assert_close, assert_finite
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_derivatives(case, implementation):
+    """Forward and reverse mode agree with each other, and both with the reference."""
+    reason = refusal(case, implementation)
+    if reason is not None:
+        pytest.skip(f"{implementation}: {reason}")
+    made = derivatives(case, implementation)
+    check_results(case, *made["results"])
+    assert_finite((made["gradients"], made["tangent"]))
+
+    forward = inner(made["cotangents"], made["tangent"])
+    reverse = inner(made["gradients"], made["tangents"])
+    eps = float(jnp.finfo(case.dtype).eps)
+    assert abs(forward[0] - reverse[0]) <= 16 * eps * max(forward[1], reverse[1])
+
+    if implementation != "reference":
+        expected = derivatives(case, "reference")
+        for part in ("results", "tangent", "gradients"):
+            assert_close(made[part], expected[part], length=max(case.query[1], case.key[1]))
+
+
+def check_results(case, output, weights, lse):
+    compute_dtype = jnp.float64 if case.dtype == "float64" else jnp.float32
+    assert output.dtype == case.dtype
+    assert weights.dtype == lse.dtype == compute_dtype
+    assert output.shape[-2:] == (case.query[-2], case.value[-1])
+    assert_finite((output, weights))
+    empty = np.isneginf(lse)
+    assert np.all(np.isfinite(lse) | empty)
+    flat = np.asarray(weights).reshape(*lse.shape, -1)
+    assert np.all(flat[empty] == 0)
+    if "dropout_rate" not in case.options:
+        np.testing.assert_allclose(flat.sum(-1), np.where(empty, 0, 1), atol=1e-5)
+
+
+def inner(a, b):
+    """The inner product of two trees, and the sum of the magnitudes of its terms."""
+    terms = [
+        np.asarray(x, np.float64) * np.asarray(y, np.float64)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ]
+    return sum(np.sum(term) for term in terms), sum(np.sum(np.abs(term)) for term in terms)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.second_order], ids=str)
+def test_second_derivatives(case, implementation):
+    """Forward over reverse equals reverse over reverse (the second derivative is symmetric), and the reference."""
+    reason = refusal(case, implementation)
+    if reason is not None:
+        pytest.skip(f"{implementation}: {reason}")
+    made = second_derivatives(case, implementation)
+    assert_finite(made)
+    assert_close(made["forward"], made["reverse"], length=16)
+    if implementation != "reference":
+        assert_close(made, second_derivatives(case, "reference"), length=16)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+def test_enough_cases_ran(implementation):
+    """A suite that refuses its way through proves nothing."""
+    ran = [case for case in CASES if refusal(case, implementation) is None]
+    assert len(ran) >= (len(CASES) if implementation == "reference" else 10)

@@ -1,0 +1,398 @@
+"""The contract of DESIGN.md, line by line, on every implementation.
+
+Lines 5 and 6 (dropout, transformations) are in test_dropout.py and test_laws.py, 8 in test_errors.py, and 9 in
+test_recompilation.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import NAMES, by_name, like, run, unsupported
+from conftest import assert_close, assert_finite, assert_same, assert_zero, x64
+from quick_jit import quick_jit
+
+import attnlib
+from attnlib import masks, scores
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+on_every_implementation = pytest.mark.parametrize("implementation", NAMES)
+
+SHAPES = dict(query=(2, 5, 4, 3), key=(2, 7, 2, 3), value=(2, 7, 2, 6))  # B, T or S, N or K, D or E
+BATCH, HEADS, QUERIES, KEYS = 2, 4, 5, 7
+SCORES = {
+    "dot": lambda keys: scores.Dot(),
+    "additive": lambda keys: scores.Additive(jax.random.normal(next(keys), (4, 3))),
+    "custom": lambda keys: scores.Custom(lambda q, k, a: -a * jnp.sum((q - k) ** 2), jnp.float32(0.2)),
+}
+
+
+def draw_operands(keys, score="dot", **shapes):
+    operands = {name: jax.random.normal(next(keys), shape) for name, shape in (SHAPES | shapes).items()}
+    return {**operands, "score": SCORES[score](keys)}
+
+
+def skip_unless_supported(implementation, operands, **options):
+    reason = unsupported(implementation, **operands, **options)
+    if reason is not None:
+        pytest.skip(f"{implementation}: {reason}")
+
+
+# 1. A query row that may attend nothing gives output 0, weights 0, lse -inf, and zero derivatives of every order
+
+
+def empty_rows(kind):
+    """(options, which (batch, query) attend nothing)."""
+    some = np.zeros((BATCH, QUERIES), bool)
+    some[0, 1] = some[1, 3] = some[1, 4] = True
+    first_two = np.broadcast_to(np.arange(QUERIES) < 2, (BATCH, QUERIES))
+    second_batch = np.broadcast_to(np.array([[False], [True]]), (BATCH, QUERIES))
+    forbidding = jnp.where(jnp.asarray(some)[:, None, :, None], -jnp.inf, jnp.ones((BATCH, 1, QUERIES, KEYS)))
+    no_key_has = jnp.where(jnp.asarray(some), 9, jnp.ones((BATCH, QUERIES), jnp.int32))
+    half = jnp.broadcast_to(jnp.arange(KEYS) % 2 == 0, (QUERIES, KEYS))
+    return {
+        "key padding": (dict(mask=masks.KeyPadding(np.array([[True] * KEYS, [False] * KEYS]))), second_batch),
+        "query padding": (dict(mask=masks.QueryPadding(jnp.asarray(~some))), some),
+        "dense": (dict(mask=jnp.asarray(~some)[:, None, :, None]), some),
+        "segments": (dict(mask=masks.Segments(no_key_has, jnp.ones((BATCH, KEYS), jnp.int32))), some),
+        "causal": (dict(mask=masks.Causal(-2)), first_two),
+        "lengths": (dict(mask=masks.Lengths(key=jnp.array([4, 0]))), second_batch),
+        "bias": (dict(bias=forbidding), some),
+        "bias and mask": (dict(bias=jnp.where(half, -jnp.inf, 1.0), mask=half), some | True),
+    }[kind]
+
+
+KINDS = ["key padding", "query padding", "dense", "segments", "causal", "lengths", "bias", "bias and mask"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "score"), [(kind, "dot") for kind in KINDS] + [("dense", "additive"), ("bias", "additive")]
+)
+@on_every_implementation
+def test_1_rows_that_attend_nothing_are_zero(implementation, kind, score, keys):
+    options, empty = empty_rows(kind)
+    operands = draw_operands(keys, score)
+    if "bias" in options:
+        operands["bias"] = options.pop("bias")
+    skip_unless_supported(implementation, operands, **options)
+
+    @quick_jit
+    def program(operands, options, rows):
+        """Values, and derivatives of a loss of some rows (B, T)."""
+
+        def loss(operands):
+            output, weights, lse = run(operands, options, {}, implementation)
+            lse = jnp.where(jnp.isfinite(lse), lse, 0)
+            of_output = jnp.sin(output).sum((2, 3)) * rows
+            return jnp.sum(of_output) + jnp.sum(rows[:, None] * ((weights**2).sum(-1) + jnp.sin(lse)))
+
+        results, tangent = jax.jvp(lambda x: run(x, options, {}, implementation), (operands,), (tangents,))
+        return results, tangent, jax.jvp(jax.grad(loss), (operands,), (tangents,))
+
+    tangents = like(operands, 4)
+    results, tangent, of_empty = program(operands, options, jnp.asarray(empty, jnp.float32))
+    *_, of_all = program(operands, options, jnp.ones(empty.shape))
+    empty = np.broadcast_to(empty[:, None], results[2].shape)  # (B, N, T)
+    assert np.array_equal(np.isneginf(results[2]), empty)
+    assert_zero((pick_rows(results, empty)[:2], pick_rows(tangent, empty), of_empty))
+    assert_finite((results[:2], tangent, of_all))
+    assert bool(jnp.any(of_all[0]["value"] != 0)) or empty.all()
+
+
+@on_every_implementation
+def test_1_third_derivatives_of_rows_that_attend_nothing(implementation, keys):
+    options, empty = empty_rows("dense")
+    operands = draw_operands(keys)
+    skip_unless_supported(implementation, operands, **options)
+    direction = like(operands, 5)
+
+    def along(step):
+        moved = jax.tree.map(lambda x, d: x + step * d, operands, direction)
+        output, *_ = run(moved, options, {}, implementation)
+        empty_rows_of = jnp.where(jnp.asarray(empty)[:, :, None, None], output, 0)
+        return jnp.stack([jnp.sum(jnp.sin(empty_rows_of)), jnp.sum(jnp.sin(output))])
+
+    derivative = jax.jacfwd(jax.jacrev(jax.jacfwd(along)))
+    of_empty, of_all = quick_jit(derivative)(jnp.float32(0.0))
+    assert of_empty == 0
+    assert np.isfinite(of_all)
+    assert of_all != 0
+
+
+# 2. Content at masked positions cannot matter
+
+
+def poisoned_mask(kind, keys):
+    """(mask, bool (B, T) of poisoned queries, bool (B, S) of poisoned keys and values)."""
+    queries, key_positions = np.zeros((BATCH, QUERIES), bool), np.zeros((BATCH, KEYS), bool)
+    if kind == "key padding":
+        key_positions[0, 4:] = key_positions[1, 0] = True
+        return masks.KeyPadding(jnp.asarray(~key_positions)), queries, key_positions
+    if kind == "query padding":
+        queries[0, 3:] = queries[1, 1] = True
+        return masks.QueryPadding(jnp.asarray(~queries)), queries, key_positions
+    if kind == "causal":
+        key_positions[:, 3] = True
+        return masks.Causal(), queries, key_positions
+    if kind == "segments":
+        query_ids, key_ids = np.array([1, 1, 2, 2, 0]), np.array([1, 1, 1, 2, 2, 0, 0])
+        queries[0], key_positions[0] = query_ids != 1, key_ids != 1
+        return masks.Segments(query_ids, key_ids, padding_id=0), queries, key_positions
+    if kind == "lengths and window":
+        queries[:, 4:], key_positions[:, 5:] = True, True
+        return masks.Lengths(jnp.array([4, 3]), jnp.array([5, 4])) & masks.SlidingWindow(2, 1), queries, key_positions
+    assert kind == "dense"
+    queries[0, 2], key_positions[0, 1] = True, True
+    return masks.Dense(jax.random.bernoulli(next(keys), 0.3, (BATCH, HEADS, QUERIES, KEYS))), queries, key_positions
+
+
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    [
+        *((kind, "dot") for kind in ("key padding", "query padding", "causal", "segments", "lengths and window")),
+        *(("dense", score) for score in SCORES),
+    ],
+)
+@on_every_implementation
+def test_2_masked_content_cannot_matter(implementation, kind, score, keys):
+    """NaN, infinities and huge numbers, forward and backward, up to the second order, pair by pair.
+
+    A row that attends poison is NaN, and so may be the derivative of what that row attends; all else is unchanged.
+    """
+    operands = draw_operands(keys, score)
+    mask, bad_query, bad_key = poisoned_mask(kind, keys)
+    skip_unless_supported(implementation, operands, mask=mask)
+    tangents = like(operands, 6)
+
+    @(jax.jit if kind == "dense" else quick_jit)
+    def program(operands, mask):
+        def function(operands):
+            return run(operands, {"mask": mask}, {}, implementation)
+
+        def loss(operands):
+            return jnp.sum(function(operands)[0] ** 2)
+
+        results, tangent = jax.jvp(function, (operands,), (tangents,))
+        gradient, curvature = jax.jvp(jax.grad(loss), (operands,), (tangents,))
+        return results, tangent, gradient, curvature
+
+    attended = np.broadcast_to(mask.as_array(QUERIES, KEYS), (BATCH, HEADS, QUERIES, KEYS))
+    bad_rows = (bad_query[:, None] & attended.any(-1)) | (attended & bad_key[:, None, None]).any(-1)  # (B, N, T)
+    tainted = (attended & bad_rows[..., None]).any(-2)  # (B, N, S): keys that a poisoned row attends
+    good = dict(
+        query=~np.moveaxis(bad_rows, 1, 2),
+        key=~np.moveaxis(tainted.reshape(BATCH, 2, HEADS // 2, KEYS).any(2), 1, 2),
+    )
+    good["value"] = good["key"]
+    assert all(mask.any() for mask in good.values())
+
+    clean = program(operands, mask)
+    # A row that attends 1e30 overflows in its own ways, but what no row attends may be of any size.
+    for poison in (np.nan, np.inf, -np.inf, *(() if bad_rows.any() else (1e30,))):
+        poisoned = dict(operands)
+        poisoned["query"] = jnp.where(bad_query[..., None, None], poison, operands["query"])
+        for name in ("key", "value"):
+            poisoned[name] = jnp.where(bad_key[..., None, None], poison, operands[name])
+        made = program(poisoned, mask)
+        for got, want in zip(made[:2], clean[:2], strict=True):
+            assert_same(pick_rows(got, ~bad_rows), pick_rows(want, ~bad_rows))
+        for got, want in zip(made[2:], clean[2:], strict=True):
+            for name, where in good.items():
+                assert_finite(got[name][where])
+                assert_same(got[name][where], want[name][where])
+            if not bad_rows.any():
+                assert_same(got["score"], want["score"])
+
+
+def pick_rows(results, rows):
+    output, weights, lse = (np.asarray(x) for x in results)
+    return np.moveaxis(output, 2, 1)[rows], weights[rows], lse[rows]
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@on_every_implementation
+def test_2_masked_bias_cannot_matter(implementation, soft_cap, keys):
+    operands = draw_operands(keys)
+    mask = jax.random.bernoulli(next(keys), 0.6, (BATCH, 1, QUERIES, KEYS))
+    operands["bias"] = jax.random.normal(next(keys), mask.shape)
+    options = dict(logits_soft_cap=soft_cap)
+    skip_unless_supported(implementation, operands, mask=mask, **options)
+
+    @quick_jit
+    def program(operands):
+        def loss(operands):
+            return jnp.sum(run(operands, {"mask": mask}, options, implementation)[0] ** 2)
+
+        return jax.jvp(jax.grad(loss), (operands,), (like(operands, 7),))
+
+    clean = program(operands)
+    for poison in (np.nan, np.inf, -np.inf, 1e30):
+        made = program(operands | {"bias": jnp.where(mask, operands["bias"], poison)})
+        assert_same(made, clean)
+
+
+@on_every_implementation
+def test_2_what_is_attended_does_matter(implementation, keys):
+    """NaN that a row does attend reaches it, with a mask and without."""
+    operands = draw_operands(keys)
+    operands["value"] = operands["value"].at[:, 1, 0].set(jnp.nan)
+    for mask in (None, masks.Causal(), jnp.ones((1, 1), bool)):
+        skip_unless_supported(implementation, operands, mask=mask)
+        output = attnlib.attention(**operands, mask=mask, implementation=implementation)
+        poisoned = np.asarray(jnp.isnan(output)).any(-1)  # (B, T, N)
+        assert poisoned[:, 1:, :2].all()  # heads 0 and 1 read key head 0
+        assert not poisoned[:, :, 2:].any()
+
+
+# 3. Softmax statistics are float32 at least, and float64 where an operand is; the output has the value's type
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@on_every_implementation
+def test_3_statistics_are_float32(implementation, dtype, keys):
+    """Only operands and output are rounded: the rest is as if they had been float32 all along."""
+    shapes = dict(query=(2, 5, 4, 8), key=(2, 7, 2, 8), value=(2, 7, 2, 3))
+    operands = {name: (8 * jax.random.normal(next(keys), shape)).astype(dtype) for name, shape in shapes.items()}
+    operands["bias"] = jax.random.normal(next(keys), (5, 7)).astype(dtype)
+    skip_unless_supported(implementation, operands, score=scores.Dot())
+
+    @quick_jit
+    def program(operands):
+        def function(operands):
+            return run({**operands, "score": scores.Dot()}, {}, {}, implementation)
+
+        results, pullback = jax.vjp(function, operands)
+        return results, pullback(jax.tree.map(jnp.ones_like, results))[0]
+
+    (output, weights, lse), gradients = program(operands)
+    exact, exact_gradients = program({name: x.astype(jnp.float32) for name, x in operands.items()})
+    assert output.dtype == dtype
+    assert jax.tree.map(lambda x: x.dtype, gradients) == jax.tree.map(lambda x: x.dtype, operands)
+    assert_close((weights, lse), exact[1:], length=8)
+    assert_close(output, exact[0].astype(dtype), factor=1)
+    assert_close(gradients, jax.tree.map(lambda x: x.astype(dtype), exact_gradients), factor=2)
+
+
+@on_every_implementation
+def test_3_logits_beyond_float16(implementation, keys):
+    query = jnp.full((1, 2, 1, 8), 200, jnp.float16)
+    key = jnp.stack([query[:, 0], -query[:, 0]], 1)
+    value = jnp.asarray([1, 2], jnp.float16).reshape(1, 2, 1, 1)
+    skip_unless_supported(implementation, dict(query=query, key=key, value=value))
+    output, lse = attnlib.dot_product_attention(query, key, value, return_lse=True, **by_name(implementation))
+    assert_same(output, jnp.ones((1, 2, 1, 1), jnp.float16))
+    np.testing.assert_allclose(lse, np.full((1, 1, 2), 8 * 200**2 / 8**0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("wide", ["query", "value"])
+@on_every_implementation
+def test_3_float64_is_honoured(implementation, wide, keys):
+    with x64():
+        draw = np.random.default_rng(3)
+        query, key, value = (draw.normal(size=shape) for shape in SHAPES.values())
+        operands = dict(query=query, key=key, value=value)
+        operands = {name: jnp.asarray(x, jnp.float64 if name == wide else jnp.float32) for name, x in operands.items()}
+        skip_unless_supported(implementation, operands, score=scores.Dot())
+        output, weights, lse = run({**operands, "score": scores.Dot()}, {}, {}, implementation)
+        assert output.dtype == operands["value"].dtype
+        assert weights.dtype == lse.dtype == jnp.float64
+
+    query, key, value = (np.asarray(operands[name], np.float64) for name in SHAPES)
+    logits = np.einsum("btnd,bsnd->bnts", query, np.repeat(key, 2, 2)) / 3**0.5
+    expected = np.log(np.exp(logits).sum(-1))
+    assert_close(lse, expected)
+    expected = np.exp(logits - expected[..., None])
+    assert_close(weights, expected)
+    expected = np.einsum("bnts,bsne->btne", expected, np.repeat(value, 2, 2)).astype(output.dtype)
+    assert_close(output, expected, factor=16 if wide == "value" else 1)
+
+
+# 4. Any length; any broadcastable mask or bias, with its exact gradient at its own shape
+
+
+@on_every_implementation
+def test_4_every_broadcast_shape(implementation, keys):
+    """Masks and biases of every shape do what their broadcast forms do, and the gradient is summed over broadcasts."""
+    operands = draw_operands(keys)
+    whole = (BATCH, HEADS, QUERIES, KEYS)
+    shapes = [(), (7,), (5, 1), (2, 1, 1, 1), (1, 4, 1, 7), (2, 4, 5, 1)]
+    skip_unless_supported(implementation, operands, mask=jnp.ones(whole, bool), bias=jnp.ones(whole))
+    direction = jax.random.normal(next(keys), (2, 5, 4, 6))
+
+    @quick_jit
+    def program(mask, bias):
+        def loss(bias):
+            return jnp.vdot(run({**operands, "bias": bias}, {"mask": mask}, {}, implementation)[0], direction)
+
+        return jax.value_and_grad(loss)(bias)
+
+    for shape in shapes:
+        bias, mask = jax.random.normal(next(keys), shape), jax.random.bernoulli(next(keys), 0.7, shape)
+        expected, parts = program(jnp.broadcast_to(mask, whole), jnp.broadcast_to(bias, whole))
+        axes = tuple(axis for axis in range(4) if ((1,) * (4 - len(shape)) + shape)[axis] == 1)
+        loss, gradient = program(mask, bias)
+        assert_close(loss, expected, length=QUERIES * KEYS)
+        assert gradient.shape == shape
+        error = jnp.abs(gradient - parts.sum(axes, keepdims=True).reshape(shape))
+        assert jnp.all(error <= 16 * jnp.finfo(jnp.float32).eps * jnp.abs(parts).sum(axes).max())
+
+
+# 7. Two runs on the same input are bitwise equal
+
+
+@on_every_implementation
+def test_7_two_runs_are_equal_bit_by_bit(implementation, keys):
+    shapes = dict(query=(2, 67, 4, 16), key=(2, 131, 2, 16), value=(2, 131, 2, 16))
+    operands = draw_operands(keys, **shapes)
+    options = dict(dropout_rate=0.2, is_causal=True)
+    traced = dict(dropout_rng=next(keys))
+    skip_unless_supported(implementation, operands, **traced, **options)
+
+    def loss(operands):
+        return jnp.sum(run(operands, traced, options, implementation)[0] ** 2)
+
+    first = jax.jit(jax.value_and_grad(loss))(operands)
+    assert_same(jax.jit(jax.value_and_grad(lambda operands: loss(operands)))(operands), first)
+
+
+# 10. An implementation asked for by name runs or raises with its reasons; None chooses, and `explain` says what
+
+
+def test_10_by_name_runs_or_raises():
+    query = jnp.ones((2, 5, 1, 4))
+    with pytest.raises(ValueError, match=r"no implementation can compute this .*\n  reference: .*block_sizes=None"):
+        attnlib.dot_product_attention(query, query, query, implementation="reference", block_sizes=(2, 2))
+    for name in NAMES:
+        reason = unsupported(name, query, query, query)
+        if reason is None:
+            explanation = attnlib.explain(query, query, query, implementation=name)
+            assert explanation.implementation == name
+            assert name not in explanation.refusals
+            assert attnlib.dot_product_attention(query, query, query, implementation=name).shape == query.shape
+
+
+def test_10_several_are_tried_in_order():
+    query = jnp.ones((2, 5, 1, 4))
+    for names in (NAMES, NAMES[::-1], list(NAMES)):
+        first = next(name for name in names if unsupported(name, query, query, query) is None)
+        assert attnlib.explain(query, query, query, implementation=names).implementation == first
+
+
+@pytest.mark.parametrize("length", [5, 64])
+def test_10_none_chooses_and_explain_agrees(length):
+    """The program compiled for None is the program of the implementation that explain names."""
+    query = jax.ShapeDtypeStruct((2, length, 2, 4), jnp.float32)
+    explanation = attnlib.explain(query, query, query, is_causal=True)
+    assert explanation.implementation in NAMES
+    assert set(explanation.refusals) == set(NAMES) - {explanation.implementation}
+    assert f"implementation: {explanation.implementation}" in str(explanation)
+    assert all(reason in str(explanation) for reason in explanation.refusals.values())
+    assert explanation.memory > 0
+
+    def program(implementation):
+        def call(q, k, v):
+            return attnlib.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+        return jax.jit(call).lower(query, query, query).as_text()
+
+    assert program(None) == program(explanation.implementation)

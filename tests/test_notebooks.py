@@ -1,0 +1,50 @@
+"""Every notebook runs from top to bottom in a fresh kernel, and is committed as such a run left it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LARGEST = 300_000  # bytes; pictures in a repository are there for good
+
+on_every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@on_every_notebook
+def test_runs_from_top_to_bottom(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    client.execute(env={**os.environ, "PYTHONPATH": search})  # raises at the first cell that does
+    assert not written_to_stderr(notebook), "a reader would see warnings"
+
+
+@on_every_notebook
+def test_is_committed_as_a_run_left_it(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert any(cell.outputs for cell in cells)
+    assert not written_to_stderr(notebook)
+    text = path.read_text(encoding="utf-8")
+    assert len(text) <= LARGEST
+    assert "Traceback" not in text
+    for folder in ("/home/", "/root/", "/tmp/", "/Users/"):
+        assert folder not in text, f"{path.name} names a place on the machine that ran it"
+
+
+def written_to_stderr(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]

@@ -1,0 +1,274 @@
+"""attnlib against the NumPy oracle on random configurations: ranks, axes, heads, masks, biases, scores, causality.
+
+Sizes differ on every axis and between query and key, so that a transposed or mis-folded axis cannot pass.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close, x64
+from quick_jit import quick_jit
+
+import attnlib
+from attnlib import scores
+
+SEEDS = range(108)
+KINDS = ("dot", "additive", "concat", "bilinear", "custom", "dot")
+RANKS = (3, 4, 5, 6, 5, 4)
+IMPLEMENTATIONS = attnlib._choose.NAMES
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One random case: NumPy float64 operands, and the options that attnlib and the oracle share."""
+
+    kind: str
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    parameters: dict
+    options: dict
+
+    @property
+    def axes(self):
+        """The attended axes, from 0."""
+        rank, axes = self.query.ndim, self.options["attention_axes"]
+        if axes is None:
+            return (0,) if rank == 3 else tuple(range(1, rank - 2))
+        return tuple(axis % rank for axis in axes)
+
+
+@functools.lru_cache
+def draw(seed):
+    rng = np.random.default_rng([2026, seed])
+    kind = KINDS[seed % len(KINDS)]
+    rank = RANKS[(seed // len(KINDS)) % len(RANKS)]
+    axes, attended = draw_axes(rng, rank)
+    heads, kv_heads = [(1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (6, 3)][rng.integers(6)]
+    features, key_features, value_features = rng.permutation([2, 3, 4, 5])[:3]
+    if kind != "bilinear" and kind != "custom":
+        key_features = features
+
+    # one attended axis: lengths up to 9; three: 2, 3 and 4 in different orders for query and key
+    pool = rng.permutation([5, 7, 8, 9] if len(attended) == 1 else [2, 3, 4, 5][: max(3, len(attended))])
+    query_shape, key_shape, value_shape = ([0] * rank for _ in range(3))
+    for place, axis in enumerate(attended):
+        query_shape[axis] = pool[place]
+        key_shape[axis] = value_shape[axis] = pool[(place + 1) % len(pool)]
+    batch_axes = [axis for axis in range(rank - 2) if axis not in attended]
+    for axis, size in zip(batch_axes, rng.permutation([2, 3, 1]), strict=False):
+        for shape in (query_shape, key_shape, value_shape):
+            shape[axis] = 1 if rng.random() < 0.25 else size
+    query_shape[-2:] = heads, features
+    key_shape[-2:] = kv_heads, key_features
+    value_shape[-2:] = kv_heads, value_features
+
+    batch = tuple(max(s[axis] for s in (query_shape, key_shape, value_shape)) for axis in batch_axes)
+    weights_shape = (*batch, heads, *(query_shape[a] for a in attended), *(key_shape[a] for a in attended))
+    options = {"attention_axes": axes, "is_causal": bool(rng.random() < 0.4)}
+    if rng.random() < 0.7:
+        options["mask"] = rng.random(draw_shape(rng, weights_shape, len(attended))) < 0.7
+    if rng.random() < 0.6:
+        options["bias"] = rng.normal(size=draw_shape(rng, weights_shape, len(attended)))
+    if rng.random() < 0.4:
+        options["logits_soft_cap"] = float(rng.uniform(0.5, 4))
+    return Configuration(
+        kind,
+        rng.normal(size=query_shape),
+        rng.normal(size=key_shape),
+        rng.normal(size=value_shape),
+        draw_parameters(rng, kind, heads, features, key_features),
+        options,
+    )
+
+
+def draw_axes(rng, rank):
+    """``attention_axes`` as a user would pass it, and the same from 0."""
+    if rng.random() < 0.2:
+        return None, (0,) if rank == 3 else tuple(range(1, rank - 2))
+    count = rng.integers(1, min(rank - 2, 3) + 1)
+    attended = tuple(int(axis) for axis in rng.permutation(rank - 2)[:count])
+    return tuple(axis - rank if rng.random() < 0.4 else axis for axis in attended), attended
+
+
+def draw_shape(rng, weights_shape, attended):
+    """A shape of any rank allowed that broadcasts to the weights."""
+    rank = int(rng.choice([len(weights_shape), rng.integers(0, 2 * attended + 1)]))
+    return tuple(1 if rng.random() < 0.3 else size for size in weights_shape[len(weights_shape) - rank :])
+
+
+def draw_parameters(rng, kind, heads, features, key_features):
+    if kind == "dot":
+        return {"scale": [None, rng.uniform(0.1, 2, ()), rng.uniform(0.1, 2, heads)][rng.integers(3)]}
+    if kind == "additive":
+        shape = [None, (), (features,), (heads, features)][rng.integers(4)]
+        return {"scale": None if shape is None else rng.normal(size=shape)}
+    if kind == "concat":
+        return {"weight": rng.normal(size=()), "scale": rng.uniform(0.5, 2, ())}
+    if kind == "bilinear":
+        shape = (features, key_features) if rng.random() < 0.5 else (heads, features, key_features)
+        return {"kernel": rng.normal(size=shape)}
+    return {}
+
+
+def squared_sum(q, k):
+    """A score that no named one can express, with features of different sizes."""
+    return (q**2).sum() - k.sum() * q[0]
+
+
+def run_attnlib(configuration, dtype, **static):
+    """``(output, weights, lse)`` of attnlib, with every array in ``dtype``."""
+
+    def cast(x):
+        return x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
+
+    operands = configuration.query, configuration.key, configuration.value
+    traced = {name: x for name, x in configuration.options.items() if isinstance(x, np.ndarray)}
+    static |= {name: x for name, x in configuration.options.items() if name not in traced}
+
+    @quick_jit
+    def run(operands, parameters, traced):
+        options = static | traced | {"return_weights": True, "return_lse": True}
+        if configuration.kind == "dot":
+            return attnlib.dot_product_attention(*operands, **parameters, **options)
+        if configuration.kind == "additive":
+            return attnlib.additive_attention(*operands, **parameters, **options)
+        score = {
+            "concat": lambda: scores.Concat(**parameters),
+            "bilinear": lambda: scores.Bilinear(**parameters),
+            "custom": lambda: scores.Custom(squared_sum),
+        }[configuration.kind]()
+        return attnlib.attention(*operands, score=score, **options)
+
+    return run(*jax.tree.map(cast, (operands, configuration.parameters, traced)))
+
+
+def run_oracle(configuration, dtype):
+    """The oracle in float64 on the operands that ``dtype`` can hold."""
+
+    def rounded(x):
+        return np.asarray(x, dtype).astype(np.float64) if isinstance(x, (np.ndarray, float)) else x
+
+    score = squared_sum if configuration.kind == "custom" else configuration.kind
+    options = {name: x if name == "mask" else rounded(x) for name, x in configuration.options.items()}
+    return oracle.attention(
+        *(rounded(x) for x in (configuration.query, configuration.key, configuration.value)),
+        score=score,
+        **{name: rounded(x) for name, x in configuration.parameters.items()},
+        **options,
+    )
+
+
+def assert_agree(got, expected):
+    """Equal to rounding in attnlib's dtype; a logit and an output add up over features and keys."""
+    output, weights, lse = expected
+    assert_close(got, tuple(x.astype(got[0].dtype) for x in expected), length=weights.size // max(lse.size, 1) + 8)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_float32_agrees_with_the_oracle(seed):
+    configuration = draw(seed)
+    got = run_attnlib(configuration, np.float32)
+    assert_agree(got, run_oracle(configuration, np.float32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_float64_agrees_with_the_oracle(seed, implementation):
+    configuration = draw(seed)
+    with x64():
+        got = run_attnlib(configuration, np.float64, implementation=implementation)
+        assert_agree(got, run_oracle(configuration, np.float64))
+
+
+def test_the_configurations_cover_what_they_claim():
+    """The random draw reaches every rank, order of axes, rank of mask and broadcast that this module is about."""
+    seen = collections.Counter()
+    for seed in SEEDS:
+        c = draw(seed)
+        axes, attended, rank = c.options["attention_axes"], c.axes, c.query.ndim
+        seen[f"rank {rank}"] += 1
+        seen[f"{len(attended)} attended"] += 1
+        seen["axes None"] += axes is None
+        seen["axes negative"] += axes is not None and min(axes) < 0
+        seen["axes swapped"] += attended != tuple(sorted(attended))
+        seen["axes apart"] += any(b - a > 1 for a, b in zip(sorted(attended), sorted(attended)[1:], strict=False))
+        seen["first axis attended"] += rank > 3 and 0 in attended
+        batch_axes = [axis for axis in range(rank - 2) if axis not in attended]
+        shapes = [x.shape for x in (c.query, c.key, c.value)]
+        seen["batch broadcasts"] += any(len({shape[axis] for shape in shapes}) > 1 for axis in batch_axes)
+        seen["heads grouped"] += c.query.shape[-2] != c.key.shape[-2]
+        assert c.value.shape[-1] != c.query.shape[-1]
+        assert all(c.query.shape[axis] != c.key.shape[axis] for axis in attended)
+        for name in ("mask", "bias"):
+            if name in c.options:
+                full = c.options[name].ndim == rank - 1 + len(attended)
+                seen[f"{name} " + ("full" if full else f"rank {c.options[name].ndim}")] += 1
+        seen["causal"] += c.options["is_causal"]
+        seen["soft cap"] += "logits_soft_cap" in c.options
+        weights = run_oracle(c, np.float64)[1]
+        seen["empty row"] += bool((weights.sum(tuple(range(-len(attended), 0))) == 0).any())
+    expected = [f"rank {r}" for r in (3, 4, 5, 6)] + [f"{n} attended" for n in (1, 2, 3)]
+    expected += ["axes None", "axes negative", "axes swapped", "axes apart", "first axis attended", "batch broadcasts"]
+    expected += ["heads grouped", "causal", "soft cap", "empty row"]
+    expected += [
+        f"{name} {r}" for name in ("mask", "bias") for r in ("full", "rank 0", "rank 1", "rank 2", "rank 3", "rank 4")
+    ]
+    assert {name for name in expected if not seen[name]} == set(), seen
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("seed", range(6))
+def test_no_keys_give_zeros(seed, implementation):
+    """S = 0: nothing to attend."""
+    query = jnp.ones((2, 3 + seed, 4, 5))
+    key, value = jnp.ones((2, 0, 2, 5)), jnp.ones((2, 0, 2, 3))
+    function = attnlib.additive_attention if seed % 2 else attnlib.dot_product_attention
+    options = {"is_causal": seed > 3, "implementation": implementation}
+    got = function(query, key, value, return_weights=True, return_lse=True, **options)
+    assert_agree(got, oracle.attention(query, key, value))
+    assert got[0].shape == (2, 3 + seed, 4, 3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("batch, queries, keys", [(2, 0, 3), (0, 2, 3), (2, 0, 0)])
+def test_no_queries_or_no_batch_give_empty(batch, queries, keys, implementation):
+    query, key, value = (jnp.ones(s) for s in ((batch, queries, 4, 5), (batch, keys, 2, 5), (batch, keys, 2, 3)))
+    for function in (attnlib.dot_product_attention, attnlib.additive_attention):
+        got = function(query, key, value, implementation=implementation, return_weights=True, return_lse=True)
+        assert [x.shape for x in got] == [(batch, queries, 4, 3), (batch, 4, queries, keys), (batch, 4, queries)]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_masked_content_is_never_read(implementation):
+    """Keys and values that no row may attend are NaN, on both sides."""
+    rng = np.random.default_rng(7)
+    query, key, value = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 6)))
+    mask = rng.random((7,)) < 0.6
+    key[:, ~mask] = np.nan
+    value[:, ~mask] = np.nan
+    expected = oracle.attention(query, key, value, mask=mask)
+    assert all(np.isfinite(x).all() for x in expected)
+    options = {"mask": mask, "implementation": implementation, "return_weights": True, "return_lse": True}
+    assert_agree(attnlib.dot_product_attention(query, key, value, **options), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_logits_of_minus_infinity_attend_nothing(implementation):
+    """A bias of -inf is a mask; a row of nothing else is an empty row."""
+    rng = np.random.default_rng(8)
+    query, key, value = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 2, 3), (2, 7, 1, 3), (2, 7, 1, 6)))
+    bias = rng.normal(size=(5, 7)).astype(np.float32)
+    bias[rng.random((5, 7)) < 0.4] = -np.inf
+    bias[2] = -np.inf
+    expected = oracle.attention(query, key, value, bias=bias)
+    assert (expected[0][:, 2] == 0).all() and (expected[2][:, :, 2] == -math.inf).all()
+    options = {"bias": bias, "implementation": implementation, "return_weights": True, "return_lse": True}
+    assert_agree(attnlib.dot_product_attention(query, key, value, **options), expected)
