@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -44,3 +44,12 @@ class Ranges:
 def kinds(empty: np.ndarray | bool, full: np.ndarray | bool) -> Kinds:
     """EMPTY where `empty`, FULL where `full`, else PARTIAL."""
     return np.where(empty, EMPTY, np.where(full, FULL, PARTIAL))
+
+
+def before(positions: Ranges, length: Any) -> Kinds:
+    """Tiles of positions before a length: all where it is None, undecided where it is traced."""
+    if length is None:
+        return kinds(empty=False, full=True)
+    if not isinstance(length, int):
+        return kinds(empty=False, full=False)
+    return kinds(empty=positions.first >= length, full=positions.last < length)

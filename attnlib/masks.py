@@ -32,7 +32,7 @@ from attnlib._mask import (
     static_ints,
 )
 from attnlib._positions import Positions
-from attnlib._tiles import Kinds, Ranges, kinds
+from attnlib._tiles import Kinds, Ranges, before, kinds
 from attnlib._types import Array
 
 __all__ = [
@@ -224,7 +224,7 @@ class Prefix(Mask):
         return key.index < per_batch(self.length)
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        return _before(key, self.length)
+        return before(key, self.length)
 
     def check(self, shapes: Shapes) -> None:
         check_per_batch(self.length, "Prefix length", shapes)
@@ -257,7 +257,7 @@ class Lengths(Mask):
         return real
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        return np.minimum(_before(query, self.query), _before(key, self.key))
+        return np.minimum(before(query, self.query), before(key, self.key))
 
     def check(self, shapes: Shapes) -> None:
         check_per_batch(self.query, "Lengths query", shapes)
@@ -396,12 +396,3 @@ class Predicate(Mask):
 
 def _each(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,) * axes
-
-
-def _before(positions: Ranges, length: Any) -> Kinds:
-    """Tiles of positions before a length: all where it is None, undecided where it is traced."""
-    if length is None:
-        return kinds(empty=False, full=True)
-    if not isinstance(length, int):
-        return kinds(empty=False, full=False)
-    return kinds(empty=positions.first >= length, full=positions.last < length)

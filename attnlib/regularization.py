@@ -134,5 +134,7 @@ def constrain(*, kernel_constraint: Constraint | None = None, bias_constraint: C
 
 
 def _name(path: Any) -> str:
-    last = path[-1] if path else None
-    return str(getattr(last, "key", getattr(last, "name", "")))
+    """The last name of a path, but for the `value` of a box of partitioning metadata around the leaf."""
+    names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+    boxed = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+    return names[-2] if boxed else "".join(names[-1:])

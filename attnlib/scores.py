@@ -194,7 +194,8 @@ class Custom(Score):
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         del heads
         query, key = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (query_features, key_features))
-        result = jax.eval_shape(self.fn, query, key, *self.params)
+        with jax.numpy_dtype_promotion("standard"):  # a question of shapes: the dtypes to come are not known here
+            result = jax.eval_shape(self.fn, query, key, *self.params)
         if getattr(result, "shape", None) != ():
             raise ValueError(
                 f"Custom fn must return a scalar for one query ({query_features},) and one key ({key_features},); got "

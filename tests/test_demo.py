@@ -21,7 +21,7 @@ from attnlib.demo import dates, digits
 for package in ("babel", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"the demo needs {package} of the extra attnlib[demo]")
 
-STEPS = 60
+STEPS = 40
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -92,6 +92,7 @@ def test_held_out_dates_are_never_trained_on(seed):
 def test_run_trains_on_training_dates_and_reports_held_out_ones(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(dates, "fit", lambda _, params, batches, **__: (seen.update(training=batches) or params, None))
+    monkeypatch.setattr(dates, "translate", lambda model, params, examples, *_: (examples, np.zeros(len(examples))))
     monkeypatch.setattr(dates, "report", lambda examples, translations: seen.update(held_out=examples))
     monkeypatch.setattr(dates, "save_alignment", lambda examples, *_: seen.update(pictured=examples))
     dates.run(steps=20, seed=3, out=tmp_path)
@@ -141,11 +142,12 @@ def test_greedy_decoding_reads_its_own_answer_and_nothing_else(forms):
     alphabet = data.Alphabet([example.source for example in examples])
     model = dates.Translator(len(alphabet), features=8)
     codes = alphabet.encode([example.source for example in examples], 40)
-    params = model.init(jax.random.key(1), codes)
-    logits, weights = model.apply(params, codes)
-    forced, _ = model.apply(params, codes, logits.argmax(-1))
+    params = jax.jit(model.init)(jax.random.key(1), codes)
+    apply = jax.jit(model.apply)
+    logits, weights = apply(params, codes)
+    forced, _ = apply(params, codes, logits.argmax(-1))
     np.testing.assert_allclose(forced, logits, rtol=0, atol=1e-5)
-    other, _ = model.apply(params, codes, (logits.argmax(-1) + 1) % 11)
+    other, _ = apply(params, codes, (logits.argmax(-1) + 1) % 11)
     assert np.abs(other - logits)[:, 1:].max() > 1e-4  # the answer does matter to what comes after it
     assert weights.shape == (5, data.ISO_LENGTH, 40)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=0, atol=1e-5)

@@ -38,7 +38,8 @@ class Setting:
         self.operands = (self.query, self.key, self.value)
         self.tangents = tuple(jnp.asarray(rng.normal(size=x.shape)) for x in self.operands)
         self.options = dict(
-            mask=masks.Causal(1) & masks.SlidingWindow(7, None) & masks.Segments(jnp.arange(12) // 9, jnp.arange(11) // 9),
+            mask=masks.Causal(1) & masks.SlidingWindow(7, None)
+            & masks.Segments(jnp.arange(12) // 9, jnp.arange(11) // 9),
             bias=self.bias, dropout_rate=0.2, dropout_rng=jax.random.key(3), implementation=implementation,
             block_sizes=BLOCKS if implementation == "blockwise" else None,
         )  # fmt: skip
@@ -130,7 +131,9 @@ TRANSFORMATIONS = {
         lambda s: jnp.sum(attnlib.attention(*f.operands, score=s, **f.options) * f.out_bar), allow_int=True
     )(f.score),
     "second order of score and bias": lambda f: jax.jvp(
-        jax.grad(lambda s, b: jnp.sum(attnlib.attention(*f.operands, score=s, **{**f.options, "bias": b}) * f.out_bar), (0, 1)),
+        jax.grad(
+            lambda s, b: jnp.sum(attnlib.attention(*f.operands, score=s, **{**f.options, "bias": b}) * f.out_bar), (0, 1)
+        ),
         (f.score, f.bias), (jax.tree.map(jnp.ones_like, f.score), jnp.cos(f.bias)),
     )[1],
     "grad of lse": lambda f: _grads(
@@ -186,8 +189,8 @@ for _derivative in ("value", "grad", "second order"):
 
 
 # The whole list for one score; for the others what goes through the score's own derivatives.
-OF_SCORES = ("value", "jvp", "grad", "forward over reverse", "grad of grad", "vmap of grad of query alone", "grad of score",
-             "second order of score and bias")  # fmt: skip
+OF_SCORES = ("value", "jvp", "grad", "forward over reverse", "grad of grad", "vmap of grad of query alone",
+             "grad of score", "second order of score and bias")  # fmt: skip
 CASES = [("dot", name) for name in TRANSFORMATIONS]
 CASES += [(score, name) for score in SCORES if score != "dot" for name in OF_SCORES]
 

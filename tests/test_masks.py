@@ -221,7 +221,7 @@ def test_laws_of_the_algebra():
 
 def test_no_truth_value():
     for wrong in (lambda: bool(masks.Causal()), lambda: masks.Causal() or masks.Prefix(1), lambda: not masks.Causal()):
-        with pytest.raises(TypeError, match="combine masks with `&`, `|` and `~`"):
+        with pytest.raises(TypeError, match=r"combine masks with `&`, `\|` and `~`"):
             wrong()
 
 

@@ -25,9 +25,7 @@ def temporaries(length, score, option, derivative, implementation=None):
 
     def forward(query, key, value):
         options = OPTIONS[option](length)
-        return attnlib.attention(
-            query, key, value, score=SCORES[score](), implementation=implementation, **options
-        )
+        return attnlib.attention(query, key, value, score=SCORES[score](), implementation=implementation, **options)
 
     def loss(*operands):
         return jnp.sum(jnp.sin(forward(*operands)))

@@ -1,4 +1,4 @@
-"""Sharding over batch and heads: no collective is compiled, the output's sharding follows, and numbers do not change."""
+"""Sharding over batch and heads: no collective is compiled, outputs are sharded as the query, numbers do not change."""
 
 import re
 
@@ -17,7 +17,7 @@ SPECS = {"batch": P("x"), "heads": P(None, None, "x"), "both": P("x", None, "y")
 MESHES = {"batch": (4,), "heads": (4,), "both": (2, 2)}
 SCORES = {"dot": lambda: scores.Dot(), "additive": lambda: scores.Additive(jnp.ones(8))}
 OPTIONS = {
-    "plain": lambda: {},
+    "plain": dict,
     "causal, dropout, segments": lambda: dict(
         mask=masks.Causal() & masks.Segments(jnp.arange(96) // 40),
         dropout_rate=0.1,

@@ -89,9 +89,17 @@ def test_neighborhood_of_an_image_skips_most_tiles():
     assert (kinds != EMPTY).sum() <= 16 * 5  # four rows of the image a tile: itself and two neighbours on each side
 
 
-@pytest.mark.parametrize("mask", [masks.Causal(jnp.array(3)), masks.Lengths(key=jnp.array([3])), masks.Prefix(jnp.array(3)),
-                                  masks.KeyPadding(jnp.ones(32, bool)), masks.Segments(jnp.zeros(32, int)),
-                                  masks.Dense(jnp.zeros((32, 32), bool))], ids=lambda mask: type(mask).__name__)  # fmt: skip
+TRACED = [
+    masks.Causal(jnp.array(3)),
+    masks.Lengths(key=jnp.array([3])),
+    masks.Prefix(jnp.array(3)),
+    masks.KeyPadding(jnp.ones(32, bool)),
+    masks.Segments(jnp.zeros(32, int)),
+    masks.Dense(jnp.zeros((32, 32), bool)),
+]
+
+
+@pytest.mark.parametrize("mask", TRACED, ids=lambda mask: type(mask).__name__)
 def test_traced_values_decide_nothing(mask):
     assert (tile_kinds(mask, (32,), (32,), (8, 8)) == PARTIAL).all()
 

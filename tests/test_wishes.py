@@ -1,4 +1,4 @@
-"""What users of other attention libraries asked for: one test for each wish, named after it, on every implementation."""
+"""What users of other attention libraries asked for: a test for each wish, named after it, on every implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +186,9 @@ def test_any_length(attend, length, key_length):
     assert_close(attend(query, key, value), expected, length=key_length)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "features", "value_features"), [(6, 3, 1, 17), (5, 1, 33, 2), (1, 1, 300, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "features", "value_features"), [(6, 3, 1, 17), (5, 1, 33, 2), (1, 1, 300, 1)]
+)
 def test_any_head_size_and_ratio(attend, heads, kv_heads, features, value_features):
     rng = np.random.default_rng(0)
     shapes = (1, 4, heads, features), (1, 6, kv_heads, features), (1, 6, kv_heads, value_features)
@@ -320,7 +322,7 @@ def test_padding_of_packed_sequences_attends_nothing(attend):
     query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 9, 2, 4))
     ids = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0, 0]])
     weights = attend(query, key, value, mask=masks.Segments(ids, padding_id=0), return_weights=True)[1]
-    np.testing.assert_array_equal(weights[0, 0] > 0, (ids.T == ids) & (ids != 0))
+    np.testing.assert_array_equal(weights[0, 0] > 0, (ids == ids.T) & (ids != 0))
 
 
 def test_lse_has_a_gradient(attend, operands):
@@ -328,9 +330,9 @@ def test_lse_has_a_gradient(attend, operands):
         return jnp.sum(attend(query, *operands[1:], return_lse=True)[1])
 
     key = jnp.repeat(operands[1], N // K, axis=2)
-    expected = jax.grad(
-        lambda q: jnp.sum(jax.nn.logsumexp(jnp.einsum("btnd,bsnd->bnts", q, key) * D**-0.5, axis=-1))
-    )(operands[0])
+    expected = jax.grad(lambda q: jnp.sum(jax.nn.logsumexp(jnp.einsum("btnd,bsnd->bnts", q, key) * D**-0.5, axis=-1)))(
+        operands[0]
+    )
     assert_close(jax.grad(lse)(operands[0]), expected, length=S)
 
 

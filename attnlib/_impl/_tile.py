@@ -96,9 +96,7 @@ class Plan:
     def of(cls, problem: Problem, tile: tuple[int, int], arrays: Arrays) -> Plan:
         leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
-        axes = tuple(
-            _CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs
-        )
+        axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
         return cls(
             tree, floating, axes, tile, problem.batch, problem.query_shape, problem.key_shape, problem.dropout_rate,
             problem.logits_soft_cap, problem.precision,

@@ -124,8 +124,9 @@ def run(*, steps: int, seed: int, out: Path) -> np.ndarray:
     print(f"a GRU encoder and decoder with additive attention, {parameter_count(params):,} parameters")
     params, losses = fit(make_loss(model), params, batches, learning_rate=LEARNING_RATE, seed=seed)
 
-    report(held_out, translate(model, params, held_out, alphabet, width)[0])
-    save_alignment(pictured, *translate(model, params, pictured, alphabet, width), out / PICTURE)
+    translations, weights = translate(model, params, held_out + pictured, alphabet, width)  # together: compiled once
+    report(held_out, translations[:HELD_OUT_EXAMPLES])
+    save_alignment(pictured, translations[HELD_OUT_EXAMPLES:], weights[HELD_OUT_EXAMPLES:], out / PICTURE)
     return losses
 
 

@@ -47,7 +47,7 @@ class Block(nn.Module):
 class Reader(nn.Module):
     """Reads images (B, 8, 8) into logits (B, 10), with the attention weights of each block."""
 
-    features: int = 32
+    features: int = 48
     num_heads: int = 2
 
     @nn.compact

@@ -1,8 +1,8 @@
 """What dropout costs, and whether its bits are random: python tests/benchmarks/dropout.py
 
 Prints the time of a training step with dropout against one without, and z-scores of the hash over many draws: the
-frequency of kept entries, each output bit's balance, avalanche (each input bit flips each output bit half the time), and
-correlations between neighbours along every axis and between keys. Fails if a z-score is beyond 5.
+frequency of kept entries, each output bit's balance, avalanche (each input bit flips each output bit half the time),
+and correlations between neighbours along every axis and between keys. Fails if a z-score is beyond 5.
 """
 
 import argparse
@@ -32,7 +32,9 @@ def cost(repeats):
     times = compare(programs, repeats)
     for kind in ("forward", "training"):
         without, with_dropout = (times[kind, rate] * 1e3 for rate in (0.0, 0.1))
-        print(f"{kind}: {without:.1f} ms without, {with_dropout:.1f} ms with dropout: {with_dropout / without - 1:+.1%}")
+        print(
+            f"{kind}: {without:.1f} ms without, {with_dropout:.1f} ms with dropout: {with_dropout / without - 1:+.1%}"
+        )
 
 
 @jax.jit
@@ -44,12 +46,20 @@ def counts(key):
     keep = _dropout.keep_block(seeds, 0.5, lead, rows, columns)  # (2, 4, 1, 1024, 2048)
     other = _dropout.keep_block(_dropout.seeds_of(jax.random.fold_in(key, 1)), 0.5, lead, rows, columns)
     same = {
-        "batch": keep[:1] == keep[1:], "head": keep[:, :-1] == keep[:, 1:], "query": keep[..., :-1, :] == keep[..., 1:, :],
-        "key": keep[..., :-1] == keep[..., 1:], "diagonal": keep[..., :-1, :-1] == keep[..., 1:, 1:],
-        "transposed": keep[..., :, :1024] == jnp.swapaxes(keep[..., :, :1024], -1, -2), "random key": keep == other,
-    }  # fmt: skip
+        "batch": keep[:1] == keep[1:],
+        "head": keep[:, :-1] == keep[:, 1:],
+        "query": keep[..., :-1, :] == keep[..., 1:, :],
+        "key": keep[..., :-1] == keep[..., 1:],
+        "diagonal": keep[..., :-1, :-1] == keep[..., 1:, 1:],
+        "transposed": keep[..., :, :1024] == jnp.swapaxes(keep[..., :, :1024], -1, -2),
+        "random key": keep == other,
+    }
     rare = _dropout.keep_block(seeds, 0.9, lead, rows, columns)
-    sums = {"kept at rate 0.5": keep, "kept at rate 0.9": rare, **{f"same as next along {k}": v for k, v in same.items()}}
+    sums = {
+        "kept at rate 0.5": keep,
+        "kept at rate 0.9": rare,
+        **{f"same as next along {k}": v for k, v in same.items()},
+    }
     return {name: (jnp.sum(x, dtype=jnp.int32), x.size) for name, x in sums.items()}
 
 

@@ -39,7 +39,9 @@ def main():
     for kind in ("forward", "training"):
         speedup = times[f"causal {kind}"] / times[f"window {options.length} {kind}"]
         growth = times[f"window {options.length} {kind}"] / times[f"window {options.length // 4} {kind}"]
-        print(f"{kind}: a window of {WINDOW} is {speedup:.1f}x as fast as full causal; 4x the length costs {growth:.1f}x")
+        print(
+            f"{kind}: a window of {WINDOW} is {speedup:.1f}x as fast as full causal; 4x the length costs {growth:.1f}x"
+        )
 
 
 if __name__ == "__main__":

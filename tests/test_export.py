@@ -1,0 +1,150 @@
+"""The whole public API traces, lowers and exports for cpu, cuda and tpu, and the exported cpu program runs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import NAMES, by_name
+from conftest import assert_close
+from jax import export
+
+import attnlib
+from attnlib import masks, scores
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+QUERY, KEY = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((2, 5, 4, 8), (2, 7, 2, 8)))
+X = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
+REAL = np.arange(14).reshape(2, 7) % 3 != 1
+BIAS = np.random.default_rng(2).normal(size=(1, 4, 5, 7)).astype(np.float32)
+EVERYTHING = dict(
+    is_causal=True, logits_soft_cap=5.0, return_weights=True, return_lse=True, attention_axes=-3, precision="highest"
+)  # fmt: skip
+
+
+def dropped(how, query, key, real, bias, data):
+    """Every option of the pure functions at once."""
+    return attnlib.dot_product_attention(
+        query, key, key, mask=masks.KeyPadding(real) | masks.SlidingWindow(1, 2), bias=bias, dropout_rate=0.2,
+        dropout_rng=jax.random.wrap_key_data(data), **EVERYTHING, **how,
+    )  # fmt: skip
+
+
+def all_masks(how, query, key, real, lengths):
+    causal = masks.Causal(lengths) & masks.Lengths(query=4, key=lengths + 3)
+    others = masks.Neighborhood(3) | masks.Prefix(lengths) | masks.Predicate(lambda q, k: (q + k) % 2 == 0)
+    segments = masks.Segments(jnp.where(real[:, :5], 1, 0), jnp.where(real, 1, 0), padding_id=0)
+    mask = (causal | others) & ~(segments & masks.QueryPadding(real[:, :5])) | masks.Dense(real[:, None, None])
+    return attnlib.additive_attention(query, key, key, scale=jnp.ones(8), mask=mask, **how)
+
+
+def merged(how, query, key):
+    parts = [
+        attnlib.dot_product_attention(query, key[:, cut], key[:, cut], return_lse=True, **how)
+        for cut in (slice(0, 4), slice(4, 7))
+    ]
+    return attnlib.merge_attention(*zip(*parts, strict=True))
+
+
+def other_scores(how, query, key):
+    kernel = jnp.eye(8) * 0.3
+    made = [scores.Bilinear(kernel), scores.Concat(0.5, 2.0), scores.Custom(lambda q, k: -jnp.sum((q - k) ** 2))]
+    return [attnlib.attention(query, key, key, score=score, **how) for score in made]
+
+
+def gradients(how, query, key, bias):
+    def loss(query, key, bias):
+        output = attnlib.additive_attention(query, key, key, bias=bias, is_causal=True, **how)
+        return jnp.sum(output**2)
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    return jax.jvp(gradient, (query, key, bias), (query, key, bias))
+
+
+def pure_layer(how, x):
+    params = attnlib.init_multi_head_attention(jax.random.key(0), 8, num_heads=4, num_kv_heads=2, use_gate=True)
+    return attnlib.multi_head_attention(params, x, is_causal=True, return_weights=True, **how)
+
+
+def module(kind, **fields):
+    def function(how, x):
+        layer = kind(**fields, **how)
+        variables = layer.init(jax.random.key(0), x, deterministic=True)
+        return layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+
+    return function
+
+
+def training_step(how, x):
+    """Regularisers, gradients and constraints of a module."""
+    layer = attnlib.MultiHeadAttention(num_heads=2, kernel_regularizer=lambda w: jnp.sum(w**2), **how)
+    params = layer.init(jax.random.key(0), x)["params"]
+
+    def loss(params):
+        output, updated = layer.apply({"params": params}, x, mutable=["losses"])
+        return jnp.sum(output**2) + attnlib.regularization_loss(updated)
+
+    stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+    constrained = attnlib.apply_constraints(stepped, kernel_constraint=lambda w: jnp.maximum(w, 0))
+    return constrained, attnlib.parameter_penalty(constrained, kernel_regularizer=jnp.sum)
+
+
+PROGRAMS = {
+    "dot product, every option": (dropped, (QUERY, KEY, REAL, BIAS, np.array([1, 2], np.uint32))),
+    "additive, every mask": (all_masks, (QUERY, KEY, REAL, np.array([1, 3]))),
+    "other scores": (other_scores, (QUERY, KEY)),
+    "merge": (merged, (QUERY, KEY)),
+    "first and second derivatives": (gradients, (QUERY, KEY, BIAS)),
+    "pure layer": (pure_layer, (X,)),
+    "MultiHeadAttention": (
+        module(attnlib.MultiHeadAttention, num_heads=4, num_kv_heads=2, use_gate=True, sliding_window=3,
+               dropout_rate=0.1, score="additive"), (X,)),
+    "AdditiveAttention": (module(attnlib.AdditiveAttention, dropout_rate=0.1), (X,)),
+    "DotProductAttention": (module(attnlib.DotProductAttention, use_scale=True, score_mode="concat"), (X,)),
+    "training step": (training_step, (X,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("implementation", NAMES)
+def test_exports_for_every_platform(implementation, name):
+    function, arguments = PROGRAMS[name]
+    jitted = jax.jit(functools.partial(function, by_name(implementation)))
+    exported = export.export(jitted, platforms=PLATFORMS)(*arguments)
+    assert exported.platforms == PLATFORMS
+    made = exported.call(*arguments)
+    assert_close(jax.tree.leaves(made), jax.tree.leaves(jitted(*arguments)), length=8)
+
+
+def test_the_whole_api_is_exported_here():
+    """A new public function must join the programs above, or the list of those that run on the host."""
+    host = {"Explanation", "explain", "masks", "scores", "constrain"}
+    traced = {
+        "AdditiveAttention", "DotProductAttention", "MultiHeadAttention", "additive_attention", "apply_constraints",
+        "attention", "dot_product_attention", "init_multi_head_attention", "merge_attention", "multi_head_attention",
+        "parameter_penalty", "regularization_loss",
+    }  # fmt: skip
+    assert set(attnlib.__all__) == host | traced
+    used = {name for function, _ in PROGRAMS.values() for name in names_of(function)}
+    kinds = {name for name in (*masks.__all__, *scores.__all__) if name not in ("Mask", "Score", "Dot", "Additive")}
+    assert kinds - {"Dense"} <= used  # Dense: arrays
+
+
+def names_of(function):
+    return {*function.__code__.co_names, *(n for c in function.__code__.co_consts if hasattr(c, "co_names")
+            for n in c.co_names)}  # fmt: skip
+
+
+def test_the_batch_may_be_symbolic():
+    """One exported program serves any batch size; by name, since which implementation is best depends on the sizes."""
+    (batch,) = export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), jnp.float32) for x in (QUERY, KEY)]
+
+    @jax.jit
+    def function(query, key):
+        return attnlib.dot_product_attention(query, key, key, is_causal=True, implementation="reference")
+
+    exported = export.export(function, platforms=PLATFORMS)(*shapes)
+    for size in (1, 2):
+        assert_close(exported.call(QUERY[:size], KEY[:size]), function(QUERY[:size], KEY[:size]))

@@ -1,0 +1,208 @@
+"""Scores: each kind against a loop over pairs, `prepare` against `block`, parameters, and scores of a user's own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import NAMES, by_name, unsupported
+from conftest import assert_close, assert_finite, x64
+from quick_jit import quick_jit
+
+import attnlib
+from attnlib import scores
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+# Folded: query (*batch, K, G, T, D), key (*batch, K, S, D); query head n = k * G + g reads key head k.
+QUERY, KEY, HEADS = (2, 3, 2, 5, 4), (2, 3, 7, 4), 6
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def euclidean(q, k, sharpness):
+    return -sharpness * ((q - k) ** 2).sum()
+
+
+def of_head(parameter, head, rank):
+    parameter = np.asarray(parameter)
+    return parameter[head] if parameter.ndim > rank else parameter
+
+
+# name: (score, the same for one query and one key of query head n)
+SCORES = {
+    "dot": (scores.Dot(), lambda q, k, n: q @ k / 2),
+    "dot, number": (scores.Dot(0.7), lambda q, k, n: 0.7 * (q @ k)),
+    "dot, scalar": (scores.Dot(numbers()), lambda q, k, n: numbers() * (q @ k)),
+    "dot, heads": (scores.Dot(numbers(HEADS)), lambda q, k, n: numbers(HEADS)[n] * (q @ k)),
+    "additive": (scores.Additive(), lambda q, k, n: np.tanh(q + k).sum()),
+    "additive, number": (scores.Additive(0.5), lambda q, k, n: 0.5 * np.tanh(q + k).sum()),
+    "additive, features": (scores.Additive(numbers(4)), lambda q, k, n: numbers(4) @ np.tanh(q + k)),
+    "additive, heads": (scores.Additive(numbers(HEADS, 4)), lambda q, k, n: numbers(HEADS, 4)[n] @ np.tanh(q + k)),
+    "concat": (scores.Concat(), lambda q, k, n: np.tanh(q + k).sum()),
+    "concat, both": (scores.Concat(0.6, 1.7), lambda q, k, n: 0.6 * np.tanh(1.7 * (q + k)).sum()),
+    "bilinear": (scores.Bilinear(numbers(4, 4)), lambda q, k, n: q @ numbers(4, 4) @ k),
+    "bilinear, heads": (scores.Bilinear(numbers(HEADS, 4, 4)), lambda q, k, n: q @ numbers(HEADS, 4, 4)[n] @ k),
+    "custom": (scores.Custom(euclidean, 0.3), lambda q, k, n: euclidean(q, k, 0.3)),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_block_is_a_loop_over_pairs(name):
+    """In float64, directly and after `prepare`, which may move work but no number."""
+    score, rule = SCORES[name]
+    query, key = numbers(*QUERY), numbers(*KEY)
+    expected = np.zeros((*QUERY[:-1], KEY[-2]))
+    for b, k, g, t, s in np.ndindex(*expected.shape):
+        expected[b, k, g, t, s] = rule(query[b, k, g, t], key[b, k, s], k * QUERY[2] + g)
+    with x64():
+        score.check(HEADS, 4, 4)
+        arguments = jnp.asarray(query), jnp.asarray(key)
+        np.testing.assert_allclose(score.block(*arguments), expected, atol=1e-13)
+        *prepared, rest = score.prepare(*arguments)
+        np.testing.assert_allclose(rest.block(*prepared), expected, atol=1e-13)
+        assert rest.pair_size(4) >= 1
+
+
+def test_features_may_differ_where_the_score_allows_it():
+    query, key = (jnp.asarray(numbers(*shape), jnp.float32) for shape in (QUERY, (2, 3, 7, 3)))
+    kernel = jnp.asarray(numbers(4, 3), jnp.float32)
+    for score in (scores.Bilinear(kernel), scores.Custom(lambda q, k, w: q @ w @ k, kernel)):
+        score.check(HEADS, 4, 3)
+        expected = np.einsum("bkgtd,de,bkse->bkgts", query, kernel, key)
+        np.testing.assert_allclose(score.block(query, key), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 100.0, 3e4, 1e30])
+@pytest.mark.parametrize("implementation", NAMES)
+def test_additive_is_exact_for_large_inputs(implementation, size, keys):
+    """tanh saturates; what computes it through exponentials must not overflow, cancel, or lose the derivative."""
+    query, key, value = (jax.random.normal(next(keys), shape) for shape in ((1, 3, 1, 4), (1, 5, 1, 4), (1, 5, 1, 2)))
+    query, key = size * query, size * key
+    key = key.at[0, 0].set(-query[0, 0] + 0.25)  # sums of moderate size from large parts
+    score = scores.Additive(jax.random.normal(next(keys), (4,)))
+    reason = unsupported(implementation, query, key, value, score=score)
+    if reason is not None:
+        pytest.skip(f"{implementation}: {reason}")
+
+    @quick_jit
+    def program(query, key):
+        def function(query, key):
+            return attnlib.attention(query, key, value, score=score, **by_name(implementation))
+
+        output, pullback = jax.vjp(function, query, key)
+        return output, pullback(jnp.ones_like(output))
+
+    output, gradients = program(query, key)
+    logits = np.tanh(np.asarray(query[0, :, 0, None] + key[0, None, :, 0], np.float64)) @ np.asarray(score.scale)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(output[0, :, 0], weights @ np.asarray(value[0, :, 0], np.float64), atol=3e-6)
+    assert_finite(gradients)
+
+    slope = 1 - np.tanh(np.asarray(query[0, :, 0, None] + key[0, None, :, 0], np.float64)) ** 2
+    moved = np.asarray(value[0, :, 0], np.float64).sum(-1)
+    logits_bar = weights * (moved - (weights * moved).sum(-1, keepdims=True))
+    query_bar = np.einsum("ts,tsd,d->td", logits_bar, slope, np.asarray(score.scale))
+    np.testing.assert_allclose(gradients[0][0, :, 0], query_bar, atol=3e-6)
+
+
+def test_parameters_are_leaves():
+    for score, count in [
+        (scores.Dot(), 0),
+        (scores.Dot(jnp.ones(3)), 1),
+        (scores.Additive(jnp.ones(3)), 1),
+        (scores.Concat(jnp.float32(1), jnp.float32(2)), 2),
+        (scores.Bilinear(jnp.ones((2, 2))), 1),
+        (scores.Custom(euclidean, {"a": jnp.ones(2), "b": [jnp.ones(3)]}, jnp.float32(2)), 3),
+    ]:
+        leaves, structure = jax.tree.flatten(score)
+        assert len(leaves) == count
+        again = jax.tree.unflatten(structure, leaves)
+        assert type(again) is type(score)
+        assert jax.tree.structure(again) == structure
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+def test_parameters_have_gradients(implementation, keys):
+    """Of trees of arrays too, against finite differences in float64."""
+    with x64():
+        draw = iter([numbers(1, 5, 2, 3), numbers(1, 4, 1, 3), numbers(1, 4, 1, 2)])
+        query, key, value = (jnp.asarray(next(draw)) for _ in range(3))
+        params = {"matrix": jnp.asarray(numbers(3, 3)), "power": jnp.float64(1.3)}
+
+        def fn(q, k, params):
+            return -jnp.sum(((q - k @ params["matrix"]) ** 2 + 1) ** params["power"])
+
+        reason = unsupported(implementation, query, key, value, score=scores.Custom(fn, params))
+        if reason is not None:
+            pytest.skip(f"{implementation}: {reason}")
+
+        @quick_jit
+        def program(params):
+            def loss(params):
+                score = scores.Custom(fn, params)
+                return jnp.sum(jnp.sin(attnlib.attention(query, key, value, score=score, **by_name(implementation))))
+
+            return jax.value_and_grad(loss)(params)
+
+        _, gradient = program(params)
+        direction = {"matrix": jnp.asarray(numbers(3, 3, seed=1)), "power": jnp.float64(0.7)}
+        step = 1e-5
+        up, down = (
+            program(jax.tree.map(lambda p, d, s=sign: p + s * step * d, params, direction))[0] for sign in (1, -1)
+        )
+        slope = sum(jnp.vdot(gradient[name], direction[name]) for name in params)
+        np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-7)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cosine(scores.Score):
+    """A user's own score, written for blocks."""
+
+    sharpness: jax.Array
+
+    def block(self, query, key, precision=None):
+        query, key = (x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) for x in (query, key))
+        return self.sharpness * jnp.einsum("...kgtd,...ksd->...kgts", query, key, precision=precision)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+def test_a_users_own_score(implementation, keys):
+    """A subclass of Score works as Custom does, with masks, grouped heads, gradients."""
+    query, key, value = (jax.random.normal(next(keys), shape) for shape in ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 6)))
+
+    def one_pair(q, k, sharpness):
+        q, k = (x / jnp.sqrt(jnp.sum(x * x) + 1e-6) for x in (q, k))
+        return sharpness * jnp.dot(q, k)
+
+    reason = unsupported(implementation, query, key, value, score=Cosine(jnp.float32(2)))
+    if reason is not None:
+        pytest.skip(f"{implementation}: {reason}")
+
+    @quick_jit
+    def program(sharpness):
+        def loss(make):
+            def function(query, sharpness):
+                return attnlib.attention(
+                    query, key, value, score=make(sharpness), is_causal=True, **by_name(implementation)
+                )
+
+            output, pullback = jax.vjp(function, query, sharpness)
+            return output, pullback(jnp.cos(output))
+
+        return loss(Cosine), loss(lambda sharpness: scores.Custom(one_pair, sharpness))
+
+    own, custom = program(jnp.float32(2))
+    assert_close(own, custom, length=7)
+
+
+def test_no_features():
+    """Logits of nothing are zero, and attention is the mean."""
+    value = jnp.arange(6.0).reshape(1, 3, 1, 2)
+    for score in (scores.Dot(), scores.Additive()):
+        output = attnlib.attention(jnp.zeros((1, 2, 1, 0)), jnp.zeros((1, 3, 1, 0)), value, score=score)
+        assert_close(output, jnp.broadcast_to(value.mean(1, keepdims=True), (1, 2, 1, 2)))
