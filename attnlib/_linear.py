@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,27 @@ def linear_map(
     Both functions must be hashable, equal when they mean the same, and differentiable in the floating residuals.
     """
     return _linear_map.bind(*residuals, *operands, forward=forward, transpose=transpose, count=len(residuals))
+
+
+def tangent_of(
+    forward: Callable[..., Sequence[Any]],
+    transpose: Callable[..., Sequence[Any]],
+    residuals: Sequence[jax.Array],
+    tangents: Sequence[Any],
+    *outputs: jax.Array,
+) -> Any:
+    """The tangents of `outputs` for a `custom_jvp` rule with symbolic zeros; one alone where there is one output.
+
+    `forward(active, residuals, tangents)` and `transpose(active, residuals, cotangents)` get the numbers of the
+    tangents that are not zero, and take or give those alone.
+    """
+    active = tuple(n for n, t in enumerate(tangents) if not isinstance(t, jax.custom_derivatives.SymbolicZero))
+    if active:
+        changes = [tangents[n] for n in active]
+        results = linear_map(partial(forward, active), partial(transpose, active), residuals, changes)
+    else:
+        results = [jnp.zeros_like(output) for output in outputs]
+    return results[0] if len(outputs) == 1 else tuple(results)
 
 
 _linear_map = Primitive("attnlib_linear_map")

@@ -96,7 +96,8 @@ class MultiHeadAttention(_Attention):
       logits_soft_cap: c bounds the logits to (-c, c) by c * tanh(x / c); default: none.
       kernel_init, bias_init: initialisers; kernels are initialised as matrices, so fans are those of the projection.
       kernel_regularizer, bias_regularizer, activity_regularizer: functions from a kernel, a bias, a projection's
-        output to a scalar; sown into "losses", summed by `attnlib.regularization_loss`.
+        output to a scalar (the last divided by the size of the first axis, as in Keras); sown into "losses", summed by
+        `attnlib.regularization_loss`.
       dtype: to compute in; default: promoted from inputs and parameters.
       param_dtype: of the parameters; default float32.
       precision: of matrix products.
@@ -203,8 +204,9 @@ class MultiHeadAttention(_Attention):
             return  # so that `init` gives parameters alone
         terms = [(self.kernel_regularizer, p["kernel"]) for p in params.values() if "kernel" in p]
         terms += [(self.bias_regularizer, p["bias"]) for p in params.values() if "bias" in p]
-        terms += [(self.activity_regularizer, activity) for activity in activities.values()]
         losses = [regularizer(array) for regularizer, array in terms if regularizer is not None]
+        if self.activity_regularizer is not None:  # a mean over the batch, as in Keras
+            losses += [self.activity_regularizer(x) / max(x.shape[0], 1) for x in activities.values()]
         if losses:
             self.sow("losses", "regularization", sum(losses), reduce_fn=operator.add, init_fn=lambda: 0.0)
 

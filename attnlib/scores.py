@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlib._additive import weighted_logistic
+
 __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
 
 
@@ -30,6 +32,10 @@ class Score:
     def pair_size(self, features: int) -> int:
         """How many numbers a pair costs in the largest array that a derivative of `block` may make."""
         return features
+
+    def forward_pair_size(self, features: int) -> int:
+        """The same of `block` alone, less than `pair_size` where the compiler makes it in one pass."""
+        return self.pair_size(features)
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         """Logits `(*batch, K, G, T, S)` of query `(*batch, K, G, T, D)` and key `(*batch, K, S, D)`."""
@@ -99,9 +105,36 @@ class Additive(Score):
         features = jnp.tanh(query[..., :, None, :] + key[..., None, None, :, :])  # (*batch, K, G, T, S, D)
         return jnp.sum(features if self.scale is None else features * _per_head(self.scale, 1, query), -1)
 
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
+        del precision
+        scale = _cast(1.0 if self.scale is None else self.scale, query)
+        heads, features = query.shape[-4:-2], query.shape[-1]
+        scale = scale.reshape(*heads, features) if scale.ndim == 2 else jnp.broadcast_to(scale, (*heads, features))
+        key = jnp.broadcast_to(key, (*query.shape[:-4], *key.shape[-3:]))
+        return 2 * _bounded(query), 2 * _bounded(key), LogisticSum(scale)
+
+    def forward_pair_size(self, features: int) -> int:
+        return 1
+
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         super().check(heads, query_features, key_features)
         _check_shape(self.scale, "additive scale", ((), (query_features,), (heads, query_features)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogisticSum(Score):
+    """sum_d scale_d (1 - 2 / (1 + exp(query_d + key_d))): what Additive and Concat leave to the tiles.
+
+    Args:
+      scale: `(K, G, D)`.
+    """
+
+    scale: jax.Array
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        del precision
+        return jnp.sum(self.scale, -1)[..., None, None] - 2 * weighted_logistic(query, key, self.scale)
 
 
 @jax.tree_util.register_dataclass
@@ -128,6 +161,9 @@ class Concat(Score):
             scale = _cast(self.scale, query)
             query, key = query * scale, key * scale
         return Additive(self.weight).block(query, key, precision)
+
+    def forward_pair_size(self, features: int) -> int:
+        return 1
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         super().check(heads, query_features, key_features)
@@ -216,6 +252,12 @@ class Custom(Score):
 
 def _cast(parameter: Any, like: jax.Array) -> jax.Array:
     return jnp.asarray(parameter).astype(like.dtype)
+
+
+def _bounded(x: jax.Array) -> jax.Array:
+    """Finite numbers such that twice the sum of two is finite: one of this size is saturated, or cancels exactly."""
+    limit = float(jnp.finfo(x.dtype).max) / 8
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
 
 
 def _per_head(parameter: Any, features: int, query: jax.Array) -> jax.Array:

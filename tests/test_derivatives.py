@@ -132,7 +132,8 @@ TRANSFORMATIONS = {
     )(f.score),
     "second order of score and bias": lambda f: jax.jvp(
         jax.grad(
-            lambda s, b: jnp.sum(attnlib.attention(*f.operands, score=s, **{**f.options, "bias": b}) * f.out_bar), (0, 1)
+            lambda s, b: jnp.sum(attnlib.attention(*f.operands, score=s, **{**f.options, "bias": b}) * f.out_bar),
+            (0, 1),
         ),
         (f.score, f.bias), (jax.tree.map(jnp.ones_like, f.score), jnp.cos(f.bias)),
     )[1],

@@ -57,7 +57,7 @@ def test_the_pure_penalty_equals_the_sown_one():
 
 
 def test_activities_are_those_of_every_projection():
-    """Each projection's output is penalised, the gate's and the output's included."""
+    """Each projection's output is penalised, the gate's and the output's included, by its mean over the batch."""
     seen = []
 
     def record(activity):
@@ -71,7 +71,7 @@ def test_activities_are_those_of_every_projection():
     heads, kv_heads = (2, 5, 2, 4), (2, 5, 1, 4)
     assert sorted(x.shape for x in seen) == sorted([heads, kv_heads, kv_heads, heads, (2, 5, 3, 5)])
     assert any(np.array_equal(x, output) for x in seen)
-    assert_close(attnlib.regularization_loss(updated), sum(l2(x) for x in seen), length=8)
+    assert_close(attnlib.regularization_loss(updated), sum(l2(x) for x in seen) / len(X), length=8)
 
 
 def test_losses_of_a_whole_model_are_summed():

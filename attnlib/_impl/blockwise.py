@@ -13,7 +13,6 @@ scans over checkpointed bodies, so JAX differentiates them again for higher orde
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,15 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _online_softmax
+from attnlib._impl._sizes import tile_sizes
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, average, tile_kinds
-from attnlib._linear import linear_map
+from attnlib._linear import tangent_of
 from attnlib._online_softmax import Running
 from attnlib._problem import Estimate, Implementation, Problem, Result
 from attnlib._tiles import EMPTY
 
 Leaves = Sequence[jax.Array]
-
-_TILE_NUMBERS = 2**19  # of float32 in the largest array of a tile: measured, see tile_sizes
 
 
 def _run(problem: Problem) -> Result:
@@ -46,10 +44,13 @@ def _run(problem: Problem) -> Result:
 def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
     """Does the score's work on single positions, and pads to whole tiles."""
     query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
-    query, key, score = problem.score.prepare(query, key, problem.precision)
     query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
-    tile = tile_sizes(problem)
-    sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
+    query, key, score = problem.score.prepare(query, key, problem.precision)
+    tiles = tile_sizes(problem)
+    sizes = tuple(
+        -(-length // size) * size
+        for length, size in zip((problem.query_length, problem.key_length), tiles.forward, strict=True)
+    )
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
     arrays = Arrays(
         query=_axes.pad_axis(query, -2, sizes[0]),
@@ -60,15 +61,7 @@ def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
         mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
         seeds=problem.dropout_seeds,
     )
-    return arrays, Plan.of(problem, tile, arrays)
-
-
-def tile_sizes(problem: Problem) -> tuple[int, int]:
-    """(queries, keys) of a tile: what the user asked for, or what keeps the largest array of a tile in cache."""
-    pairs = max(1, problem.rows // problem.query_length) * problem.score.pair_size(problem.query.shape[-1])
-    side = 2 ** round(math.log2(max(_TILE_NUMBERS / max(pairs, 1), 1)) / 2)
-    asked = problem.block_sizes or (min(max(side, 16), 512),) * 2
-    return min(asked[0], problem.query_length), min(asked[1], problem.key_length)
+    return arrays, Plan.of(problem, tiles, arrays)
 
 
 def _nothing(problem: Problem) -> Result:
@@ -99,16 +92,9 @@ def _attend(plan: Plan, moving: Leaves, fixed: Leaves) -> tuple[jax.Array, jax.A
 def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     moving, fixed = primals
     output, lse = _attend(plan, moving, fixed)
-    active = tuple(n for n, t in enumerate(tangents[0]) if not isinstance(t, jax.custom_derivatives.SymbolicZero))
-    if not active:
-        return (output, lse), (jnp.zeros_like(output), jnp.zeros_like(lse))
-    tangent = linear_map(
-        partial(_tangent, plan, active),
-        partial(_transpose, plan, active),
-        (*moving, *fixed, output, lse),
-        [tangents[0][n] for n in active],
-    )
-    return (output, lse), tuple(tangent)
+    residuals = (*moving, *fixed, output, lse)
+    tangent = tangent_of(partial(_tangent, plan), partial(_transpose, plan), residuals, tangents[0], output, lse)
+    return (output, lse), tangent
 
 
 _attend.defjvp(_attend_jvp, symbolic_zeros=True)
@@ -117,15 +103,15 @@ _attend.defjvp(_attend_jvp, symbolic_zeros=True)
 class _Loop:
     """Runs a body over all active tiles, those that ask the mask last."""
 
-    def __init__(self, plan: Plan, moving: Leaves, fixed: Leaves):
-        self.plan, self.moving, self.fixed = plan, moving, fixed
-        self.schedule = plan.schedule(plan.join(moving, fixed).mask)
+    def __init__(self, plan: Plan, moving: Leaves, fixed: Leaves, tile: tuple[int, int]):
+        self.plan, self.moving, self.fixed, self.tile = plan, moving, fixed, tile
+        self.schedule = plan.schedule(plan.join(moving, fixed).mask, tile)
 
     def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
         for asked, starts in self.schedule:
 
             def step(carry: Any, start: jax.Array, asked: bool = asked) -> tuple[Any, None]:
-                at = self.plan.place(start, asked)
+                at = self.plan.place(start, self.tile, asked)
                 return body(carry, Tile(self.plan, self.plan.join(self.cut(self.moving, at), self.fixed), at)), None
 
             if checkpoint:  # derivatives of the loop recompute a tile rather than keep it
@@ -155,7 +141,7 @@ def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
 
     rows = jnp.sum(nought(arrays.query[..., :1]), -1)
     start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
-    loop = _Loop(plan, *plan.split(arrays))
+    loop = _Loop(plan, *plan.split(arrays), plan.tiles.forward)
     return _online_softmax.finish(loop.run(body, start, checkpoint=False))
 
 
@@ -205,7 +191,7 @@ def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangent
 def _residuals(plan: Plan, residuals: Leaves) -> tuple[_Loop, jax.Array, jax.Array]:
     *leaves, output, lse = residuals
     count = sum(plan.floating)
-    return _Loop(plan, leaves[:count], leaves[count:]), output, lse
+    return _Loop(plan, leaves[:count], leaves[count:], plan.tiles.derivative), output, lse
 
 
 def nought(array: jax.Array) -> jax.Array:
@@ -221,7 +207,7 @@ def _estimate(problem: Problem) -> Estimate:
     """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
     if problem.query_length == 0 or problem.key_length == 0:
         return Estimate(memory=0)
-    tile = tile_sizes(problem)
+    tile = tile_sizes(problem).forward
     kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
     rows, features = problem.rows, problem.value.shape[-1]
     whole = rows * (problem.query.shape[-1] + features + 2) + problem.key.size + problem.value.size

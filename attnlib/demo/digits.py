@@ -2,8 +2,7 @@
 
 One block attends along columns, one along rows (axial attention: Ho et al., 2019, arXiv:1912.12180), one over both at
 once; nothing is reshaped for it: `attention_axes` of `attnlib.MultiHeadAttention` says which axes. Attention does the
-work: it is all that brings pixels together beyond a linear 3 x 3 window. (Without it the same model reached 58 % where
-it reaches 98 % with it.)
+work: it is all that brings pixels together beyond a linear 3 x 3 window, and without it the same model reached 77 %.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from attnlib.demo._training import Batch, Loss, Params, fit, parameter_count, sa
 BLOCKS = {"along columns": (1,), "along rows": (2,), "over both": (1, 2)}  # axes of (batch, row, column, features)
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
-DROPOUT_RATE = 0.1
+DROPOUT_RATE = 0.3
 TEST_IMAGES = 360  # a fifth
 CLASSES = 10
 PICTURE = "attention_digits.png"

@@ -1,0 +1,48 @@
+"""How large tiles are: small enough that the largest array of one stays in cache, and even, so as to pad little."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from attnlib._problem import Problem
+
+# Numbers in the largest array of a tile. Measured on 2 CPU cores: for 8 heads x 64 features, tiles of 256 x 256 (2**19)
+# were faster than 128 and 512, forward and training; derivatives of additive scores, which make an array of
+# (queries, keys, features), were fastest at 32 x 32 x 128 (2**17).
+_NUMBERS, _NUMBERS_WITH_FEATURES = 2**19, 2**17
+
+
+class TileSizes(NamedTuple):
+    """(queries, keys) of a tile of the forward loop, and of the loops of derivatives, which divides it."""
+
+    forward: tuple[int, int]
+    derivative: tuple[int, int]
+
+
+def tile_sizes(problem: Problem) -> TileSizes:
+    """What the user asked for, or what suits the cache."""
+    lengths = problem.query_length, problem.key_length
+    if problem.block_sizes is not None:
+        asked = min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
+        return TileSizes(asked, asked)
+    features = problem.query.shape[-1]
+    rows = problem.rows // problem.query_length  # of all batch indices and heads at once
+    side = _side(rows, problem.score.pair_size(features))
+    forward_side = max(side, _side(rows, problem.score.forward_pair_size(features)))
+    sizes = [_sizes(length, side, forward_side) for length in lengths]
+    return TileSizes((sizes[0][0], sizes[1][0]), (sizes[0][1], sizes[1][1]))
+
+
+def _side(rows: int, pair_size: int) -> int:
+    numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows * pair_size, 1)
+    return min(max(2 ** round(math.log2(max(numbers, 1)) / 2), 16), 512)
+
+
+def _sizes(length: int, side: int, forward_side: int) -> tuple[int, int]:
+    """(forward, derivative) along one axis, evenly divided."""
+    count = -(-length // side)
+    size = min(length, -(-length // (8 * count)) * 8)
+    count = -(-length // size)
+    forward_count = -(-count * size // forward_side)
+    return size * -(-count // forward_count), size
