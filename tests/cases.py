@@ -31,7 +31,7 @@ class Draw:
         self._rng, self.dtype = np.random.default_rng(seed), dtype
 
     def __call__(self, *shape: int) -> jax.Array:
-        return jnp.asarray(self._rng.normal(size=shape)).astype(self.dtype)
+        return jnp.asarray(self._rng.normal(size=shape).astype(jnp.dtype(self.dtype)))
 
     def bools(self, *shape: int, rate: float = 0.6) -> jax.Array:
         return jnp.asarray(self._rng.random(shape) < rate)
@@ -225,7 +225,7 @@ def unsupported(name: str, *args: Any, **kwargs: Any) -> str | None:
 def like(tree: Any, seed: int) -> Any:
     """Normal numbers in the shapes and dtypes of a tree: tangents and cotangents."""
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape)).astype(x.dtype), tree)
+    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape).astype(x.dtype)), tree)
 
 
 @functools.lru_cache(maxsize=4)

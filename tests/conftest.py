@@ -14,15 +14,30 @@ import pytest
 
 @pytest.fixture
 def keys(request):
-    """An endless supply of random keys, the same ones each time a test runs, others for each test."""
-    return endless_keys(zlib.crc32(request.node.nodeid.encode()))
+    """Random keys and numbers, the same ones each time a test runs, others for each test."""
+    return Keys(zlib.crc32(request.node.nodeid.encode()))
 
 
-def endless_keys(seed):
-    key = jax.random.key(seed)
-    while True:
-        key, each = jax.random.split(key)
-        yield each
+class Keys:
+    """An endless supply of random keys, and of numbers: NumPy's, since JAX would compile a program for each shape."""
+
+    def __init__(self, seed):
+        self._rng = np.random.default_rng(seed)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return jax.random.key(self._rng.integers(2**31))
+
+    def normal(self, *shape, dtype="float32"):
+        return jnp.asarray(self._rng.normal(size=shape).astype(jnp.dtype(dtype)))
+
+    def bools(self, *shape, rate=0.6):
+        return jnp.asarray(self._rng.random(shape) < rate)
+
+    def permutation(self, count):
+        return self._rng.permutation(count)
 
 
 @pytest.fixture
@@ -69,12 +84,12 @@ def _largest(array):
 
 def assert_finite(tree):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        assert bool(jnp.all(jnp.isfinite(leaf))), f"{jax.tree_util.keystr(path)} is not finite: {leaf}"
+        assert np.all(np.isfinite(np.asarray(leaf, np.float64))), f"{jax.tree_util.keystr(path)} is not finite: {leaf}"
 
 
 def assert_zero(tree):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        assert bool(jnp.all(leaf == 0)), f"{jax.tree_util.keystr(path)} is not zero: {leaf}"
+        assert np.all(np.asarray(leaf) == 0), f"{jax.tree_util.keystr(path)} is not zero: {leaf}"
 
 
 def assert_same(actual, desired):

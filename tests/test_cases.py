@@ -1,5 +1,7 @@
 """The table of cases on every implementation: values, first and second derivatives, forward and reverse mode."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,7 @@ def check_results(case, output, weights, lse):
     assert_finite((output, weights))
     empty = np.isneginf(lse)
     assert np.all(np.isfinite(lse) | empty)
-    flat = np.asarray(weights).reshape(*lse.shape, -1)
+    flat = np.asarray(weights).reshape(*lse.shape, math.prod(weights.shape[lse.ndim :]))
     assert np.all(flat[empty] == 0)
     if "dropout_rate" not in case.options:
         np.testing.assert_allclose(flat.sum(-1), np.where(empty, 0, 1), atol=1e-5)

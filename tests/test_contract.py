@@ -22,13 +22,13 @@ SHAPES = dict(query=(2, 5, 4, 3), key=(2, 7, 2, 3), value=(2, 7, 2, 6))  # B, T 
 BATCH, HEADS, QUERIES, KEYS = 2, 4, 5, 7
 SCORES = {
     "dot": lambda keys: scores.Dot(),
-    "additive": lambda keys: scores.Additive(jax.random.normal(next(keys), (4, 3))),
+    "additive": lambda keys: scores.Additive(keys.normal(4, 3)),
     "custom": lambda keys: scores.Custom(lambda q, k, a: -a * jnp.sum((q - k) ** 2), jnp.float32(0.2)),
 }
 
 
 def draw_operands(keys, score="dot", **shapes):
-    operands = {name: jax.random.normal(next(keys), shape) for name, shape in (SHAPES | shapes).items()}
+    operands = {name: keys.normal(*shape) for name, shape in (SHAPES | shapes).items()}
     return {**operands, "score": SCORES[score](keys)}
 
 
@@ -143,7 +143,7 @@ def poisoned_mask(kind, keys):
         return masks.Lengths(jnp.array([4, 3]), jnp.array([5, 4])) & masks.SlidingWindow(2, 1), queries, key_positions
     assert kind == "dense"
     queries[0, 2], key_positions[0, 1] = True, True
-    return masks.Dense(jax.random.bernoulli(next(keys), 0.3, (BATCH, HEADS, QUERIES, KEYS))), queries, key_positions
+    return masks.Dense(keys.bools(BATCH, HEADS, QUERIES, KEYS, rate=0.3)), queries, key_positions
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def pick_rows(results, rows):
 @on_every_implementation
 def test_2_masked_bias_cannot_matter(implementation, soft_cap, keys):
     operands = draw_operands(keys)
-    mask = jax.random.bernoulli(next(keys), 0.6, (BATCH, 1, QUERIES, KEYS))
-    operands["bias"] = jax.random.normal(next(keys), mask.shape)
+    mask = keys.bools(BATCH, 1, QUERIES, KEYS)
+    operands["bias"] = keys.normal(*mask.shape)
     options = dict(logits_soft_cap=soft_cap)
     skip_unless_supported(implementation, operands, mask=mask, **options)
 
@@ -252,8 +252,8 @@ def test_2_what_is_attended_does_matter(implementation, keys):
 def test_3_statistics_are_float32(implementation, dtype, keys):
     """Only operands and output are rounded: the rest is as if they had been float32 all along."""
     shapes = dict(query=(2, 5, 4, 8), key=(2, 7, 2, 8), value=(2, 7, 2, 3))
-    operands = {name: (8 * jax.random.normal(next(keys), shape)).astype(dtype) for name, shape in shapes.items()}
-    operands["bias"] = jax.random.normal(next(keys), (5, 7)).astype(dtype)
+    operands = {name: 8 * keys.normal(*shape, dtype=dtype) for name, shape in shapes.items()}
+    operands["bias"] = keys.normal(5, 7, dtype=dtype)
     skip_unless_supported(implementation, operands, score=scores.Dot())
 
     @quick_jit
@@ -317,7 +317,7 @@ def test_4_every_broadcast_shape(implementation, keys):
     whole = (BATCH, HEADS, QUERIES, KEYS)
     shapes = [(), (7,), (5, 1), (2, 1, 1, 1), (1, 4, 1, 7), (2, 4, 5, 1)]
     skip_unless_supported(implementation, operands, mask=jnp.ones(whole, bool), bias=jnp.ones(whole))
-    direction = jax.random.normal(next(keys), (2, 5, 4, 6))
+    direction = keys.normal(2, 5, 4, 6)
 
     @quick_jit
     def program(mask, bias):
@@ -327,7 +327,7 @@ def test_4_every_broadcast_shape(implementation, keys):
         return jax.value_and_grad(loss)(bias)
 
     for shape in shapes:
-        bias, mask = jax.random.normal(next(keys), shape), jax.random.bernoulli(next(keys), 0.7, shape)
+        bias, mask = keys.normal(*shape), keys.bools(*shape)
         expected, parts = program(jnp.broadcast_to(mask, whole), jnp.broadcast_to(bias, whole))
         axes = tuple(axis for axis in range(4) if ((1,) * (4 - len(shape)) + shape)[axis] == 1)
         loss, gradient = program(mask, bias)

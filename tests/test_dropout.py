@@ -168,13 +168,13 @@ def test_no_two_rows_or_columns_are_alike():
 def test_weights_returned_are_the_weights_used(implementation, keys):
     """In the output, in the derivatives by the value, forward and reverse, and nothing is renormalised."""
     query, key, value, tangent = (
-        jax.random.normal(next(keys), shape) for shape in ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 6), (2, 7, 2, 6))
+        keys.normal(*shape) for shape in ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 6), (2, 7, 2, 6))
     )
     options = dict(dropout_rate=0.4, dropout_rng=next(keys), is_causal=True, implementation=implementation)
     reason = unsupported(implementation, query, key, value, dropout_rate=0.4, dropout_rng=next(keys))
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
-    cotangent = jax.random.normal(next(keys), (2, 5, 4, 6))
+    cotangent = keys.normal(2, 5, 4, 6)
 
     @quick_jit
     def program(value):

@@ -58,7 +58,7 @@ def is_traced(tree):
 
 
 def draw(keys, *shapes):
-    return [jax.random.normal(next(keys), shape) for shape in shapes]
+    return [keys.normal(*shape) for shape in shapes]
 
 
 def softmax_average(query, key, value, mask=True, bias=0.0):
@@ -102,7 +102,7 @@ def test_folding_is_flattening(attend, axes, keys):
 
 def test_one_batch_entry_at_a_time(attend, keys):
     query, key, value = draw(keys, QUERY, KEY, VALUE)
-    mask, (bias,) = jax.random.bernoulli(next(keys), 0.7, WEIGHTS), draw(keys, (2, 1, 5, 7))
+    mask, (bias,) = keys.bools(*WEIGHTS), draw(keys, (2, 1, 5, 7))
     whole = attend(query, key, value, mask=mask, bias=bias, return_weights=True, return_lse=True)
     for i in range(2):
         one = slice(i, i + 1)
@@ -133,8 +133,8 @@ def test_repeating_grouped_heads_changes_nothing(attend, keys):
 
 def test_permuting_keys_changes_nothing(attend, keys):
     query, key, value = draw(keys, QUERY, KEY, VALUE)
-    (bias,), mask = draw(keys, (1, 4, 5, 7)), jax.random.bernoulli(next(keys), 0.6, (2, 1, 5, 7))
-    order = jax.random.permutation(next(keys), 7)
+    (bias,), mask = draw(keys, (1, 4, 5, 7)), keys.bools(2, 1, 5, 7)
+    order = keys.permutation(7)
 
     @quick_jit
     def program(query, key, value, mask, bias):
@@ -155,7 +155,7 @@ def test_splitting_keys_and_merging(attend, score, keys):
     """Values and gradients of attention over parts of the keys, merged, are those over all of them."""
     query, key, value, bias = draw(keys, QUERY, KEY, VALUE, (2, 4, 5, 7))
     scorer = {"dot": scores.Dot(), "additive": scores.Additive(*draw(keys, (3,)))}[score]
-    real = jax.random.bernoulli(next(keys), 0.6, (2, 7)).at[0, :3].set(False).at[1].set(False)
+    real = keys.bools(2, 7).at[0, :3].set(False).at[1].set(False)
     cuts = [slice(0, 3), slice(3, 3), slice(3, 7)]
 
     def parts(query, key, value, bias):
@@ -264,7 +264,7 @@ def test_weights_are_what_the_values_are_averaged_by(attend, keys):
 def test_scale_bias_and_mask_identities(attend, keys):
     query, key, value = draw(keys, QUERY, KEY, VALUE)
     by_head, shift = draw(keys, (4,), (2, 4, 5, 1))
-    mask = jax.random.bernoulli(next(keys), 0.6, (5, 7)).at[:, 0].set(True)
+    mask = keys.bools(5, 7).at[:, 0].set(True)
 
     plain, lse = attend(query, key, value, return_lse=True)
     scaled = attend(query, key, value, score=scores.Dot(by_head))
@@ -292,13 +292,13 @@ def test_scale_bias_and_mask_identities(attend, keys):
 def test_vmap_over_any_operands_is_a_loop(attend, mapped, keys):
     count = 3
     arguments = dict(zip(("query", "key", "value", "bias"), draw(keys, QUERY, KEY, VALUE, (2, 1, 5, 7)), strict=True))
-    arguments["mask"] = masks.KeyPadding(jax.random.bernoulli(next(keys), 0.7, (2, 7))) & masks.Causal(jnp.int32(2))
+    arguments["mask"] = masks.KeyPadding(keys.bools(2, 7)) & masks.Causal(jnp.int32(2))
     arguments["scale"] = jnp.float32(0.4)
     arguments["dropout_rng"] = next(keys)
     stacked = dict(arguments)
     for name in mapped:
         if name == "mask":
-            real = jax.random.bernoulli(next(keys), 0.7, (count, 2, 7))
+            real = keys.bools(count, 2, 7)
             stacked["mask"] = masks.KeyPadding(real) & masks.Causal(jnp.arange(count, dtype=jnp.int32))
         elif name == "dropout_rng":
             stacked[name] = jax.random.split(next(keys), count)

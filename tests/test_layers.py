@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 def draw(keys, *shape):
-    return jax.random.normal(next(keys), shape)
+    return keys.normal(*shape)
 
 
 def make(keys, features=12, **options):
@@ -83,7 +83,7 @@ def test_the_layer_is_its_parts(implementation, keys):
     sizes = dict(num_kv_heads=2, value_dim=5, key_features=7, value_features=8, output_shape=(3, 2))
     params = make(keys, use_gate=True, **sizes)
     query, key, value, bias = draw(keys, 2, 5, 12), draw(keys, 2, 6, 7), draw(keys, 2, 6, 8), draw(keys, 1, 4, 5, 6)
-    mask = jax.random.bernoulli(next(keys), 0.7, (2, 1, 5, 6))
+    mask = keys.bools(2, 1, 5, 6)
     options = dict(mask=mask, bias=bias, is_causal=True, logits_soft_cap=2.0, **by_name(implementation))
     output, weights = attnlib.multi_head_attention(params, query, key, value, return_weights=True, **options)
 
@@ -155,8 +155,8 @@ def test_padding_may_hold_anything(implementation, keys):
     """NaN in padded queries, keys and values: the same outputs and finite, equal gradients of every parameter."""
     params = make(keys, use_gate=True, num_kv_heads=2)
     query, key, value = draw(keys, 2, 5, 12), draw(keys, 2, 6, 12), draw(keys, 2, 6, 12)
-    query_mask = jax.random.bernoulli(next(keys), 0.6, (2, 5)).at[0, 0].set(False)
-    key_mask = jax.random.bernoulli(next(keys), 0.6, (2, 6)).at[1].set(False)
+    query_mask = keys.bools(2, 5).at[0, 0].set(False)
+    key_mask = keys.bools(2, 6).at[1].set(False)
 
     @quick_jit
     def program(params, operands):
@@ -186,7 +186,7 @@ def test_padding_may_hold_anything(implementation, keys):
 def test_padding_masks_follow_their_operands_axes(keys):
     """They have the operand's shape without features, whatever is attended, and may broadcast."""
     params, x = make(keys), draw(keys, 2, 3, 4, 12)
-    real = jax.random.bernoulli(next(keys), 0.6, (2, 3, 4))
+    real = keys.bools(2, 3, 4)
     for axes in (1, 2, (1, 2), (2, 1), 0):
         _, weights = attnlib.multi_head_attention(params, x, attention_axes=axes, key_mask=real, return_weights=True)
         attended = axes if isinstance(axes, tuple) else (axes,)
@@ -203,7 +203,7 @@ def test_padding_masks_follow_their_operands_axes(keys):
 
 def test_masks_combine(keys):
     params, x = make(keys), draw(keys, 2, 5, 12)
-    given, real = jax.random.bernoulli(next(keys), 0.7, (2, 4, 5, 5)), jax.random.bernoulli(next(keys), 0.7, (2, 5))
+    given, real = keys.bools(2, 4, 5, 5), keys.bools(2, 5)
     combined = given & real[:, None, None] & real[:, None, :, None] & np.tri(5, dtype=bool)
     options = dict(query_mask=real, key_mask=real, is_causal=True)
     expected = attnlib.multi_head_attention(params, x, mask=combined)

@@ -270,7 +270,7 @@ def test_ints_are_static_and_arrays_are_traced():
 def test_a_mask_is_its_array(implementation, make, keys):
     """`mask.as_array(...)` can be passed as `mask=`, and gives the same attention."""
     mask = make()
-    query, key, value = (jax.random.normal(next(keys), shape) for shape in ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 3)))
+    query, key, value = (keys.normal(*shape) for shape in ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 3)))
     reason = unsupported(implementation, query, key, value, mask=mask)
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")

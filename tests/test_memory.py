@@ -8,7 +8,7 @@ import attnlib
 from attnlib import masks, scores
 
 HEADS, FEATURES = 2, 64
-LIMITS_MB = {"forward": 60, "jvp": 90, "grad": 90, "forward over reverse": 200, "grad of grad": 200}
+LIMITS_MB = {"forward": 60, "jvp": 90, "grad": 90, "forward over reverse": 200, "grad of grad": 250}
 SCORES = {
     "dot": lambda: scores.Dot(),
     "additive": lambda: scores.Additive(jnp.ones(FEATURES)),

@@ -134,7 +134,7 @@ def test_additive_scale_is_glorot_uniform():
 @pytest.mark.parametrize("axes", [None, -2, (-3, -2), (1,)], ids=str)
 @pytest.mark.parametrize("kind", ["additive", "dot", "concat"])
 def test_layers_without_heads_are_attention_of_one_head(kind, axes, keys):
-    query, key, value = (jax.random.normal(next(keys), (2, *n, d)) for n, d in [((3, 5), 8), ((3, 5), 8), ((3, 5), 6)])
+    query, key, value = (keys.normal(2, *n, d) for n, d in [((3, 5), 8), ((3, 5), 8), ((3, 5), 6)])
     weight, scale = jnp.float32(0.7), jnp.float32(1.3)
     layer, params, score = {
         "additive": (attnlib.AdditiveAttention, dict(scale=jnp.arange(8.0)), scores.Additive(jnp.arange(8.0))),

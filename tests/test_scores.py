@@ -80,10 +80,10 @@ def test_features_may_differ_where_the_score_allows_it():
 @pytest.mark.parametrize("implementation", NAMES)
 def test_additive_is_exact_for_large_inputs(implementation, size, keys):
     """tanh saturates; what computes it through exponentials must not overflow, cancel, or lose the derivative."""
-    query, key, value = (jax.random.normal(next(keys), shape) for shape in ((1, 3, 1, 4), (1, 5, 1, 4), (1, 5, 1, 2)))
+    query, key, value = (keys.normal(*shape) for shape in ((1, 3, 1, 4), (1, 5, 1, 4), (1, 5, 1, 2)))
     query, key = size * query, size * key
     key = key.at[0, 0].set(-query[0, 0] + 0.25)  # sums of moderate size from large parts
-    score = scores.Additive(jax.random.normal(next(keys), (4,)))
+    score = scores.Additive(keys.normal(4))
     reason = unsupported(implementation, query, key, value, score=score)
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
@@ -173,7 +173,7 @@ class Cosine(scores.Score):
 @pytest.mark.parametrize("implementation", NAMES)
 def test_a_users_own_score(implementation, keys):
     """A subclass of Score works as Custom does, with masks, grouped heads, gradients."""
-    query, key, value = (jax.random.normal(next(keys), shape) for shape in ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 6)))
+    query, key, value = (keys.normal(*shape) for shape in ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 6)))
 
     def one_pair(q, k, sharpness):
         q, k = (x / jnp.sqrt(jnp.sum(x * x) + 1e-6) for x in (q, k))

@@ -12,7 +12,7 @@ from pathlib import Path
 # Each task: what it does, its default number of training steps, and the packages it imports with their names on PyPI.
 PICTURE_AND_PROGRESS = {"matplotlib": "matplotlib", "tqdm": "tqdm"}
 TASKS = {
-    "dates": ("dates in many languages to ISO 8601, with additive attention", 1000, {"babel": "Babel"}),
+    "dates": ("dates in many languages to ISO 8601, with additive attention", 800, {"babel": "Babel"}),
     "digits": ("handwritten digits, with attention along columns, rows and both", 1500, {"sklearn": "scikit-learn"}),
 }
 

@@ -2,7 +2,7 @@
 
 One block attends along columns, one along rows (axial attention: Ho et al., 2019, arXiv:1912.12180), one over both at
 once; nothing is reshaped for it: `attention_axes` of `attnlib.MultiHeadAttention` says which axes. Attention does the
-work: it is all that brings pixels together beyond a linear 3 x 3 window, and without it the same model reached 77 %.
+work: it is all that brings pixels together beyond a linear 3 x 3 window, and without it the same model reached 67 %.
 """
 
 from __future__ import annotations
