@@ -11,9 +11,11 @@ from attnlib._problem import Implementation, Problem
 IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise, reference)
 NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 
-# Up to this many numbers in the largest array of all pairs at once, tiles cannot save what they cost. Measured on 2 CPU
-# cores by tests/benchmarks/crossover.py, which prints the times on either side.
-DENSE_NUMBERS = 2**21
+# Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
+# cores with the programs of tests/benchmarks/crossover.py, CPU time dense / tiled, forward and training. Dot, 8 heads x
+# 64 features: 0.74, 0.91 at 1 M numbers (8 x 128 positions); 0.88, 1.41 at 4 M; 1.57, 2.17 at 8 M. Additive, 64
+# features, whose arrays hold the features too: 0.64, 0.52 at 8 M numbers (32 x 64 positions); 0.36, 1.15 at 16 M.
+DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23
 
 
 def choose(problem: Problem, asked: str | tuple[str, ...] | None) -> Implementation:
@@ -37,9 +39,10 @@ def choose(problem: Problem, asked: str | tuple[str, ...] | None) -> Implementat
 
 def preferred(problem: Problem) -> tuple[Implementation, ...]:
     """All implementations, the one likely fastest first."""
-    numbers = problem.rows * problem.key_length * problem.score.pair_size(problem.query.shape[-1])
-    square_anyway = problem.return_weights
-    return (reference, blockwise) if square_anyway or numbers <= DENSE_NUMBERS else (blockwise, reference)
+    pair_size = problem.score.pair_size(problem.query.shape[-1])
+    limit = DENSE_NUMBERS if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES
+    dense = problem.return_weights or problem.rows * problem.key_length * pair_size <= limit
+    return (reference, blockwise) if dense else (blockwise, reference)
 
 
 def _named(name: str) -> Implementation:

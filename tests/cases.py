@@ -92,7 +92,7 @@ def _cases() -> list[Case]:
         Case("concat", score=lambda draw: scores.Concat(draw(), draw())),
         Case("bilinear", score=lambda draw: scores.Bilinear(draw(4, 4))),
         Case("bilinear a head, unequal features", key=(2, 7, 3, 8), score=lambda draw: scores.Bilinear(draw(3, 4, 8))),
-        Case("custom", **CUSTOM, second_order=True),
+        Case("custom", **CUSTOM),
         Case("custom, unequal features", key=(2, 7, 3, 8), score=lambda draw: scores.Custom(unequal, draw(4, 8))),
         # grouped heads
         Case("grouped", **GROUPED),
@@ -100,7 +100,7 @@ def _cases() -> list[Case]:
         Case("grouped, mask and bias a head", **GROUPED, mask=lambda draw: draw.bools(1, 6, 5, 7), bias=(2, 6, 1, 7)),
         Case("multi-query", query=(2, 5, 6, 4), key=(2, 7, 1, 4), value=(2, 7, 1, 3), bias=(1, 6, 5, 1)),
         # masks, one of every kind
-        Case("causal", mask=lambda draw: masks.Causal(), second_order=True),
+        Case("causal", mask=lambda draw: masks.Causal()),
         Case("is_causal and a mask", mask=lambda draw: draw.bools(2, 1, 5, 7), options=dict(is_causal=True)),
         Case("causal, offset a batch index", mask=lambda draw: masks.Causal(offset=draw.integers(-2, 5, 2))),
         Case("causal, negative offset", mask=lambda draw: masks.Causal(offset=-2)),
@@ -126,7 +126,7 @@ def _cases() -> list[Case]:
         Case("nothing attends", mask=lambda draw: masks.Dense(jnp.zeros((1, 1), bool))),
         # biases of every broadcast
         *(
-            Case(f"bias {shape}", bias=shape, second_order=shape == WHOLE)
+            Case(f"bias {shape}", bias=shape)
             for shape in [(), (7,), (5, 1), (1, 3, 1, 1), (2, 1, 5, 1), WHOLE]
         ),
         # soft cap and dropout

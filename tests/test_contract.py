@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import NAMES, by_name, like, run, unsupported
+from cases import BLOCK_SIZES, NAMES, by_name, like, run, unsupported
 from conftest import assert_close, assert_finite, assert_same, assert_zero, x64
 from quick_jit import quick_jit
 
@@ -315,7 +315,7 @@ def test_4_every_broadcast_shape(implementation, keys):
     """Masks and biases of every shape do what their broadcast forms do, and the gradient is summed over broadcasts."""
     operands = draw_operands(keys)
     whole = (BATCH, HEADS, QUERIES, KEYS)
-    shapes = [(), (7,), (5, 1), (2, 1, 1, 1), (1, 4, 1, 7), (2, 4, 5, 1)]
+    shapes = [(), (5, 1), (1, 4, 1, 7), (2, 1, 5, 1)]
     skip_unless_supported(implementation, operands, mask=jnp.ones(whole, bool), bias=jnp.ones(whole))
     direction = keys.normal(2, 5, 4, 6)
 
@@ -344,15 +344,19 @@ def test_4_every_broadcast_shape(implementation, keys):
 def test_7_two_runs_are_equal_bit_by_bit(implementation, keys):
     shapes = dict(query=(2, 67, 4, 16), key=(2, 131, 2, 16), value=(2, 131, 2, 16))
     operands = draw_operands(keys, **shapes)
-    options = dict(dropout_rate=0.2, is_causal=True)
-    traced = dict(dropout_rng=next(keys))
-    skip_unless_supported(implementation, operands, **traced, **options)
+    options = dict(dropout_rate=0.2, dropout_rng=next(keys), is_causal=True)
+    skip_unless_supported(implementation, operands, **options)
+    sizes = (32, 32) if implementation in BLOCK_SIZES else None
 
-    def loss(operands):
-        return jnp.sum(run(operands, traced, options, implementation)[0] ** 2)
+    @jax.jit
+    @jax.value_and_grad
+    def program(operands):
+        output = attnlib.attention(**operands, **options, implementation=implementation, block_sizes=sizes)
+        return jnp.sum(output**2)
 
-    first = jax.jit(jax.value_and_grad(loss))(operands)
-    assert_same(jax.jit(jax.value_and_grad(lambda operands: loss(operands)))(operands), first)
+    first = program(operands)
+    for _ in range(3):
+        assert_same(program(operands), first)
 
 
 # 10. An implementation asked for by name runs or raises with its reasons; None chooses, and `explain` says what

@@ -39,9 +39,7 @@ def test_same_entries_on_every_implementation_and_block_size(implementation):
     expected = kept(jax.random.key(3), 2, 4, 11, 13, implementation="reference", kv_heads=2)
     sizes = [None, (1, 1), (4, 3), (11, 5)] if implementation in BLOCK_SIZES else [None]
     for block_sizes in sizes:
-        made = kept(
-            jax.random.key(3), 2, 4, 11, 13, implementation=implementation, block_sizes=block_sizes, kv_heads=2
-        )
+        made = kept(jax.random.key(3), 2, 4, 11, 13, implementation=implementation, block_sizes=block_sizes, kv_heads=2)
         np.testing.assert_array_equal(made, expected)
 
 

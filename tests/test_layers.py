@@ -106,14 +106,10 @@ def test_key_and_value_default_to_what_comes_before(keys):
     params = make(keys)
     query, key = draw(keys, 2, 5, 12), draw(keys, 2, 6, 12)
     assert_same(attnlib.multi_head_attention(params, query), attnlib.multi_head_attention(params, query, query, query))
-    assert_same(
-        attnlib.multi_head_attention(params, query, key), attnlib.multi_head_attention(params, query, key, key)
-    )
+    assert_same(attnlib.multi_head_attention(params, query, key), attnlib.multi_head_attention(params, query, key, key))
 
 
-@pytest.mark.parametrize(
-    ("axes", "same"), [(-2, 2), ((-3, -2), None), ([2, 1], (-2, -3)), (0, -4)], ids=str
-)
+@pytest.mark.parametrize(("axes", "same"), [(-2, 2), ((-3, -2), None), ([2, 1], (-2, -3)), (0, -4)], ids=str)
 def test_axes_are_counted_without_heads(axes, same, keys):
     """Negative axes from the end of the array passed: -1 would be features, -2 is the last sequence axis."""
     params, x = make(keys), draw(keys, 2, 3, 4, 12)
