@@ -51,7 +51,7 @@ def _jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 def _forward(active: tuple[int, ...], residuals: Any, changes: Any) -> list[jax.Array]:
     r, slope, scale = residuals
-    total = 0
+    total: Any = 0
     for n, change in zip(active, changes, strict=True):
         if n == 0:
             total -= jnp.einsum("...kgtsd,...kgtd->...kgts", slope, change * scale[..., None, :])

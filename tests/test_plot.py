@@ -41,9 +41,9 @@ def rendered(ax):
 
 def test_map_of_one_head(rng):
     weights = rng.random((2, 3))
-    ax = rendered(plot.attention_map(weights, ["le", "chat"], ["the", "$cat", "_$"], title="a map"))
+    ax = rendered(plot.attention_map(weights, ["le", "chat"], ["the", r"$\cat$", "_$"], title="a map"))
     np.testing.assert_allclose(drawn(ax), weights, rtol=1e-6)
-    assert (labels(ax.yaxis), labels(ax.xaxis)) == (["le", "chat"], ["the", "$cat", "_$"])
+    assert (labels(ax.yaxis), labels(ax.xaxis)) == (["le", "chat"], ["the", r"$\cat$", "_$"])
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("key", "query", "a map")
     assert ax.images[0].get_clim() == pytest.approx((0, weights.max()))
 

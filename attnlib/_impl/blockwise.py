@@ -47,10 +47,8 @@ def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
     query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
     query, key, score = problem.score.prepare(query, key, problem.precision)
     tiles = tile_sizes(problem)
-    sizes = tuple(
-        -(-length // size) * size
-        for length, size in zip((problem.query_length, problem.key_length), tiles.forward, strict=True)
-    )
+    forward = tiles.forward
+    sizes = -(-problem.query_length // forward[0]) * forward[0], -(-problem.key_length // forward[1]) * forward[1]
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
     arrays = Arrays(
         query=_axes.pad_axis(query, -2, sizes[0]),
