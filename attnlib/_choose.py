@@ -15,7 +15,7 @@ NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 # cores with the programs of tests/benchmarks/crossover.py, CPU time dense / tiled, forward and training. Dot, 8 heads x
 # 64 features: 0.74, 0.91 at 1 M numbers (8 x 128 positions); 0.88, 1.41 at 4 M; 1.57, 2.17 at 8 M. Additive, 64
 # features, whose arrays hold the features too: 0.64, 0.52 at 8 M numbers (32 x 64 positions); 0.36, 1.15 at 16 M.
-DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23
+DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**22, 2**24
 
 
 def choose(problem: Problem, asked: str | tuple[str, ...] | None) -> Implementation:
