@@ -39,7 +39,10 @@ def choose(problem: Problem, asked: str | tuple[str, ...] | None) -> Implementat
 
 def preferred(problem: Problem) -> tuple[Implementation, ...]:
     """All implementations, the one likely fastest first."""
-    pair_size = problem.score.pair_size(problem.query.shape[-1])
+    features = problem.query.shape[-1]
+    pair_size = problem.score.pair_size(features)
+    if problem.score.prepared_pair_size(features) < pair_size:  # additive scores: tiled, the faster one at every size
+        return blockwise, reference
     limit = DENSE_NUMBERS if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES
     dense = problem.return_weights or problem.rows * problem.key_length * pair_size <= limit
     return (reference, blockwise) if dense else (blockwise, reference)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib._additive import weighted_logistic
+from attnlib._additive import additive_logits
 
 __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
 
@@ -30,11 +30,11 @@ class Score:
         return query, key, self
 
     def pair_size(self, features: int) -> int:
-        """How many numbers a pair costs in the largest array that a derivative of `block` may make."""
+        """How many numbers a pair costs in the largest array that `block` or a derivative of it may make."""
         return features
 
-    def forward_pair_size(self, features: int) -> int:
-        """The same of `block` alone, less than `pair_size` where the compiler makes it in one pass."""
+    def prepared_pair_size(self, features: int) -> int:
+        """The same of the score that `prepare` gives."""
         return self.pair_size(features)
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
@@ -110,10 +110,9 @@ class Additive(Score):
         scale = _cast(1.0 if self.scale is None else self.scale, query)
         heads, features = query.shape[-4:-2], query.shape[-1]
         scale = scale.reshape(*heads, features) if scale.ndim == 2 else jnp.broadcast_to(scale, (*heads, features))
-        key = jnp.broadcast_to(key, (*query.shape[:-4], *key.shape[-3:]))
-        return 2 * _bounded(query), 2 * _bounded(key), LogisticSum(scale)
+        return query, key, TanhSum(scale)
 
-    def forward_pair_size(self, features: int) -> int:
+    def prepared_pair_size(self, features: int) -> int:
         return 1
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
@@ -123,8 +122,8 @@ class Additive(Score):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class LogisticSum(Score):
-    """sum_d scale_d (1 - 2 / (1 + exp(query_d + key_d))): what Additive and Concat leave to the tiles.
+class TanhSum(Score):
+    """sum_d scale_d tanh(query_d + key_d), fast: what Additive and Concat leave to the tiles.
 
     Args:
       scale: `(K, G, D)`.
@@ -134,7 +133,10 @@ class LogisticSum(Score):
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         del precision
-        return jnp.sum(self.scale, -1)[..., None, None] - 2 * weighted_logistic(query, key, self.scale)
+        return additive_logits(query, key, self.scale)
+
+    def pair_size(self, features: int) -> int:
+        return 1
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +164,7 @@ class Concat(Score):
             query, key = query * scale, key * scale
         return Additive(self.weight).block(query, key, precision)
 
-    def forward_pair_size(self, features: int) -> int:
+    def prepared_pair_size(self, features: int) -> int:
         return 1
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
@@ -252,12 +254,6 @@ class Custom(Score):
 
 def _cast(parameter: Any, like: jax.Array) -> jax.Array:
     return jnp.asarray(parameter).astype(like.dtype)
-
-
-def _bounded(x: jax.Array) -> jax.Array:
-    """Finite numbers such that twice the sum of two is finite: one of this size is saturated, or cancels exactly."""
-    limit = float(jnp.finfo(x.dtype).max) / 8
-    return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
 
 
 def _per_head(parameter: Any, features: int, query: jax.Array) -> jax.Array:

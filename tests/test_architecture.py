@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up: a file may import files of the lines above its own, never of its own line or below.
 ROOMS = [
-    {"_types", "_tiles", "_dropout", "_online_softmax", "_linear"},
+    {"_types", "_tiles", "_dropout", "_online_softmax", "_linear", "_loops"},
     {"_axes", "_positions", "_dimensions", "_additive"},
     {"_mask"},
     {"masks", "scores"},

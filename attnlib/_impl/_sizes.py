@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,27 +15,14 @@ from attnlib._tiles import EMPTY, Ranges
 _NUMBERS, _NUMBERS_WITH_FEATURES = 2**19, 2**17
 
 
-class TileSizes(NamedTuple):
-    """(queries, keys) of a tile of the forward loop, and of the loops of derivatives, which divides it."""
-
-    forward: tuple[int, int]
-    derivative: tuple[int, int]
-
-
-def tile_sizes(problem: Problem) -> TileSizes:
-    """What the user asked for, or what suits the cache."""
+def tile_sizes(problem: Problem) -> tuple[int, int]:
+    """(queries, keys) of a tile: what the user asked for, or what suits the cache."""
     lengths = problem.query_length, problem.key_length
     if problem.block_sizes is not None:
-        asked = min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
-        return TileSizes(asked, asked)
-    features = problem.query.shape[-1]
+        return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
     rows = problem.rows // problem.query_length  # of all batch indices and heads at once
-    side = _side(rows, problem.score.pair_size(features))
-    forward_side = max(side, _side(rows, problem.score.forward_pair_size(features)))
-    forward_side = max(_narrowed(problem, forward_side), side if side < 128 else 0)
-    side = min(side, forward_side)
-    sizes = [_sizes(length, side, forward_side) for length in lengths]
-    return TileSizes((sizes[0][0], sizes[1][0]), (sizes[0][1], sizes[1][1]))
+    side = _narrowed(problem, _side(rows, problem.score.prepared_pair_size(problem.query.shape[-1])))
+    return _evenly(lengths[0], side), _evenly(lengths[1], side)
 
 
 def _side(rows: int, pair_size: int) -> int:
@@ -59,10 +45,7 @@ def _work(problem: Problem, side: int) -> int:
     return int((kinds != EMPTY).sum()) * side**2
 
 
-def _sizes(length: int, side: int, forward_side: int) -> tuple[int, int]:
-    """(forward, derivative) along one axis, evenly divided."""
+def _evenly(length: int, side: int) -> int:
+    """About a side, a multiple of 8, such that the last tile is not much shorter than the others."""
     count = -(-length // side)
-    size = min(length, -(-length // (8 * count)) * 8)
-    count = -(-length // size)
-    forward_count = -(-count * size // forward_side)
-    return size * -(-count // forward_count), size
+    return min(length, -(-length // (8 * count)) * 8)

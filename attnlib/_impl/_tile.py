@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib import _axes, _dropout, _online_softmax
-from attnlib._impl._sizes import TileSizes
 from attnlib._mask import Mask
 from attnlib._positions import Positions
 from attnlib._problem import Problem
@@ -84,7 +83,7 @@ class Plan:
     tree: Any  # the structure of Arrays
     floating: tuple[bool, ...]  # which of its leaves can have derivatives
     axes: tuple[tuple[int | None, int | None], ...]  # how those are cut
-    tiles: TileSizes
+    tile: tuple[int, int]
     batch: tuple[int, ...]
     query_shape: tuple[int, ...]
     key_shape: tuple[int, ...]
@@ -93,12 +92,12 @@ class Plan:
     precision: Any
 
     @classmethod
-    def of(cls, problem: Problem, tiles: TileSizes, arrays: Arrays) -> Plan:
+    def of(cls, problem: Problem, tile: tuple[int, int], arrays: Arrays) -> Plan:
         leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
         return cls(
-            tree, floating, axes, tiles, problem.batch, problem.query_shape, problem.key_shape, problem.dropout_rate,
+            tree, floating, axes, tile, problem.batch, problem.query_shape, problem.key_shape, problem.dropout_rate,
             problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
 
@@ -112,15 +111,15 @@ class Plan:
         moving_, fixed_ = iter(moving), iter(fixed)
         return self.tree.unflatten([next(moving_ if floating else fixed_) for floating in self.floating])
 
-    def schedule(self, mask: Mask | None, tile: tuple[int, int]) -> list[tuple[bool, np.ndarray]]:
+    def schedule(self, mask: Mask | None) -> list[tuple[bool, np.ndarray]]:
         """(whether to ask the mask, starts `(tiles, 2)`): the tiles that it fills, then those that it may cut."""
-        kinds = tile_kinds(mask, self.query_shape, self.key_shape, tile)
-        runs = [(kind == PARTIAL, np.argwhere(kinds == kind) * np.array(tile)) for kind in (FULL, PARTIAL)]
+        kinds = tile_kinds(mask, self.query_shape, self.key_shape, self.tile)
+        runs = [(kind == PARTIAL, np.argwhere(kinds == kind) * np.array(self.tile)) for kind in (FULL, PARTIAL)]
         return [(asked, starts.astype(np.int32)) for asked, starts in runs if len(starts)]
 
-    def place(self, start: jax.Array, tile: tuple[int, int], asked: bool) -> Place:
-        query = Positions(self.query_shape, "query", start[0], tile[0])
-        return Place(query, Positions(self.key_shape, "key", start[1], tile[1]), asked)
+    def place(self, start: jax.Array, asked: bool) -> Place:
+        query = Positions(self.query_shape, "query", start[0], self.tile[0])
+        return Place(query, Positions(self.key_shape, "key", start[1], self.tile[1]), asked)
 
     def everywhere(self, asked: bool) -> Place:
         return Place(Positions(self.query_shape, "query"), Positions(self.key_shape, "key"), asked)

@@ -24,6 +24,7 @@ from attnlib import _axes, _online_softmax
 from attnlib._impl._sizes import tile_sizes
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, average, tile_kinds
 from attnlib._linear import tangent_of
+from attnlib._loops import nought
 from attnlib._online_softmax import Running
 from attnlib._problem import Estimate, Implementation, Problem, Result
 from attnlib._tiles import EMPTY
@@ -46,9 +47,8 @@ def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
     query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
     query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
     query, key, score = problem.score.prepare(query, key, problem.precision)
-    tiles = tile_sizes(problem)
-    forward = tiles.forward
-    sizes = -(-problem.query_length // forward[0]) * forward[0], -(-problem.key_length // forward[1]) * forward[1]
+    tile = tile_sizes(problem)
+    sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
     arrays = Arrays(
         query=_axes.pad_axis(query, -2, sizes[0]),
@@ -59,7 +59,7 @@ def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
         mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
         seeds=problem.dropout_seeds,
     )
-    return arrays, Plan.of(problem, tiles, arrays)
+    return arrays, Plan.of(problem, tile, arrays)
 
 
 def _nothing(problem: Problem) -> Result:
@@ -101,15 +101,15 @@ _attend.defjvp(_attend_jvp, symbolic_zeros=True)
 class _Loop:
     """Runs a body over all active tiles, those that ask the mask last."""
 
-    def __init__(self, plan: Plan, moving: Leaves, fixed: Leaves, tile: tuple[int, int]):
-        self.plan, self.moving, self.fixed, self.tile = plan, moving, fixed, tile
-        self.schedule = plan.schedule(plan.join(moving, fixed).mask, tile)
+    def __init__(self, plan: Plan, moving: Leaves, fixed: Leaves):
+        self.plan, self.moving, self.fixed = plan, moving, fixed
+        self.schedule = plan.schedule(plan.join(moving, fixed).mask)
 
     def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
         for asked, starts in self.schedule:
 
             def step(carry: Any, start: jax.Array, asked: bool = asked) -> tuple[Any, None]:
-                at = self.plan.place(start, self.tile, asked)
+                at = self.plan.place(start, asked)
                 return body(carry, Tile(self.plan, self.plan.join(self.cut(self.moving, at), self.fixed), at)), None
 
             if checkpoint:  # derivatives of the loop recompute a tile rather than keep it
@@ -139,7 +139,7 @@ def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
 
     rows = jnp.sum(nought(arrays.query[..., :1]), -1)
     start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
-    loop = _Loop(plan, *plan.split(arrays), plan.tiles.forward)
+    loop = _Loop(plan, *plan.split(arrays))
     return _online_softmax.finish(loop.run(body, start, checkpoint=False))
 
 
@@ -189,12 +189,7 @@ def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangent
 def _residuals(plan: Plan, residuals: Leaves) -> tuple[_Loop, jax.Array, jax.Array]:
     *leaves, output, lse = residuals
     count = sum(plan.floating)
-    return _Loop(plan, leaves[:count], leaves[count:], plan.tiles.derivative), output, lse
-
-
-def nought(array: jax.Array) -> jax.Array:
-    """Zeros that vary over devices and are sharded as the array is, which carries of a loop must be."""
-    return jnp.where(jnp.isfinite(array), array, 0) * 0
+    return _Loop(plan, leaves[:count], leaves[count:]), output, lse
 
 
 def _unsupported(problem: Problem) -> str | None:
@@ -205,7 +200,7 @@ def _estimate(problem: Problem) -> Estimate:
     """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
     if problem.query_length == 0 or problem.key_length == 0:
         return Estimate(memory=0)
-    tile = tile_sizes(problem).forward
+    tile = tile_sizes(problem)
     kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
     rows, features = problem.rows, problem.value.shape[-1]
     whole = rows * (problem.query.shape[-1] + features + 2) + problem.key.size + problem.value.size

@@ -1,7 +1,7 @@
 """Where tiles begin to pay: python tests/benchmarks/crossover.py
 
-Times the dense implementation against the tiled one, forward and training, over sizes around the crossover, for dot
-and additive scores, and prints what `implementation=None` chooses. `attnlib._choose.DENSE_NUMBERS` is set from it.
+Times the dense implementation against the tiled one, forward and training, over sizes around the crossover, for dot,
+additive and custom scores, and prints what `implementation=None` chooses. `attnlib._choose.DENSE_NUMBERS` is set from it.
 """
 
 import argparse
@@ -15,10 +15,17 @@ from attnlib import scores
 
 SIZES = {
     "dot": [(32, 16), (32, 64), (8, 128), (8, 256), (4, 512), (1, 512), (1, 1024), (1, 2048)],
-    "additive": [(32, 16), (32, 64), (8, 128), (4, 256), (1, 512), (1, 1024)],
+    "custom": [(32, 16), (32, 64), (8, 128), (4, 256), (1, 512), (1, 1024)],
+    "additive": [(1, 16), (1, 64), (32, 16), (32, 64), (8, 128), (4, 256), (1, 512), (1, 1024)],
 }
-HEADS = {"dot": 8, "additive": 1}
-SCORES = {"dot": lambda: scores.Dot(), "additive": lambda: scores.Additive(jnp.ones(64))}
+HEADS = {"dot": 8, "custom": 1, "additive": 1}
+
+
+def distance(query, key):
+    return -jnp.sum(jnp.abs(query - key))
+
+
+SCORES = {"dot": lambda: scores.Dot(), "custom": lambda: scores.Custom(distance), "additive": lambda: scores.Additive(jnp.ones(64))}
 
 
 def attend(score, implementation):
