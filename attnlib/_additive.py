@@ -78,11 +78,12 @@ def pair_sum(what: Sum, query: jax.Array, key: jax.Array, weights: Sequence[jax.
     count = -(-length // _UNROLLED)
     for n, (of, x) in enumerate(zip(axes, arrays, strict=True)):
         if summed in of:
-            arrays[n] = _laid_out(x, of, summed, count * _UNROLLED)
+            # Padded with weights of zero, which whatever stands beside them must not make NaN.
+            arrays[n] = _laid_out(x, of, summed, length, count * _UNROLLED, padding=1 if n < 4 else 0)
 
     def add(total: jax.Array, start: Any) -> jax.Array:
         blocks = [
-            x if of == what.axes or x.shape[-2] == 1 else jax.lax.dynamic_slice_in_dim(x, start, _UNROLLED, -2) 
+            jax.lax.dynamic_slice_in_dim(x, start, _UNROLLED, -2) if summed in of and x.shape[-2] > 1 else x
             for of, x in zip(axes, arrays, strict=True)
         ]
         for n in range(_UNROLLED):
@@ -98,13 +99,12 @@ def pair_sum(what: Sum, query: jax.Array, key: jax.Array, weights: Sequence[jax.
     return jax.lax.fori_loop(0, count, lambda n, total: add(total, n * _UNROLLED), zero)
 
 
-def _laid_out(x: jax.Array, axes: str, summed: str, length: int) -> jax.Array:
-    """The axis that is summed over made the last but one, where cutting it leaves rows that are whole, and padded.
-
-    Weights are padded with zeros, and so whatever else is padded adds nothing.
-    """
+def _laid_out(x: jax.Array, axes: str, summed: str, length: int, padded: int, padding: int) -> jax.Array:
+    """The axis that is summed over made the last but one, where cutting it leaves rows that are whole, and padded."""
     x = x if axes.index(summed) == 0 else jnp.swapaxes(x, -1, -2)
-    return x if x.shape[-2] == 1 else jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)])
+    if x.shape[-2] != length:  # an axis of one broadcasts
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padded - length), (0, 0)], constant_values=padding)
 
 
 def _exponential(x: jax.Array) -> tuple[jax.Array, jax.Array]:
