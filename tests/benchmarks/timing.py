@@ -34,6 +34,10 @@ class Times:
     median: float
     runs: int
 
+    @classmethod
+    def of(cls, runs):
+        return cls(min(runs), statistics.median(runs), len(runs))
+
 
 def jax_program(function, *operands):
     """`function` of the operands, compiled but not yet run."""
@@ -71,7 +75,7 @@ def measure(programs, repeats=7, seconds=None):
             taken[name] += _turn(programs[name].run)
         if seconds is not None and time.perf_counter() - started > seconds:
             break
-    return {name: Times(min(runs), statistics.median(runs), len(runs)) for name, runs in taken.items()}
+    return {name: Times.of(runs) for name, runs in taken.items()}
 
 
 def _turn(run):
