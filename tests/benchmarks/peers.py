@@ -23,6 +23,8 @@ def load(name):
     if name == "keras":
         os.environ["KERAS_BACKEND"] = "jax"  # read when it is imported
     try:
+        if name == "tokamax":  # it reads absl's flags, which would take our options for its own
+            importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
         module = importlib.import_module(name)
     except ImportError as error:
         tqdm.write(f"left out: {name} ({error}); to compare with it: pip install {PACKAGES[name]}")
@@ -130,12 +132,10 @@ def _flax_lacks(row):
 class Contestant:
     module: str
     program: Callable  # (row, operands, kind) -> Program
-    lacks: Callable = lambda row: None  # what the row needs and it has not, in words
+    unsupported: Callable = lambda row: None  # what the row needs and it has not, in words
 
-    def unsupported(self, row):
-        if self.module in PACKAGES and load(self.module) is None:
-            return f"{self.module} is not installed"
-        return self.lacks(row)
+    def installed(self):
+        return self.module not in PACKAGES or load(self.module) is not None
 
 
 def _in_jax(make):
