@@ -44,7 +44,7 @@ class Row:
     mask: str | None = None
 
     def __str__(self):
-        length = f"{self.queries}" if self.queries == self.keys else f"{self.queries}x{self.keys}"
+        length = f"{self.queries}" if self.queries == self.keys else f"({self.queries}, {self.keys})"
         unusual = [self.dtype] * (self.dtype != "float32") + [self.mask] * (self.mask is not None)
         unusual += [f"{self.heads}/{self.kv_heads} heads"] * (self.heads != self.kv_heads)
         unusual += [f"{self.features} features"] * (self.features != 64)
@@ -195,7 +195,7 @@ def picture(report, done):
         ax.tick_params(axis="y", length=0)
         ax.set(title={"forward": "forward", "training": "training step"}[kind], xlabel="attnlib is faster by")
     axes[0].set_yticks(range(len(names)), [row for _, row in names])
-    axes[0].set_ylabel("batch x length (queries x keys)")
+    axes[0].set_ylabel("batch x length, or batch x (queries, keys)")
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)

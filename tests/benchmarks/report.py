@@ -12,6 +12,9 @@ from pathlib import Path
 
 import jax
 
+# Above this load when a benchmark starts, something else runs. PyTorch's threads, which wait for each other, then take
+# 20 times as long, others up to twice.
+IDLE_LOAD = 0.5
 # Okabe and Ito's colours, which every kind of colour vision tells apart; the shapes say it once more.
 COLORS = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "grey": "#555555"}
 
@@ -109,6 +112,8 @@ class Report:
         for key, value in facts.items():
             text = ", ".join(map(" ".join, value.items())) if isinstance(value, dict) else value
             print(f"{key:14s} {text}")
+        if facts.get("load at start", 0) > IDLE_LOAD:
+            print("WARNING: something else is running on this machine; the ratios below mean little")
         shown = {name: value for name, value in vars(options).items() if name != "out"}
         self.data = {"program": name, "machine": facts, "options": shown}
 
