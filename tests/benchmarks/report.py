@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 # Above this load when a benchmark starts, something else runs. PyTorch's threads, which wait for each other, then take
-# 20 times as long, others up to twice.
+# up to 20 times as long, the others up to twice.
 IDLE_LOAD = 0.5
 # Okabe and Ito's colours, which every kind of colour vision tells apart; the shapes say it once more.
 COLORS = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "grey": "#555555"}
