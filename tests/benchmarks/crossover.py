@@ -8,7 +8,7 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-from timing import compare, training_step
+from timing import KINDS, compare
 
 import attnlib
 from attnlib import scores
@@ -41,14 +41,15 @@ def main():
         print(f"{score}, {HEADS[score]} heads x 64 features, times in ms: dense / tiled = ratio")
         for batch, length in SIZES[score]:
             operands = tuple(jax.random.normal(jax.random.key(0), (3, batch, length, HEADS[score], 64)))
-            programs = {}
-            for name in ("reference", "blockwise"):
-                programs[name, "forward"] = (attend(score, name), operands)
-                programs[name, "training"] = (training_step(attend(score, name)), operands)
+            programs = {
+                (name, kind): (make(attend(score, name)), operands)
+                for name in ("reference", "blockwise")
+                for kind, make in KINDS.items()
+            }
             times = compare(programs, options.repeats, seconds=20)
             chosen = attnlib.explain(*operands, score=SCORES[score]()).implementation
             cells = []
-            for kind in ("forward", "training"):
+            for kind in KINDS:
                 dense, tiled = (times[name, kind] * 1e3 for name in ("reference", "blockwise"))
                 cells.append(f"{kind} {dense:8.2f} / {tiled:8.2f} = {dense / tiled:5.2f}")
             pairs = batch * HEADS[score] * length**2

@@ -11,7 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import compare, training_step
+from timing import KINDS, compare
 
 import attnlib
 from attnlib import _dropout
@@ -24,13 +24,9 @@ def cost(repeats):
         options = dict(dropout_rate=rate, dropout_rng=jax.random.key(1) if rate else None)
         return lambda q, k, v: attnlib.dot_product_attention(q, k, v, implementation="blockwise", **options)
 
-    programs = {
-        (kind, rate): (make(attend(rate)), operands)
-        for kind, make in (("forward", lambda f: f), ("training", training_step))
-        for rate in (0.0, 0.1)
-    }
+    programs = {(kind, rate): (make(attend(rate)), operands) for kind, make in KINDS.items() for rate in (0.0, 0.1)}
     times = compare(programs, repeats)
-    for kind in ("forward", "training"):
+    for kind in KINDS:
         without, with_dropout = (times[kind, rate] * 1e3 for rate in (0.0, 0.1))
         print(
             f"{kind}: {without:.1f} ms without, {with_dropout:.1f} ms with dropout: {with_dropout / without - 1:+.1%}"

@@ -7,7 +7,7 @@ the cost of a window grows as the length does.
 import argparse
 
 import jax
-from timing import compare, training_step
+from timing import KINDS, compare
 
 import attnlib
 from attnlib import masks
@@ -29,14 +29,14 @@ def main():
     programs = {}
     for length in (options.length // 4, options.length // 2, options.length):
         operands = tuple(jax.random.normal(jax.random.key(0), (3, 1, length, 2, 64)))
-        programs[f"window {length} forward"] = (attend(window), operands)
-        programs[f"window {length} training"] = (training_step(attend(window)), operands)
-    programs["causal forward"] = (attend(masks.Causal()), operands)
-    programs["causal training"] = (training_step(attend(masks.Causal())), operands)
+        for kind, make in KINDS.items():
+            programs[f"window {length} {kind}"] = (make(attend(window)), operands)
+    for kind, make in KINDS.items():  # at the longest
+        programs[f"causal {kind}"] = (make(attend(masks.Causal())), operands)
     times = compare(programs, options.repeats)
     for name, seconds in times.items():
         print(f"{name:28s} {seconds * 1e3:9.1f} ms")
-    for kind in ("forward", "training"):
+    for kind in KINDS:
         speedup = times[f"causal {kind}"] / times[f"window {options.length} {kind}"]
         growth = times[f"window {options.length} {kind}"] / times[f"window {options.length // 4} {kind}"]
         print(
