@@ -239,7 +239,6 @@ def explain(
     score = Dot() if score is None else score
     arrays, static = _arguments(query, key, value, score, **{**defaults, **options})
     asked = static.pop("implementation")
-    del static["return_lse"]
     problem = jax.eval_shape(lambda *args: _fold(*args, **static)[0], *arrays)
     return _choose.explain(problem, asked)
 
@@ -339,7 +338,7 @@ def _arguments(
     ),
 )  # fmt: skip
 def _attend(query, key, value, score, mask, bias, dropout_rng, *, return_lse, implementation, **static):
-    problem, axes = _fold(query, key, value, score, mask, bias, dropout_rng, **static)
+    problem, axes = _fold(query, key, value, score, mask, bias, dropout_rng, return_lse=return_lse, **static)
     output, lse, weights = _choose.choose(problem, implementation).run(problem)
 
     heads = query.shape[-2]
@@ -349,13 +348,14 @@ def _attend(query, key, value, score, mask, bias, dropout_rng, *, return_lse, im
     if weights is not None:
         results.append(weights.reshape(*lead, *problem.query_shape, *problem.key_shape))
     if return_lse:
+        assert lse is not None
         results.append(lse.reshape(*lead, *problem.query_shape))
     return results[0] if len(results) == 1 else tuple(results)
 
 
 def _fold(
     query, key, value, score, mask, bias, dropout_rng, *, is_causal, attention_axes, dropout_rate, logits_soft_cap,
-    return_weights, block_sizes, precision,
+    return_weights, return_lse, block_sizes, precision,
 ) -> tuple[Problem, _axes.Axes]:  # fmt: skip
     """Checks the shapes and brings the arguments into the canonical form."""
     _checks.rank(query, "query")
@@ -388,5 +388,6 @@ def _fold(
         return_weights=return_weights,
         block_sizes=block_sizes,
         precision=precision,
+        return_lse=return_lse,
     )
     return problem, axes
