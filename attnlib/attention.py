@@ -63,8 +63,9 @@ def dot_product_attention(
       logits_soft_cap: c replaces logits x (after bias) by c * tanh(x / c); positive. Default: none.
       return_weights: also return the weights that were used (after dropout).
       return_lse: also return the log-sum-exp of the logits over the keys.
-      implementation: "blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), or several to
-        try in order; default: chosen by size, see `attnlib.explain`.
+      implementation: "blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), "cudnn" (the
+        fused kernel of NVIDIA GPUs, for half-precision operands and causal masks, windows and lengths), or several to
+        try in order; default: cudnn on a GPU where it can, else chosen by size, see `attnlib.explain`.
       block_sizes: (queries, keys) of a tile of "blockwise"; default: chosen.
       precision: of matrix products, as in `jax.lax.Precision`.
 
@@ -225,6 +226,7 @@ def explain(
       tiles: 256 queries x 256 keys, 136 of 256 computed
       memory: about 19.0 MB of temporaries in a forward pass
       not reference: blockwise is likely faster at this size
+      not cudnn: query, key and value must all be float16 or all bfloat16; they are float32, float32, float32
     """
     if "scale" in options:
         raise TypeError("explain takes the scale inside the score: score=attnlib.scores.Dot(scale).")
