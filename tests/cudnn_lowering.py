@@ -105,11 +105,12 @@ PAIRS = {  # name: (arguments, ours, theirs)
 
 
 def main():
-    found = {}
-    for name, (arguments, mine, other) in PAIRS.items():
-        found[name] = [cudnn_calls(mine, *arguments), cudnn_calls(other, *arguments)]
-        gradients = [jax.grad(loss(function), (0, 1, 2)) for function in (mine, other)]
-        found[f"{name}: gradient"] = [cudnn_calls(gradient, *arguments) for gradient in gradients]
+    found = {"pairs": {}}
+    for name, (arguments, *functions) in PAIRS.items():
+        found["pairs"][name] = {
+            "forward": [cudnn_calls(function, *arguments) for function in functions],
+            "gradient": [cudnn_calls(jax.grad(loss(function), (0, 1, 2)), *arguments) for function in functions],
+        }
 
     three = (QUERY, KEY, KEY)
     mapped = (array(3, 2, 64, 8, 32), KEY, KEY)

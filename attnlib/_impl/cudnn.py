@@ -7,7 +7,7 @@ What the kernel does otherwise than attnlib is set right around it, in linear me
 
   padded rows   a row that may attend nothing is computed with one key, and its output replaced by 0
   NaN           the kernel multiplies masked values by weights of zero, and 0 * NaN is NaN: where there is a mask, what
-                is not finite is replaced before the call, and rows that do attend it are made NaN after it
+                is not finite is replaced before the call, and rows that do attend it are NaN after it, without gradient
   scale         a traced scale, or one a head, is multiplied into the query; see `_scaled`
 
 cuDNN has a backward pass but neither forward mode nor second derivatives, which are borrowed (`_borrowed.py`) from
