@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from attnlib._impl.blockwise import blockwise
+from attnlib._impl.cudnn import cudnn
 from attnlib._impl.reference import reference
 from attnlib._problem import Implementation, Problem
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise, reference)
+# Implementations never import each other, so the derivatives that cuDNN lacks are handed to it here.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise, reference, cudnn(blockwise, elsewhere=False))
 NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
+
+# Chosen for a GPU that is a default: the program may still be placed on another device, and then runs blockwise.
+_CUDNN_OR_BLOCKWISE = cudnn(blockwise, elsewhere=True)
 
 # Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
 # cores with the programs of tests/benchmarks/crossover.py, CPU time dense / tiled, forward and training. Dot, 8 heads x
@@ -38,14 +45,15 @@ def choose(problem: Problem, asked: str | tuple[str, ...] | None) -> Implementat
 
 
 def preferred(problem: Problem) -> tuple[Implementation, ...]:
-    """All implementations, the one likely fastest first."""
+    """The implementations worth trying on this machine, the one likely fastest first; the last can do all."""
     features = problem.query.shape[-1]
     pair_size = problem.score.pair_size(features)
     if problem.score.prepared_pair_size(features) < pair_size:  # additive scores: tiled, the faster one at every size
         return blockwise, reference
     limit = DENSE_NUMBERS if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES
     dense = problem.return_weights or problem.rows * problem.key_length * pair_size <= limit
-    return (reference, blockwise) if dense else (blockwise, reference)
+    anywhere = (reference, blockwise) if dense else (blockwise, reference)
+    return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere
 
 
 def _named(name: str) -> Implementation:
@@ -81,8 +89,14 @@ class Explanation:
 
 def explain(problem: Problem, asked: str | tuple[str, ...] | None) -> Explanation:
     chosen = choose(problem, asked)
-    others = [implementation for implementation in IMPLEMENTATIONS if implementation is not chosen]
-    reason = f"{chosen.name} was asked for" if asked is not None else f"{chosen.name} is likely faster at this size"
-    refusals = {other.name: other.unsupported(problem) or reason for other in others}
+    others = [implementation for implementation in IMPLEMENTATIONS if implementation.name != chosen.name]
+    tried = {implementation.name for implementation in preferred(problem)}
+
+    def reason(other: Implementation) -> str:
+        if asked is not None:
+            return f"{chosen.name} was asked for"
+        return f"{chosen.name} is likely faster at this size" if other.name in tried else "the default device is no GPU"
+
+    refusals = {other.name: other.unsupported(problem) or reason(other) for other in others}
     estimate = chosen.estimate(problem)
     return Explanation(chosen.name, estimate.block_sizes, estimate.tiles, estimate.memory, refusals)

@@ -27,7 +27,21 @@ def linear_map(
 
     Both functions must be hashable, equal when they mean the same, and differentiable in the floating residuals.
     """
-    return _linear_map.bind(*residuals, *operands, forward=forward, transpose=transpose, count=len(residuals))
+    return _bind(*residuals, *operands, forward=forward, transpose=transpose, count=len(residuals))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A function for `linear_map` that uses custom partitioning.
+
+    JAX looks through the programs inside a program for operations that must know their devices before it lowers them;
+    so it has to be shown the one that this function is.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 def tangent_of(
@@ -55,7 +69,18 @@ _linear_map = Primitive("attnlib_linear_map")
 _linear_map.multiple_results = True
 
 
-def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> list[Any]:
+def _bind(*args: Any, **params: Any) -> Any:
+    shown = jax.make_jaxpr(partial(_evaluate, **params))(*args) if _is_shown(params["forward"]) else None
+    return _linear_map.bind(*args, **params, shown=shown)
+
+
+def _is_shown(function: Any) -> bool:
+    while isinstance(function, (partial, _Batched)):
+        function = function.func if isinstance(function, partial) else function.function
+    return isinstance(function, Shown)
+
+
+def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any = None) -> list[Any]:
     return list(forward(args[:count], args[count:]))
 
 
@@ -68,13 +93,14 @@ def _abstract_eval(*avals: Any, **params: Any) -> list[Any]:
     return list(jax.make_jaxpr(lambda *args: _evaluate(*args, **params))(*avals).out_avals)
 
 
-def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
+def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> Any:
+    del shown
     params = dict(forward=forward, transpose=transpose, count=count)
     residuals, operands = primals[:count], primals[count:]
-    out = _linear_map.bind(*primals, **params)
+    out = _bind(*primals, **params)
     parts = []
     if any(type(t) is not ad.Zero for t in tangents[count:]):
-        parts.append(_linear_map.bind(*residuals, *map(ad.instantiate_zeros, tangents[count:]), **params))
+        parts.append(_bind(*residuals, *map(ad.instantiate_zeros, tangents[count:]), **params))
     moving = [n for n in range(count) if type(tangents[n]) is not ad.Zero]
     if moving:
 
@@ -94,9 +120,12 @@ def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn,
 ad.primitive_jvps[_linear_map] = _jvp
 
 
-def _transpose(cotangents: Any, *args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> list[Any]:
+def _transpose(
+    cotangents: Any, *args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any
+) -> list[Any]:
+    del shown
     cotangents = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cotangents]
-    out = _linear_map.bind(*args[:count], *cotangents, forward=transpose, transpose=forward, count=count)
+    out = _bind(*args[:count], *cotangents, forward=transpose, transpose=forward, count=count)
     return [None] * count + list(out)
 
 
@@ -119,14 +148,15 @@ class _Batched:
         return jax.vmap(one, in_axes=(self.axes, 0))(residuals, operands)
 
 
-def _batch(args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
+def _batch(args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> Any:
+    del shown
     size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
     operands = [
         jnp.broadcast_to(x[None], (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
         for x, dim in zip(args[count:], dims[count:], strict=True)
     ]
     axes = tuple(dims[:count])
-    out = _linear_map.bind(
+    out = _bind(
         *args[:count], *operands, forward=_Batched(forward, axes), transpose=_Batched(transpose, axes), count=count
     )
     return out, [0] * len(out)

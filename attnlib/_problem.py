@@ -48,6 +48,7 @@ class Problem:
     return_weights: bool = dataclasses.field(metadata={"static": True})
     block_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
     precision: Any = dataclasses.field(metadata={"static": True})
+    return_lse: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def kv_heads(self) -> int:
@@ -85,7 +86,7 @@ class Result(NamedTuple):
     """What an implementation gives, in the dtype of `Problem.dtype` and with full batch axes."""
 
     output: jax.Array  # (*batch, K, G, T, E)
-    lse: jax.Array  # (*batch, K, G, T)
+    lse: jax.Array | None  # (*batch, K, G, T); always if asked for
     weights: jax.Array | None  # (*batch, K, G, T, S) if asked for
 
 

@@ -63,8 +63,9 @@ def dot_product_attention(
       logits_soft_cap: c replaces logits x (after bias) by c * tanh(x / c); positive. Default: none.
       return_weights: also return the weights that were used (after dropout).
       return_lse: also return the log-sum-exp of the logits over the keys.
-      implementation: "blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), or several to
-        try in order; default: chosen by size, see `attnlib.explain`.
+      implementation: "blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), "cudnn" (the
+        fused kernel of NVIDIA GPUs, for half-precision operands and causal masks, windows and lengths), or several to
+        try in order; default: cudnn on a GPU where it can, else chosen by size, see `attnlib.explain`.
       block_sizes: (queries, keys) of a tile of "blockwise"; default: chosen.
       precision: of matrix products, as in `jax.lax.Precision`.
 
@@ -225,6 +226,7 @@ def explain(
       tiles: 256 queries x 256 keys, 136 of 256 computed
       memory: about 19.0 MB of temporaries in a forward pass
       not reference: blockwise is likely faster at this size
+      not cudnn: query, key and value must all be float16 or all bfloat16; they are float32, float32, float32
     """
     if "scale" in options:
         raise TypeError("explain takes the scale inside the score: score=attnlib.scores.Dot(scale).")
@@ -239,7 +241,6 @@ def explain(
     score = Dot() if score is None else score
     arrays, static = _arguments(query, key, value, score, **{**defaults, **options})
     asked = static.pop("implementation")
-    del static["return_lse"]
     problem = jax.eval_shape(lambda *args: _fold(*args, **static)[0], *arrays)
     return _choose.explain(problem, asked)
 
@@ -339,7 +340,7 @@ def _arguments(
     ),
 )  # fmt: skip
 def _attend(query, key, value, score, mask, bias, dropout_rng, *, return_lse, implementation, **static):
-    problem, axes = _fold(query, key, value, score, mask, bias, dropout_rng, **static)
+    problem, axes = _fold(query, key, value, score, mask, bias, dropout_rng, return_lse=return_lse, **static)
     output, lse, weights = _choose.choose(problem, implementation).run(problem)
 
     heads = query.shape[-2]
@@ -349,13 +350,14 @@ def _attend(query, key, value, score, mask, bias, dropout_rng, *, return_lse, im
     if weights is not None:
         results.append(weights.reshape(*lead, *problem.query_shape, *problem.key_shape))
     if return_lse:
+        assert lse is not None
         results.append(lse.reshape(*lead, *problem.query_shape))
     return results[0] if len(results) == 1 else tuple(results)
 
 
 def _fold(
     query, key, value, score, mask, bias, dropout_rng, *, is_causal, attention_axes, dropout_rate, logits_soft_cap,
-    return_weights, block_sizes, precision,
+    return_weights, return_lse, block_sizes, precision,
 ) -> tuple[Problem, _axes.Axes]:  # fmt: skip
     """Checks the shapes and brings the arguments into the canonical form."""
     _checks.rank(query, "query")
@@ -388,5 +390,6 @@ def _fold(
         return_weights=return_weights,
         block_sizes=block_sizes,
         precision=precision,
+        return_lse=return_lse,
     )
     return problem, axes

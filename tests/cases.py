@@ -20,6 +20,9 @@ import attnlib
 from attnlib import masks, scores
 from attnlib._choose import NAMES as NAMES
 
+# Those that take every call; the others have tests of their own, and are skipped with their reason where they refuse.
+COMPLETE = tuple(name for name in NAMES if name != "cudnn")
+
 # Block sizes that cut the small operands here into several tiles, the last ones incomplete.
 BLOCK_SIZES = {"blockwise": (3, 4)}
 

@@ -9,8 +9,8 @@ import jax
 _OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
-def quick_jit(function):
-    return jax.jit(function, compiler_options=_options())
+def quick_jit(function, **kwargs):
+    return jax.jit(function, compiler_options=_options(), **kwargs)
 
 
 @functools.cache

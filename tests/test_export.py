@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import NAMES, by_name
+from cases import COMPLETE, by_name
 from conftest import assert_close
 from jax import export
 from quick_jit import quick_jit
@@ -108,7 +108,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", COMPLETE)
 def test_exports_for_every_platform(implementation, name):
     function, arguments = PROGRAMS[name]
     program = functools.partial(function, by_name(implementation))

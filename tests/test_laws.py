@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BLOCK_SIZES, NAMES, by_name, like, unsupported
+from cases import BLOCK_SIZES, COMPLETE, NAMES, by_name, like, unsupported
 from conftest import assert_close, assert_finite, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -386,7 +386,7 @@ def test_jacobians_and_hessian_agree(attend, keys):
     causal=st.booleans(),
     seed=st.integers(0, 99),
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_any_sizes_are_the_definition(name, sizes, heads, lengths, blocks, causal, seed):
     numbers = np.random.default_rng(seed)
     (batch, features, value_features), (n, k), (queries, positions) = sizes, heads, lengths

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import NAMES, by_name
+from cases import COMPLETE, by_name
 from conftest import assert_close, assert_finite, assert_same
 from quick_jit import quick_jit
 
@@ -77,7 +77,7 @@ def test_initial_values(keys):
 # What the layer computes
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", COMPLETE)
 def test_the_layer_is_its_parts(implementation, keys):
     """Projections, attention, gate and output, written out with einsum."""
     sizes = dict(num_kv_heads=2, value_dim=5, key_features=7, value_features=8, output_shape=(3, 2))
@@ -146,7 +146,7 @@ def test_scores(score, keys):
 # Masks
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", COMPLETE)
 def test_padding_may_hold_anything(implementation, keys):
     """NaN in padded queries, keys and values: the same outputs and finite, equal gradients of every parameter."""
     params = make(keys, use_gate=True, num_kv_heads=2)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from cases import COMPLETE
 from conftest import assert_close, x64
 from quick_jit import quick_jit
 
@@ -22,7 +23,6 @@ from attnlib import scores
 SEEDS = range(108)
 KINDS = ("dot", "additive", "concat", "bilinear", "custom", "dot")
 RANKS = (3, 4, 5, 6, 5, 4)
-IMPLEMENTATIONS = attnlib._choose.NAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ def test_float32_agrees_with_the_oracle(seed):
     assert_agree(got, run_oracle(configuration, np.float32))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COMPLETE)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_float64_agrees_with_the_oracle(seed, implementation):
     configuration = draw(seed)
@@ -225,7 +225,7 @@ def test_the_configurations_cover_what_they_claim():
     assert {name for name in expected if not seen[name]} == set(), seen
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COMPLETE)
 @pytest.mark.parametrize("seed", range(6))
 def test_no_keys_give_zeros(seed, implementation):
     """S = 0: nothing to attend."""
@@ -238,7 +238,7 @@ def test_no_keys_give_zeros(seed, implementation):
     assert got[0].shape == (2, 3 + seed, 4, 3)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COMPLETE)
 @pytest.mark.parametrize("batch, queries, keys", [(2, 0, 3), (0, 2, 3), (2, 0, 0)])
 def test_no_queries_or_no_batch_give_empty(batch, queries, keys, implementation):
     query, key, value = (jnp.ones(s) for s in ((batch, queries, 4, 5), (batch, keys, 2, 5), (batch, keys, 2, 3)))
@@ -247,7 +247,7 @@ def test_no_queries_or_no_batch_give_empty(batch, queries, keys, implementation)
         assert [x.shape for x in got] == [(batch, queries, 4, 3), (batch, 4, queries, keys), (batch, 4, queries)]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COMPLETE)
 def test_masked_content_is_never_read(implementation):
     """Keys and values that no row may attend are NaN, on both sides."""
     rng = np.random.default_rng(7)
@@ -261,7 +261,7 @@ def test_masked_content_is_never_read(implementation):
     assert_agree(attnlib.dot_product_attention(query, key, value, **options), expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", COMPLETE)
 def test_logits_of_minus_infinity_attend_nothing(implementation):
     """A bias of -inf is a mask; a row of nothing else is an empty row."""
     rng = np.random.default_rng(8)

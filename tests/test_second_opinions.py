@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from cases import COMPLETE
 from conftest import assert_close, assert_zero
 from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks
-from attnlib._choose import NAMES
 
 BATCH, QUERIES, KEYS, FEATURES = 3, 5, 7, 4
 
@@ -84,7 +84,7 @@ OF_JAX_NN = {
 }
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", COMPLETE)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("case", OF_JAX_NN)
 def test_same_as_jax_nn(case, heads, kv_heads, implementation):
@@ -96,7 +96,7 @@ def test_same_as_jax_nn(case, heads, kv_heads, implementation):
     )
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", COMPLETE)
 @pytest.mark.parametrize("shape", [(BATCH, 4, QUERIES, KEYS), (1, 4, QUERIES, KEYS), (BATCH, 1, 1, KEYS), (1, 1, 5, 1)])
 def test_same_as_jax_nn_with_bias(shape, implementation):
     """The gradient of the bias too, at its own shape."""
@@ -108,7 +108,7 @@ def test_same_as_jax_nn_with_bias(shape, implementation):
     )
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", COMPLETE)
 def test_same_lse_as_jax_nn(implementation):
     """jax.nn returns (B, T, N), attnlib (B, N, T)."""
     options = {"is_causal": True, "scale": 0.5}
@@ -117,7 +117,7 @@ def test_same_lse_as_jax_nn(implementation):
     assert_close(lse, expected.swapaxes(1, 2), length=KEYS)
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", COMPLETE)
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_same_as_flax_dot_product_attention(batch, masked, implementation):

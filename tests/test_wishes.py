@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import COMPLETE
 from conftest import assert_close, assert_finite, assert_same, assert_zero, x64
 
 import attnlib
 from attnlib import masks, scores
-from attnlib._choose import NAMES
 
 B, T, S, N, K, D, E = 2, 13, 11, 4, 2, 5, 3
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=COMPLETE)
 def attend(request):
     """dot_product_attention by one implementation, in small tiles where it has tiles, compiled."""
 
@@ -216,11 +216,11 @@ def test_an_attention_sink_and_its_gradient(attend, operands):
 
 
 def test_by_name_runs_or_raises_and_the_choice_can_be_asked_for(operands):
-    for name in NAMES:
+    for name in COMPLETE:
         assert attnlib.explain(*operands, implementation=name).implementation == name
     with pytest.raises(ValueError, match=r"reference: .*block_sizes=None"):
         attnlib.dot_product_attention(*operands, implementation="reference", block_sizes=(4, 4))
-    assert attnlib.explain(*operands).implementation in NAMES
+    assert attnlib.explain(*operands).implementation in COMPLETE
 
 
 def test_true_means_attend_and_errors_name_axes(attend, operands):
@@ -240,7 +240,7 @@ def test_bad_arguments_are_refused(attend, operands, rate):
 
 def test_the_flexible_path_trains_on_cpu(operands):
     distance = scores.Custom(lambda q, k, sharpness: -sharpness * jnp.sum((q - k) ** 2), jnp.float32(0.5))
-    for name in NAMES:
+    for name in COMPLETE:
         gradient = jax.grad(
             lambda score, q, name=name: jnp.sum(attnlib.attention(q, *operands[1:], score=score, implementation=name)),
             (0, 1),
