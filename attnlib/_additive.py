@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnlib._linear import tangent_of
+from attnlib._linear import tangent_of, unbroadcast
 from attnlib._loops import nought
 
 # Additions to the sums in one pass over them. XLA's CPU compiler vectorises the pass if the slices that it reads are
@@ -213,7 +213,7 @@ def _transpose(what: Sum, active: tuple[int, ...], residuals: Any, cotangents: A
     totals: dict[int, jax.Array] = {}
     for axes, some in parts.items():
         totals |= _added_up(some, axes, query, key)
-    return [_unbroadcast(totals[n], residuals[n].shape) for n in active]
+    return [unbroadcast(totals[n], residuals[n].shape) for n in active]
 
 
 def _added_up(parts: Sequence[_Part], axes: str, query: jax.Array, key: jax.Array) -> dict[int, jax.Array]:
@@ -232,7 +232,3 @@ def _added_up(parts: Sequence[_Part], axes: str, query: jax.Array, key: jax.Arra
         total = total if factor is None else total * factor
         totals[n] = totals[n] + total if n in totals else total
     return totals
-
-
-def _unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.sum(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)

@@ -65,6 +65,11 @@ def tangent_of(
     return results[0] if len(outputs) == 1 else tuple(results)
 
 
+def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The transpose of broadcasting from `shape`, of the same rank."""
+    return jnp.sum(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)
+
+
 _linear_map = Primitive("attnlib_linear_map")
 _linear_map.multiple_results = True
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._additive import additive_logits
+from attnlib._product import over_features
 
 __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
 
@@ -83,7 +84,7 @@ class Product(Score):
     """<query, key>: what Dot and Bilinear leave to the tiles."""
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
-        return jnp.einsum("...kgtd,...ksd->...kgts", query, key, precision=precision)
+        return over_features(precision, query, key)
 
     def pair_size(self, features: int) -> int:
         return 1

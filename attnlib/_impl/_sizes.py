@@ -9,40 +9,52 @@ import numpy as np
 from attnlib._problem import Problem
 from attnlib._tiles import EMPTY, Ranges
 
-# Numbers in the largest array of a tile. Measured on 2 CPU cores: for 8 heads x 64 features, tiles of 256 x 256 (2**19)
-# were faster than 128 and 512, forward and training; derivatives of additive scores, which make an array of
-# (queries, keys, features), were fastest at 32 x 32 x 128 (2**17).
-_NUMBERS, _NUMBERS_WITH_FEATURES = 2**19, 2**17
+# Numbers in the largest array of a tile, and how wide one is at most. Measured on 2 CPU cores, 8 heads x 64 features of
+# 2048 positions: with all heads in a tile 512 x 256 was fastest forward and in training, with one 2048 x 512. Of scores
+# whose derivatives make an array of (queries, keys, features), 32 x 32 x 128.
+_NUMBERS, _NUMBERS_WITH_FEATURES = 2**20, 2**17
+_LONGEST = 2048, 512
 
 
-def tile_sizes(problem: Problem) -> tuple[int, int]:
-    """(queries, keys) of a tile: what the user asked for, or what suits the cache."""
+def tile_sizes(problem: Problem, rows: int | None = None) -> tuple[int, int]:
+    """(queries, keys) of a tile: what the user asked for, or what suits the cache.
+
+    `rows` is how many batch indices and heads are in a tile; default: all.
+    """
     lengths = problem.query_length, problem.key_length
     if problem.block_sizes is not None:
         return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
-    rows = problem.rows // problem.query_length  # of all batch indices and heads at once
-    side = _narrowed(problem, _side(rows, problem.score.prepared_pair_size(problem.query.shape[-1])))
-    return _evenly(lengths[0], side), _evenly(lengths[1], side)
-
-
-def _side(rows: int, pair_size: int) -> int:
+    rows = problem.rows // problem.query_length if rows is None else rows
+    pair_size = problem.score.prepared_pair_size(problem.query.shape[-1])
     numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows * pair_size, 1)
-    return min(max(2 ** round(math.log2(max(numbers, 1)) / 2), 16), 512)
+    keys = min(_power_of_two(math.sqrt(numbers)), _LONGEST[1])
+    queries = min(_power_of_two(numbers / keys), _LONGEST[0])
+    size = _narrowed(problem, queries, keys)
+    return _evenly(lengths[0], size[0]), _evenly(lengths[1], size[1])
 
 
-def _narrowed(problem: Problem, side: int) -> int:
-    """A smaller side, down to 128, where a static mask (a window, say) then leaves a fifth of the work out."""
-    while problem.mask is not None and side >= 256 and _work(problem, side // 2) < 0.8 * _work(problem, side):
-        side //= 2
-    return side
+def _power_of_two(number: float) -> int:
+    """Not above the number, but 16 at least."""
+    return max(2 ** math.floor(math.log2(max(number, 1))), 16)
 
 
-def _work(problem: Problem, side: int) -> int:
+def _narrowed(problem: Problem, queries: int, keys: int) -> tuple[int, int]:
+    """Smaller tiles, down to 128, where a static mask (a window, say) then leaves a good part of the work out."""
+    while problem.mask is not None and max(queries, keys) >= 256:
+        smaller = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
+        if _work(problem, *smaller) >= 0.85 * _work(problem, queries, keys):
+            break
+        queries, keys = smaller
+    return queries, keys
+
+
+def _work(problem: Problem, queries: int, keys: int) -> int:
     """Pairs in the tiles that the mask does not empty."""
     assert problem.mask is not None
-    query, key = Ranges.of(problem.query_shape, side, "query"), Ranges.of(problem.key_shape, side, "key")
+    query, key = Ranges.of(problem.query_shape, queries, "query"), Ranges.of(problem.key_shape, keys, "key")
     kinds = np.broadcast_to(problem.mask.tile(query, key), (query.first.size, key.first.size))
-    return int((kinds != EMPTY).sum()) * side**2
+    sizes = (query.last - query.first + 1) * (key.last - key.first + 1)
+    return int(((kinds != EMPTY) * sizes).sum())
 
 
 def _evenly(length: int, side: int) -> int:

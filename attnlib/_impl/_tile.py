@@ -204,11 +204,6 @@ class Tile:
         return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)
 
 
-def average(weights: jax.Array, value: jax.Array, precision: Any) -> jax.Array:
-    """(..., K, G, T, S), (..., K, S, E) -> (..., K, G, T, E)."""
-    return jnp.einsum("...kgts,...kse->...kgte", weights, value, precision=precision)
-
-
 def _clean(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(the array with ones for what is not finite, whether a position had any)."""
     finite = jnp.isfinite(array)

@@ -13,6 +13,7 @@ scans over checkpointed bodies, so JAX differentiates them again for higher orde
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,11 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _online_softmax
+from attnlib._impl._leads import apart, run_apart
 from attnlib._impl._sizes import tile_sizes
-from attnlib._impl._tile import Arrays, Place, Plan, Tile, average, tile_kinds
-from attnlib._linear import tangent_of
+from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
+from attnlib._linear import tangent_of, unbroadcast
 from attnlib._loops import nought
 from attnlib._online_softmax import Running
+from attnlib._product import over_features, over_keys, over_queries
 from attnlib._problem import Estimate, Implementation, Problem, Result
 from attnlib._tiles import EMPTY
 
@@ -35,27 +38,38 @@ Leaves = Sequence[jax.Array]
 def _run(problem: Problem) -> Result:
     if problem.query_length == 0 or problem.key_length == 0:
         return _nothing(problem)
-    arrays, plan = _prepare(problem)
+    problem = _prepared(problem)
+    return run_apart(problem, _run_prepared) if apart(problem) else _run_prepared(problem)
+
+
+def _prepared(problem: Problem) -> Problem:
+    """The same with the score's work on single positions done, in the dtype to compute in."""
+    query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
+    query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
+    query, key, score = problem.score.prepare(query, key, problem.precision)
+    bias = None if problem.bias is None else problem.bias.astype(problem.dtype)
+    return dataclasses.replace(problem, query=query, key=key, value=value, score=score, bias=bias)
+
+
+def _run_prepared(problem: Problem) -> Result:
+    arrays, plan = _padded(problem)
     moving, fixed = plan.split(arrays)
     output, lse = _attend(plan, moving, fixed)
     output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
     return Result(output, lse, _weights(plan, moving, fixed, lse) if problem.return_weights else None)
 
 
-def _prepare(problem: Problem) -> tuple[Arrays, Plan]:
-    """Does the score's work on single positions, and pads to whole tiles."""
-    query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
-    query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
-    query, key, score = problem.score.prepare(query, key, problem.precision)
+def _padded(problem: Problem) -> tuple[Arrays, Plan]:
+    """The arrays up to whole tiles."""
     tile = tile_sizes(problem)
     sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
     arrays = Arrays(
-        query=_axes.pad_axis(query, -2, sizes[0]),
-        key=_axes.pad_axis(key, -2, sizes[1]),
-        value=_axes.pad_axis(value, -2, sizes[1]),
-        bias=None if problem.bias is None else _axes.pad_pairs(problem.bias.astype(problem.dtype), sizes),
-        score=score,
+        query=_axes.pad_axis(problem.query, -2, sizes[0]),
+        key=_axes.pad_axis(problem.key, -2, sizes[1]),
+        value=_axes.pad_axis(problem.value, -2, sizes[1]),
+        bias=None if problem.bias is None else _axes.pad_pairs(problem.bias, sizes),
+        score=problem.score,
         mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
         seeds=problem.dropout_seeds,
     )
@@ -133,7 +147,7 @@ def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         shift = _online_softmax.base(highest)
         fade, weights = jnp.exp(old.highest - shift), jnp.exp(logits - shift[..., None])
         total = old.total * fade + jnp.sum(weights, -1)
-        output = old.output * fade[..., None] + average(tile.drop(weights), value, plan.precision)
+        output = old.output * fade[..., None] + over_keys(plan.precision, tile.drop(weights), value)
         new = Running(highest, total, output)
         return Running(*(tile.at.put(x, y, axis) for x, y, axis in zip(running, new, (-1, -1, -2), strict=True)))
 
@@ -153,8 +167,8 @@ def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: L
         (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, changes)
         weights = tile.softmax(logits, tile.at.rows(lse, -1))
         moved = weights * logits_dot
-        average_dot = average(tile.drop(moved), value, plan.precision)
-        average_dot += average(tile.drop(weights), value_dot, plan.precision)
+        average_dot = over_keys(plan.precision, tile.drop(moved), value)
+        average_dot += over_keys(plan.precision, tile.drop(weights), value_dot)
         return tile.at.add(carry[0], average_dot, -2), tile.at.add(carry[1], jnp.sum(moved, -1), -1)
 
     a, c = loop.run(body, (nought(output), nought(lse)), checkpoint=True)
@@ -175,8 +189,8 @@ def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangent
         (logits, value), pull = jax.vjp(terms, *values)
         weights = tile.softmax(logits, tile.at.rows(lse, -1))
         rows_bar = tile.at.rows(output_bar, -2)
-        value_bar = jax.vjp(lambda v: average(tile.drop(weights), v, plan.precision), value)[1](rows_bar)[0]
-        weights_bar = jnp.einsum("...kgte,...kse->...kgts", rows_bar, value, precision=plan.precision)
+        value_bar = unbroadcast(over_queries(plan.precision, tile.drop(weights), rows_bar), value.shape)
+        weights_bar = over_features(plan.precision, rows_bar, value)
         logits_bar = weights * (tile.drop(weights_bar) + tile.at.rows(delta, -1)[..., None])
         parts = pull((logits_bar, value_bar))
         return [
