@@ -88,12 +88,12 @@ def pair_sum(what: Sum, query: jax.Array, key: jax.Array, weights: Sequence[jax.
         ]
         for n in range(_UNROLLED):
             entries = [_entry(x, of, n, what.axes) for of, x in zip(axes, blocks, strict=True)]
-            rates = _rates(*entries[:4], highest=max(term.order for term in what.terms))
+            rates = _rates(max(term.order for term in what.terms), *entries[:4])
             for term in what.terms:
                 total = total + math.prod((entries[4 + w] for w in term.weights), start=rates[term.order])
         return total
 
-    zero = nought(sum(_entry(x, of, 0, what.axes) for of, x in zip(axes, arrays, strict=True)))
+    zero = nought(sum((_entry(x, of, 0, what.axes) for of, x in zip(axes, arrays, strict=True)), start=jnp.zeros(())))
     if count == 1:
         return add(zero, 0)
     return jax.lax.fori_loop(0, count, lambda n, total: add(total, n * _UNROLLED), zero)
@@ -113,7 +113,7 @@ def _exponential(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.exp(2 * jnp.where(jnp.isfinite(x), x - 32 * band, x)), band
 
 
-def _rates(query: jax.Array, query_band: jax.Array, key: jax.Array, key_band: jax.Array, highest: int) -> list[Any]:
+def _rates(highest: int, query: jax.Array, query_band: jax.Array, key: jax.Array, key_band: jax.Array) -> list[Any]:
     """r and its derivatives up to the highest order, of the sum of what `_exponential` took apart."""
     band = query_band + key_band
     size = math.exp(64)

@@ -1,7 +1,7 @@
 """Products of a block of pairs with rows, and their derivatives, in the form that runs fast on a CPU.
 
-The one that matters is the sum over queries, `pairs^T rows`: with the large operand transposed XLA's matrix product runs
-at half the speed. So the small one is transposed, and the small result.
+What matters is the sum over queries, `pairs^T rows`: with the large operand transposed, XLA's matrix product runs at
+half the speed (45 to 78 GFLOP/s against 114 to 129). So the small one is transposed, and the small result.
 """
 
 from __future__ import annotations

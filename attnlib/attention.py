@@ -220,11 +220,11 @@ def explain(
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
-      >>> query = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.float32)
+      >>> query = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.float32)
       >>> print(attnlib.explain(query, query, query, is_causal=True))
       implementation: blockwise
-      tiles: 256 queries x 256 keys, 136 of 256 computed
-      memory: about 19.0 MB of temporaries in a forward pass
+      tiles: 1024 queries x 512 keys, 20 of 32 computed
+      memory: about 8.4 MB of temporaries in a forward pass
       not reference: blockwise is likely faster at this size
       not cudnn: query, key and value must all be float16 or all bfloat16; they are float32, float32, float32
     """

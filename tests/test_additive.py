@@ -79,7 +79,8 @@ def test_exact_for_any_finite_input(query, key, data):
 def test_infinity_and_nan():
     """As tanh has it: infinities saturate, opposite ones and NaN give NaN, and no neighbour is touched."""
     numbers = np.array([np.inf, -np.inf, np.nan, 0.5], np.float32)
-    logits = additive_logits(jnp.asarray(numbers).reshape(1, 1, 4, 1), jnp.asarray(numbers).reshape(1, 4, 1), jnp.ones((1, 1, 1)))
+    query, key = jnp.asarray(numbers).reshape(1, 1, 4, 1), jnp.asarray(numbers).reshape(1, 4, 1)
+    logits = additive_logits(query, key, jnp.ones((1, 1, 1)))
     with np.errstate(invalid="ignore"):
         np.testing.assert_allclose(logits[0, 0], np.tanh(numbers[:, None] + numbers), atol=4 * EPS)
 
@@ -129,7 +130,7 @@ def test_sums_of_every_order_and_axis(keys):
 
 
 def test_weights_may_broadcast():
-    """One scale for all queries, as additive_logits has it, against the same scale repeated; gradients are its shape."""
+    """One scale for all queries, as additive_logits has it, against the same repeated; gradients have its shape."""
     rng = np.random.default_rng(0)
     query, key, scale = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 4, 3), (1, 6, 3), (1, 1, 3)))
     what = Sum("ts", (QUERY,), (Term(0, (0,)),))

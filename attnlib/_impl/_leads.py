@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,16 +45,17 @@ def run_apart(problem: Problem, run: Callable[[Problem], Result]) -> Result:
     """`run` on each lead alone."""
     lead = (*problem.batch, problem.kv_heads)
     # A part is a problem without batch axes and with one key/value head: of each operand the last axes, after a one.
-    stacked, common = {}, {}
+    stacked: dict[int, Any] = {}
+    common: dict[int, Any] = {}
     for n, (x, rank) in enumerate(_operands(problem)):
         if x is not None and _whole(problem, x):
             stacked[n] = x.reshape(-1, 1, *x.shape[len(lead) :])
         else:
             common[n] = x if x is None or x.ndim < rank else x.reshape(1, *x.shape[x.ndim - rank :])
 
-    def one(numbered: tuple[jax.Array, dict[int, jax.Array]]) -> Result:
+    def one(numbered: tuple[jax.Array, dict[int, Any]]) -> Result:
         number, parts = numbered
-        query, key, value, bias = (value for _, value in sorted({**common, **parts}.items()))
+        query, key, value, bias = (x for _, x in sorted({**common, **parts}.items()))
         mask, seeds = problem.mask, problem.dropout_seeds
         return run(dataclasses.replace(
             problem, query=query, key=key, value=value, bias=bias, batch=(),

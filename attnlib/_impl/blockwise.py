@@ -28,8 +28,8 @@ from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
 from attnlib._linear import tangent_of, unbroadcast
 from attnlib._loops import nought
 from attnlib._online_softmax import Running
-from attnlib._product import over_features, over_keys, over_queries
 from attnlib._problem import Estimate, Implementation, Problem, Result
+from attnlib._product import over_features, over_keys, over_queries
 from attnlib._tiles import EMPTY
 
 Leaves = Sequence[jax.Array]
@@ -214,13 +214,15 @@ def _estimate(problem: Problem) -> Estimate:
     """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
     if problem.query_length == 0 or problem.key_length == 0:
         return Estimate(memory=0)
-    tile = tile_sizes(problem)
+    prepared = jax.eval_shape(_prepared, problem)
+    rows = problem.groups if apart(prepared) else problem.rows // problem.query_length
+    tile = tile_sizes(prepared, rows)
     kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
-    rows, features = problem.rows, problem.value.shape[-1]
-    whole = rows * (problem.query.shape[-1] + features + 2) + problem.key.size + problem.value.size
-    block = 2 * rows // problem.query_length * tile[0] * tile[1]
+    whole = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
+    whole += problem.key.size + problem.value.size
     itemsize = jnp.dtype(problem.dtype).itemsize
-    return Estimate((whole + block) * itemsize, tile, (int((kinds != EMPTY).sum()), kinds.size))
+    memory = (whole + 2 * rows * tile[0] * tile[1]) * itemsize
+    return Estimate(memory, tile, (int((kinds != EMPTY).sum()), kinds.size))
 
 
 blockwise = Implementation("blockwise", _unsupported, _run, _estimate)

@@ -1,7 +1,7 @@
 """Where tiles begin to pay: python tests/benchmarks/crossover.py
 
 Times the dense implementation against the tiled one, forward and training, over sizes around the crossover, for dot,
-additive and custom scores, and prints what `implementation=None` chooses. `attnlib._choose.DENSE_NUMBERS` is set from it.
+additive and custom scores, and prints what `implementation=None` chooses. It sets the numbers in `attnlib._choose`.
 """
 
 import argparse
@@ -25,7 +25,11 @@ def distance(query, key):
     return -jnp.sum(jnp.abs(query - key))
 
 
-SCORES = {"dot": lambda: scores.Dot(), "custom": lambda: scores.Custom(distance), "additive": lambda: scores.Additive(jnp.ones(64))}
+SCORES = {
+    "dot": lambda: scores.Dot(),
+    "custom": lambda: scores.Custom(distance),
+    "additive": lambda: scores.Additive(jnp.ones(64)),
+}
 
 
 def attend(score, implementation):
