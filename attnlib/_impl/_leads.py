@@ -28,12 +28,15 @@ _LEAST_PAIRS = 2**17
 
 def apart(problem: Problem) -> bool:
     """Whether a prepared problem is to be taken apart."""
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:  # it may be sharded
-        return False
-    if jax.tree.leaves(problem.score) or _count(problem) < 2:
+    if not on_one_cpu() or jax.tree.leaves(problem.score) or _count(problem) < 2:
         return False
     operands = [x for x, _ in _operands(problem) if x is not None]
     return all(_whole(problem, x) or _common(problem, x) for x in operands) and suits(problem)
+
+
+def on_one_cpu() -> bool:
+    """Elsewhere operands may be sharded, or there are cores for all leads at once."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def suits(problem: Problem) -> bool:
