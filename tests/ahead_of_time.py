@@ -54,7 +54,7 @@ TOPOLOGIES = {
 
 
 def measure(device, score, derivative, causal, dtype, implementation):
-    """Bytes of temporaries, and numbers in the largest array that any instruction of the program leaves in memory."""
+    """Bytes of temporaries, numbers in the largest array that any instruction leaves in memory, and loops."""
 
     def forward(query, key, value):
         return attnlib.attention(
@@ -69,7 +69,8 @@ def measure(device, score, derivative, causal, dtype, implementation):
     operand = jax.ShapeDtypeStruct((1, LENGTH, HEADS, FEATURES), dtype, sharding=sharding)
     compiled = jax.jit(program).lower(operand, operand, operand).compile()
     text = compiled.as_text()
-    return {"temporaries": compiled.memory_analysis().temp_size_in_bytes, "largest": largest_array(text)}
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return {"temporaries": temporaries, "largest": largest_array(text), "loops": text.count(" while(")}
 
 
 def largest_array(text):

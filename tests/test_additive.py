@@ -79,7 +79,8 @@ def test_exact_for_any_finite_input(query, key, data):
 def test_infinity_and_nan():
     """As tanh has it: infinities saturate, opposite ones and NaN give NaN, and no neighbour is touched."""
     numbers = np.array([np.inf, -np.inf, np.nan, 0.5], np.float32)
-    logits = additive_logits(jnp.asarray(numbers).reshape(1, 1, 4, 1), jnp.asarray(numbers).reshape(1, 4, 1), jnp.ones((1, 1, 1)))
+    query, key = jnp.asarray(numbers).reshape(1, 1, 4, 1), jnp.asarray(numbers).reshape(1, 4, 1)
+    logits = additive_logits(query, key, jnp.ones((1, 1, 1)))
     with np.errstate(invalid="ignore"):
         np.testing.assert_allclose(logits[0, 0], np.tanh(numbers[:, None] + numbers), atol=4 * EPS)
 
@@ -101,8 +102,13 @@ def test_computes_in_float32_at_least(dtype, keys):
         )
 
 
-def test_sums_of_every_order_and_axis(keys):
-    """`pair_sum` against the loop it stands for: each order, axis, set of weights and length, in float64."""
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_sums_of_every_order_and_axis(platform, keys, monkeypatch):
+    """`pair_sum` against the array it does not make: each order, axis, set of weights and length, in float64.
+
+    What other platforms compute is computed here too.
+    """
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **ways: ways[platform](*arrays))
     with x64():
         sizes = {"t": 5, "s": 18, "d": 33}
         arrays = {axes: keys.normal(2, *(sizes[a] for a in axes), dtype="float64") for axes in ("ts", "td", "sd")}
@@ -122,14 +128,14 @@ def test_sums_of_every_order_and_axis(keys):
             weights = (arrays[first], arrays[second])
             for order, rate in enumerate(rates):
                 what = Sum(axes, (first, second), (Term(order, (0,)), Term(0, (1, 0))))
-                got = jax.jit(pair_sum, static_argnums=0)(what, query, key, weights)
+                got = jax.jit(lambda *x, what=what: pair_sum(what, *x))(query, key, weights)
                 letters = f"btsd,b{first}->b{axes}", f"btsd,b{first},b{second}->b{axes}"
                 want = jnp.einsum(letters[0], rate, weights[0]) + jnp.einsum(letters[1], rates[0], *weights)
                 np.testing.assert_allclose(got, want, atol=1e-12, err_msg=f"order {order}, summed over {summed}")
 
 
 def test_weights_may_broadcast():
-    """One scale for all queries, as additive_logits has it, against the same scale repeated; gradients are its shape."""
+    """One scale for all queries, against the same scale repeated; gradients have its shape."""
     rng = np.random.default_rng(0)
     query, key, scale = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 4, 3), (1, 6, 3), (1, 1, 3)))
     what = Sum("ts", (QUERY,), (Term(0, (0,)),))
