@@ -102,8 +102,13 @@ def test_computes_in_float32_at_least(dtype, keys):
         )
 
 
-def test_sums_of_every_order_and_axis(keys):
-    """`pair_sum` against the loop it stands for: each order, axis, set of weights and length, in float64."""
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_sums_of_every_order_and_axis(platform, keys, monkeypatch):
+    """`pair_sum` against the array it does not make: each order, axis, set of weights and length, in float64.
+
+    What other platforms compute is computed here too.
+    """
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **ways: ways[platform](*arrays))
     with x64():
         sizes = {"t": 5, "s": 18, "d": 33}
         arrays = {axes: keys.normal(2, *(sizes[a] for a in axes), dtype="float64") for axes in ("ts", "td", "sd")}
@@ -123,7 +128,7 @@ def test_sums_of_every_order_and_axis(keys):
             weights = (arrays[first], arrays[second])
             for order, rate in enumerate(rates):
                 what = Sum(axes, (first, second), (Term(order, (0,)), Term(0, (1, 0))))
-                got = jax.jit(pair_sum, static_argnums=0)(what, query, key, weights)
+                got = jax.jit(lambda *x, what=what: pair_sum(what, *x))(query, key, weights)
                 letters = f"btsd,b{first}->b{axes}", f"btsd,b{first},b{second}->b{axes}"
                 want = jnp.einsum(letters[0], rate, weights[0]) + jnp.einsum(letters[1], rates[0], *weights)
                 np.testing.assert_allclose(got, want, atol=1e-12, err_msg=f"order {order}, summed over {summed}")
