@@ -29,6 +29,7 @@ def tile_sizes(problem: Problem, rows: int | None = None) -> tuple[int, int]:
     numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows * pair_size, 1)
     keys = min(_power_of_two(math.sqrt(numbers)), _LONGEST[1])
     queries = min(_power_of_two(numbers / keys), _LONGEST[0])
+    queries, keys = min(queries, _up_to(lengths[0])), min(keys, _up_to(lengths[1]))
     size = _narrowed(problem, queries, keys)
     return _evenly(lengths[0], size[0]), _evenly(lengths[1], size[1])
 
@@ -36,6 +37,11 @@ def tile_sizes(problem: Problem, rows: int | None = None) -> tuple[int, int]:
 def _power_of_two(number: float) -> int:
     """Not above the number, but 16 at least."""
     return max(2 ** math.floor(math.log2(max(number, 1))), 16)
+
+
+def _up_to(length: int) -> int:
+    """The power of two from which on one tile covers a length."""
+    return max(2 ** math.ceil(math.log2(max(length, 1))), 16)
 
 
 def _narrowed(problem: Problem, queries: int, keys: int) -> tuple[int, int]:
