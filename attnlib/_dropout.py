@@ -13,8 +13,8 @@ import numpy as np
 
 
 def seeds_of(rng: jax.Array) -> jax.Array:
-    """Four 32-bit words from a JAX random key (typed or raw), and the index of the first (batch, head): zero."""
-    return jnp.append(jax.random.bits(rng, (4,), jnp.uint32), np.uint32(0))
+    """Four 32-bit words from a JAX random key (typed or raw): what `keep_block` hashes with."""
+    return jax.random.bits(rng, (4,), jnp.uint32)
 
 
 def keep_block(
@@ -23,9 +23,9 @@ def keep_block(
     """Which entries of a block are kept.
 
     Args:
-      seeds: `(5,)` words of `seeds_of`.
+      seeds: `(4,)` words of `seeds_of`.
       rate: the fraction to drop, in [0, 1).
-      lead: the index of (batch, head) after the first, broadcastable against the two position indices.
+      lead: the index of (batch, head), broadcastable against the two position indices.
       query_index: positions of the block's queries, e.g. `(T, 1)`.
       key_index: positions of the block's keys, e.g. `(1, S)`.
 
@@ -33,7 +33,6 @@ def keep_block(
       bool of the broadcast shape, True with probability `1 - rate` (to within 2**-32).
     """
     lead, query_index, key_index = (jnp.asarray(x).astype(jnp.uint32) for x in (lead, query_index, key_index))
-    lead = lead + seeds[4]
     row = _mix(_mix(lead ^ seeds[0]) + _mix(query_index ^ seeds[1]))
     column = _mix(_mix(lead ^ seeds[2]) + _mix(key_index ^ seeds[3]))
     # Made once a row and once a column: fused into the block, XLA would make them again for every entry.

@@ -28,7 +28,7 @@ class Problem:
       score: turns blocks of query and key into logits.
       mask: which pairs may attend, or None for all.
       bias: `(*batch | 1, K | 1, G | 1, T | 1, S | 1)` or `(T | 1, S | 1)`, or None.
-      dropout_seeds: `(5,)` words for `_dropout.keep_block`, or None for no dropout.
+      dropout_seeds: `(4,)` words for `_dropout.keep_block`, or None for no dropout.
       batch: sizes of the batch axes after broadcasting.
       query_shape, key_shape: sizes of the attention axes, whose products are T and S.
     """

@@ -21,7 +21,7 @@ ROOMS = [
     {"masks", "scores"},
     {"_problem"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
-    {"_impl._tile", "_impl._leads"},
+    {"_impl._tile"},
     {"_impl.blockwise", "_impl.reference", "_impl.cudnn"},
     {"_checks", "_choose"},
     {"attention"},

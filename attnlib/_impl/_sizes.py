@@ -9,22 +9,19 @@ import numpy as np
 from attnlib._problem import Problem
 from attnlib._tiles import EMPTY, Ranges
 
-# Numbers in the largest array of a tile, and how wide one is at most. Measured on 2 CPU cores, 8 heads x 64 features of
-# 2048 positions: with all heads in a tile 512 x 256 was fastest forward and in training, with one 2048 x 512. Of scores
-# whose derivatives make an array of (queries, keys, features), 32 x 32 x 128.
+# Numbers in the largest array of a tile, and how long and wide one is at most. Measured on 2 CPU cores, 64 features of
+# 2048 positions: of 8 heads 512 x 256 was fastest forward and in training, of one head 2048 x 512. Of scores whose
+# derivatives make an array of (queries, keys, features), 32 x 32 x 128.
 _NUMBERS, _NUMBERS_WITH_FEATURES = 2**20, 2**17
 _LONGEST = 2048, 512
 
 
-def tile_sizes(problem: Problem, rows: int | None = None) -> tuple[int, int]:
-    """(queries, keys) of a tile: what the user asked for, or what suits the cache.
-
-    `rows` is how many batch indices and heads are in a tile; default: all.
-    """
+def tile_sizes(problem: Problem) -> tuple[int, int]:
+    """(queries, keys) of a tile: what the user asked for, or what suits the cache."""
     lengths = problem.query_length, problem.key_length
     if problem.block_sizes is not None:
         return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
-    rows = problem.rows // problem.query_length if rows is None else rows
+    rows = problem.rows // problem.query_length  # of all batch indices and heads at once
     pair_size = problem.score.prepared_pair_size(problem.query.shape[-1])
     numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows * pair_size, 1)
     keys = min(_power_of_two(math.sqrt(numbers)), _LONGEST[1])

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _online_softmax
-from attnlib._impl._leads import apart, run_apart
 from attnlib._impl._sizes import tile_sizes
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
 from attnlib._linear import tangent_of, unbroadcast
@@ -39,7 +38,11 @@ def _run(problem: Problem) -> Result:
     if problem.query_length == 0 or problem.key_length == 0:
         return _nothing(problem)
     problem = _prepared(problem)
-    return run_apart(problem, _run_prepared) if apart(problem) else _run_prepared(problem)
+    arrays, plan = _padded(problem)
+    moving, fixed = plan.split(arrays)
+    output, lse = _attend(plan, moving, fixed)
+    output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
+    return Result(output, lse, _weights(plan, moving, fixed, lse) if problem.return_weights else None)
 
 
 def _prepared(problem: Problem) -> Problem:
@@ -49,14 +52,6 @@ def _prepared(problem: Problem) -> Problem:
     query, key, score = problem.score.prepare(query, key, problem.precision)
     bias = None if problem.bias is None else problem.bias.astype(problem.dtype)
     return dataclasses.replace(problem, query=query, key=key, value=value, score=score, bias=bias)
-
-
-def _run_prepared(problem: Problem) -> Result:
-    arrays, plan = _padded(problem)
-    moving, fixed = plan.split(arrays)
-    output, lse = _attend(plan, moving, fixed)
-    output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
-    return Result(output, lse, _weights(plan, moving, fixed, lse) if problem.return_weights else None)
 
 
 def _padded(problem: Problem) -> tuple[Arrays, Plan]:
@@ -214,9 +209,8 @@ def _estimate(problem: Problem) -> Estimate:
     """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
     if problem.query_length == 0 or problem.key_length == 0:
         return Estimate(memory=0)
-    prepared = jax.eval_shape(_prepared, problem)
-    rows = problem.groups if apart(prepared) else problem.rows // problem.query_length
-    tile = tile_sizes(prepared, rows)
+    rows = problem.rows // problem.query_length
+    tile = tile_sizes(problem)
     kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
     whole = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
     whole += problem.key.size + problem.value.size
