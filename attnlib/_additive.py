@@ -83,9 +83,7 @@ def _reduction(what: Sum, *arrays: jax.Array) -> jax.Array:
     order = (*what.axes, summed) if summed == "d" else (what.axes[0], summed, what.axes[1])
     axes = (QUERY, QUERY, KEY, KEY, *what.weights)
     entries = [_spread(x, of, order) for of, x in zip(axes, arrays, strict=True)]
-    rates = _rates(max(term.order for term in what.terms), *entries[:4])
-    terms = [math.prod((entries[4 + w] for w in term.weights), start=rates[term.order]) for term in what.terms]
-    return jnp.sum(sum(terms[1:], start=terms[0]), order.index(summed) - 3)
+    return jnp.sum(_summand(what.terms, *entries), order.index(summed) - 3)
 
 
 def _spread(x: jax.Array, axes: str, order: Sequence[str]) -> jax.Array:
@@ -115,9 +113,7 @@ def _loop(what: Sum, *operands: jax.Array) -> jax.Array:
         ]
         for n in range(_UNROLLED):
             entries = [_entry(x, of, n, what.axes) for of, x in zip(axes, blocks, strict=True)]
-            rates = _rates(max(term.order for term in what.terms), *entries[:4])
-            for term in what.terms:
-                total = total + math.prod((entries[4 + w] for w in term.weights), start=rates[term.order])
+            total = total + _summand(what.terms, *entries)
         return total
 
     zero = nought(sum((_entry(x, of, 0, what.axes) for of, x in zip(axes, arrays, strict=True)), start=jnp.zeros(())))
@@ -138,6 +134,14 @@ def _exponential(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(exp(2 rest), band) where x = 32 band + rest, exactly: products of two exponentials do not overflow."""
     band = jnp.round(x / 32)
     return jnp.exp(2 * jnp.where(jnp.isfinite(x), x - 32 * band, x)), band
+
+
+@partial(jax.jit, static_argnums=0)  # traced once for all the additions of a pass
+def _summand(terms: tuple[Term, ...], *entries: jax.Array) -> jax.Array:
+    """The terms, of what `_exponential` gives of query and key, and the weights."""
+    rates = _rates(max(term.order for term in terms), *entries[:4])
+    values = [math.prod((entries[4 + w] for w in term.weights), start=rates[term.order]) for term in terms]
+    return sum(values[1:], start=values[0])
 
 
 def _rates(highest: int, query: jax.Array, query_band: jax.Array, key: jax.Array, key_band: jax.Array) -> list[Any]:

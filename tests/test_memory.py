@@ -43,7 +43,8 @@ def temporaries(length, score, option, derivative, implementation=None):
     return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
-CASES = [(score, option, d) for score in SCORES for option in ("plain", "causal with dropout") for d in LIMITS_MB]
+CASES = [("dot", option, d) for option in ("plain", "causal with dropout") for d in LIMITS_MB]
+CASES += [("additive", "plain", d) for d in LIMITS_MB] + [("additive", "causal with dropout", "grad")]
 CASES += [("dot", "segments", "grad")]
 
 

@@ -52,10 +52,13 @@ def _mesh(layout, axis_type):
     return jax.make_mesh(MESHES[layout], ("x", "y")[: len(MESHES[layout])], (axis_type,) * len(MESHES[layout]))
 
 
+CASES = [("dot", "causal, dropout, segments", layout, program)
+         for layout in SPECS for program in ("forward", "grad", "jvp", "second order")]  # fmt: skip
+CASES += [("additive", "plain", "both", program) for program in ("forward", "grad", "jvp", "second order")]
+
+
 @needs_devices
-@pytest.mark.parametrize("program", ["forward", "grad", "jvp", "second order"])
-@pytest.mark.parametrize("layout", SPECS)
-@pytest.mark.parametrize(("score", "options"), [("dot", "causal, dropout, segments"), ("additive", "plain")])
+@pytest.mark.parametrize(("score", "options", "layout", "program"), CASES)
 def test_no_collectives(score, options, layout, program):
     function = _programs(score, options)[program]
     operands = _operands()
