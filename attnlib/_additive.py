@@ -116,7 +116,8 @@ def _loop(what: Sum, *operands: jax.Array) -> jax.Array:
             total = total + _summand(what.terms, *entries)
         return total
 
-    zero = nought(sum((_entry(x, of, 0, what.axes) for of, x in zip(axes, arrays, strict=True)), start=jnp.zeros(())))
+    first = [_entry(x, of, 0, what.axes) for of, x in zip(axes, arrays, strict=True)]
+    zero = nought(sum(first[1:], start=first[0]))
     if count == 1:
         return add(zero, 0)
     return jax.lax.fori_loop(0, count, lambda n, total: add(total, n * _UNROLLED), zero)

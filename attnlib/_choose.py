@@ -20,8 +20,8 @@ _CUDNN_OR_BLOCKWISE = cudnn(blockwise, elsewhere=True)
 
 # Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
 # cores with the programs of tests/benchmarks/crossover.py, CPU time dense / tiled, forward and training. Dot, 8 heads x
-# 64 features: 0.74, 0.91 at 1 M numbers (8 x 128 positions); 0.88, 1.41 at 4 M; 1.57, 2.17 at 8 M. Additive, 64
-# features, whose arrays hold the features too: 0.64, 0.52 at 8 M numbers (32 x 64 positions); 0.36, 1.15 at 16 M.
+# 64 features: 0.74, 0.91 at 1 M numbers (8 x 128 positions); 0.88, 1.41 at 4 M; 1.57, 2.17 at 8 M. Scores whose arrays
+# hold the features too (64, a plain tanh): 0.64, 0.52 at 8 M numbers (32 x 64 positions); 0.36, 1.15 at 16 M.
 DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**22, 2**24
 
 
