@@ -4,6 +4,7 @@ Drawn where Keras is right or usable; what it does elsewhere is in test_keras_di
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 
@@ -136,6 +137,7 @@ class Case:
     run_keras: Callable  # (parameters, inputs) -> (output, weights | None)
     run_ours: Callable
     real_rows: np.ndarray
+    pairs: int  # of a query and a key, over the whole batch
 
 
 def build(configuration, seed, dtype="float32"):
@@ -173,7 +175,8 @@ def build(configuration, seed, dtype="float32"):
 
     # The two layers without heads give weights to a padded query too, although its output is zero.
     real_rows = masks["query_mask"][..., None] if simple and "query_mask" in masks else np.ones(())
-    return Case(parameters, inputs, run_keras, run_ours, real_rows)
+    pairs = query[..., 0].size * math.prod(key.shape[axis] for axis in configuration.axes)
+    return Case(parameters, inputs, run_keras, run_ours, real_rows, pairs)
 
 
 def draw_inputs(rng, configuration):
