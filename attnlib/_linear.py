@@ -17,7 +17,34 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+Leaves = Sequence[Any]
 LinearFn = Callable[[tuple[Any, ...], tuple[Any, ...]], Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A function with its first arguments; unlike a `partial`, equal to another one of the same parts."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*self.arguments, *args)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _jitted(function: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+    return tuple(function(*args))
+
+
+def called(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(*args)`, traced once for all calls with such arguments."""
+    return list(_jitted(function, *args))
+
+
+def out_avals(function: Callable[..., Any], *avals: Any) -> list[Any]:
+    """The types of what `function` returns."""
+    return list(jax.make_jaxpr(_jitted, static_argnums=0)(function, *avals).out_avals)
 
 
 def linear_map(
@@ -32,7 +59,7 @@ def linear_map(
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A function for `linear_map` that uses custom partitioning.
+    """A function for `linear_map` or `ruled` that uses custom partitioning.
 
     JAX looks through the programs inside a program for operations that must know their devices before it lowers them;
     so it has to be shown the one that this function is.
@@ -44,27 +71,6 @@ class Shown:
         return self.function(*args)
 
 
-def tangent_of(
-    forward: Callable[..., Sequence[Any]],
-    transpose: Callable[..., Sequence[Any]],
-    residuals: Sequence[jax.Array],
-    tangents: Sequence[Any],
-    *outputs: jax.Array,
-) -> Any:
-    """The tangents of `outputs` for a `custom_jvp` rule with symbolic zeros; one alone where there is one output.
-
-    `forward(active, residuals, tangents)` and `transpose(active, residuals, cotangents)` get the numbers of the
-    tangents that are not zero, and take or give those alone.
-    """
-    active = tuple(n for n, t in enumerate(tangents) if not isinstance(t, jax.custom_derivatives.SymbolicZero))
-    if active:
-        changes = [tangents[n] for n in active]
-        results = linear_map(partial(forward, active), partial(transpose, active), residuals, changes)
-    else:
-        results = [jnp.zeros_like(output) for output in outputs]
-    return results[0] if len(outputs) == 1 else tuple(results)
-
-
 def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The transpose of broadcasting from `shape`, of the same rank."""
     return jnp.sum(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)
@@ -74,19 +80,34 @@ _linear_map = Primitive("attnlib_linear_map")
 _linear_map.multiple_results = True
 
 
-def _bind(*args: Any, **params: Any) -> Any:
-    shown = jax.make_jaxpr(partial(_evaluate, **params))(*args) if _is_shown(params["forward"]) else None
-    return _linear_map.bind(*args, **params, shown=shown)
+def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
+    shown = shown_of(_Split(forward, count), *args)
+    return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, shown=shown)
 
 
-def _is_shown(function: Any) -> bool:
-    while isinstance(function, (partial, _Batched)):
-        function = function.func if isinstance(function, partial) else function.function
-    return isinstance(function, Shown)
+def shown_of(function: Any, *args: Any) -> Any:
+    """The program of a function that is to be shown, else None."""
+    inner = function
+    while not isinstance(inner, Shown):
+        if not hasattr(inner, "function"):
+            return None
+        inner = inner.function
+    return jax.make_jaxpr(function)(*args)
 
 
 def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any = None) -> list[Any]:
-    return list(forward(args[:count], args[count:]))
+    return called(_Split(forward, count), *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """A linear function of all its arguments in one row."""
+
+    function: LinearFn
+    count: int
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        return self.function(args[: self.count], args[self.count :])
 
 
 _linear_map.def_impl(_evaluate)
@@ -94,13 +115,14 @@ mlir.register_lowering(_linear_map, mlir.lower_fun(_evaluate, multiple_results=T
 
 
 @_linear_map.def_abstract_eval  # type: ignore[untyped-decorator]
-def _abstract_eval(*avals: Any, **params: Any) -> list[Any]:
-    return list(jax.make_jaxpr(lambda *args: _evaluate(*args, **params))(*avals).out_avals)
+def _abstract_eval(*avals: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> list[Any]:
+    del transpose, shown
+    return out_avals(_Split(forward, count), *avals)
 
 
 def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> Any:
     del shown
-    params = dict(forward=forward, transpose=transpose, count=count)
+    params: dict[str, Any] = dict(forward=forward, transpose=transpose, count=count)
     residuals, operands = primals[:count], primals[count:]
     out = _bind(*primals, **params)
     parts = []

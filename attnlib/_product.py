@@ -6,55 +6,71 @@ half the speed (45 to 78 GFLOP/s against 114 to 129). So the small one is transp
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attnlib._linear import tangent_of, unbroadcast
+from attnlib._linear import Bound, unbroadcast
+from attnlib._ruled import ruled, tangent_of
+
+Product = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def over_features(precision: Any, query: jax.Array, key: jax.Array) -> jax.Array:
     """(..., K, G, T, D), (..., K, S, D) -> (..., K, G, T, S)."""
-    return jnp.einsum("...kgtd,...ksd->...kgts", query, key, precision=precision)
+    return _product(_over_features, precision, query, key)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def over_keys(precision: Any, pairs: jax.Array, rows: jax.Array) -> jax.Array:
     """(..., K, G, T, S), (..., K, S, D) -> (..., K, G, T, D)."""
-    return jnp.einsum("...kgts,...ksd->...kgtd", pairs, rows, precision=precision)
+    return _product(_over_keys, precision, pairs, rows)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def over_queries(precision: Any, pairs: jax.Array, rows: jax.Array) -> jax.Array:
     """(..., K, G, T, S), (..., K, G, T, D) -> (..., K, S, D)."""
+    return _product(_over_queries, precision, pairs, rows)
+
+
+def _over_features(precision: Any, query: jax.Array, key: jax.Array) -> list[jax.Array]:
+    return [jnp.einsum("...kgtd,...ksd->...kgts", query, key, precision=precision)]
+
+
+def _over_keys(precision: Any, pairs: jax.Array, rows: jax.Array) -> list[jax.Array]:
+    return [jnp.einsum("...kgts,...ksd->...kgtd", pairs, rows, precision=precision)]
+
+
+def _over_queries(precision: Any, pairs: jax.Array, rows: jax.Array) -> list[jax.Array]:
     columns = jax.lax.optimization_barrier(jnp.moveaxis(rows, -1, -3))  # (..., K, D, G, T)
-    return jnp.swapaxes(jnp.einsum("...kdgt,...kgts->...kds", columns, pairs, precision=precision), -1, -2)
+    return [jnp.swapaxes(jnp.einsum("...kdgt,...kgts->...kds", columns, pairs, precision=precision), -1, -2)]
 
 
-def _rule(function: Any, transposes: tuple[Any, Any]) -> None:
-    """Both arguments enter linearly; `transposes` give the cotangent of each from that of the result and the other."""
-
-    def forward(precision: Any, active: tuple[int, ...], residuals: Any, changes: Any) -> list[jax.Array]:
-        parts = []
-        for n, change in zip(active, changes, strict=True):
-            operands = (change, residuals[1]) if n == 0 else (residuals[0], change)
-            parts.append(function(precision, *operands))
-        return [sum(parts[1:], start=parts[0])]
-
-    def transpose(precision: Any, active: tuple[int, ...], residuals: Any, cotangents: Any) -> list[jax.Array]:
-        parts = {n: transposes[n](precision, cotangents[0], residuals[1 - n]) for n in active}
-        return [unbroadcast(part, residuals[n].shape) for n, part in parts.items()]
-
-    def jvp(precision: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        out = function(precision, *primals)
-        return out, tangent_of(partial(forward, precision), partial(transpose, precision), primals, tangents, out)
-
-    function.defjvp(jvp, symbolic_zeros=True)
+# The cotangent of each argument, from that of the result and the other argument.
+_TRANSPOSES: dict[Any, tuple[Product, Product]] = {
+    _over_features: (over_keys, over_queries),
+    _over_keys: (over_features, lambda p, bar, pairs: over_queries(p, pairs, bar)),
+    _over_queries: (lambda p, bar, rows: over_features(p, rows, bar), lambda p, bar, pairs: over_keys(p, pairs, bar)),
+}
 
 
-_rule(over_features, (over_keys, over_queries))
-_rule(over_keys, (over_features, lambda p, bar, pairs: over_queries(p, pairs, bar)))
-_rule(over_queries, (lambda p, bar, rows: over_features(p, rows, bar), lambda p, bar, pairs: over_keys(p, pairs, bar)))
+def _product(function: Any, precision: Any, *operands: jax.Array) -> jax.Array:
+    return ruled(Bound(function, (precision,)), Bound(_rule, (function, precision)), operands)[0]
+
+
+def _rule(function: Any, precision: Any, active: tuple[int, ...], operands: Any, changes: Any) -> Any:
+    forward, transpose = Bound(_forward, (function, precision)), Bound(_transpose, (function, precision))
+    return [_product(function, precision, *operands)], tangent_of(forward, transpose, operands, active, changes)
+
+
+def _forward(function: Any, precision: Any, active: tuple[int, ...], residuals: Any, changes: Any) -> list[jax.Array]:
+    """Both arguments enter linearly."""
+    parts = []
+    for n, change in zip(active, changes, strict=True):
+        parts.append(_product(function, precision, *((change, residuals[1]) if n == 0 else (residuals[0], change))))
+    return [sum(parts[1:], start=parts[0])]
+
+
+def _transpose(function: Any, precision: Any, active: tuple[int, ...], residuals: Any, bars: Any) -> list[jax.Array]:
+    parts = {n: _TRANSPOSES[function][n](precision, bars[0], residuals[1 - n]) for n in active}
+    return [unbroadcast(part, residuals[n].shape) for n, part in parts.items()]

@@ -6,13 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, COMPLETE, NAMES, derivatives, refusal, second_derivatives
+from cases import (
+    BY_NAME,
+    CASES,
+    COMPLETE,
+    IN_TURN,
+    NAMES,
+    build,
+    context,
+    derivatives,
+    refusal,
+    run,
+    second_derivatives,
+)
 from conftest import assert_close, assert_finite
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_derivatives(case, implementation):
     """Forward and reverse mode agree with each other, and both with the reference."""
@@ -57,7 +69,7 @@ def inner(a, b):
     return sum(np.sum(term) for term in terms), sum(np.sum(np.abs(term)) for term in terms)
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN])
 @pytest.mark.parametrize("case", [case for case in CASES if case.second_order], ids=str)
 def test_second_derivatives(case, implementation):
     """Forward over reverse equals reverse over reverse (the second derivative is symmetric), and the reference."""
@@ -71,8 +83,20 @@ def test_second_derivatives(case, implementation):
         assert_close(made, second_derivatives(case, "reference"), length=16)
 
 
-@pytest.mark.parametrize("implementation", COMPLETE)
+@pytest.mark.parametrize("implementation", [*COMPLETE, IN_TURN])
 def test_enough_cases_ran(implementation):
     """A suite that refuses its way through proves nothing."""
     ran = [case for case in CASES if refusal(case, implementation) is None]
     assert len(ran) >= (len(CASES) if implementation == "reference" else 10)
+
+
+def test_heads_are_in_turn():
+    """The cases above do run what they are named after: loops over batch and heads, around those over tiles."""
+    case = BY_NAME["grouped"]
+    loops = {}
+    for name in ("blockwise", IN_TURN):
+        with context(case, name):
+            operands, traced, _ = build(case)
+            program = jax.make_jaxpr(lambda *args, name=name: run(*args, {}, name))(operands, traced)
+            loops[name] = str(program).count("scan[")
+    assert loops == {"blockwise": 0, IN_TURN: 2}

@@ -1,5 +1,6 @@
 """The adapter to cuDNN: what it lowers to, what it refuses, and when it is chosen. Its numbers: test_cudnn.py."""
 
+import functools
 import json
 import os
 import subprocess

@@ -55,6 +55,27 @@ def test_linear_in_length(score, option, derivative):
     assert long <= 2.4 * half
 
 
+@pytest.mark.parametrize(("score", "checkpoint"), [("dot", False), ("dot", True), ("additive", False)])
+def test_linear_in_a_loop_of_the_user(score, checkpoint):
+    """A model's loop over layers or examples is differentiated as a whole, twice: the tiles in it stay tiles."""
+
+    def loss(examples):
+        def one(x):
+            options = dict(score=SCORES[score](), implementation="blockwise", block_sizes=(512, 512))
+            return jnp.sum(jnp.sin(attnlib.attention(x, x, x, **options)))
+
+        return jnp.sum(jax.lax.map(jax.checkpoint(one) if checkpoint else one, examples))
+
+    program = jax.grad(lambda examples: jnp.sum(jnp.cos(jax.grad(loss)(examples))))
+    long, half = (
+        jax.jit(program).lower(jax.ShapeDtypeStruct((2, 1, length, 1, FEATURES), jnp.float32)).compile()
+        for length in (8192, 4096)
+    )
+    long, half = (compiled.memory_analysis().temp_size_in_bytes / 1e6 for compiled in (long, half))
+    assert long <= 150  # a square of logits is 268 MB
+    assert long <= 2.4 * half
+
+
 def test_the_count_sees_a_square():
     """The assertion above can fail: of the reference, at an eighth of the length, one square of logits is counted."""
     square = HEADS * 2048**2 * 4 / 1e6

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlib._linear import Shown, tangent_of
+from attnlib._linear import Bound, Shown
 from attnlib._problem import Problem
+from attnlib._ruled import ruled, tangent_of
 
 Leaves = Sequence[jax.Array]
 
@@ -74,20 +75,19 @@ class _Call:
         return jax.lax.platform_dependent(*arrays, cuda=native, default=general)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _output(call: _Call, training: bool, moving: Leaves, fixed: Leaves) -> jax.Array:
     """The output; `moving` are the leaves that can have derivatives."""
-    return call.choose(partial(call.native, training), call.general, moving, fixed)
+    return ruled(Shown(Bound(_run, (call, training))), Bound(_output_rule, (call,)), (*moving, *fixed))[0]
 
 
-def _output_jvp(call: _Call, training: bool, primals: Any, tangents: Any) -> Any:
-    moving, fixed = primals
-    output = _output(call, True, moving, fixed)
-    tangent, transpose = partial(_tangent, call), Shown(partial(_transpose, call))
-    return output, tangent_of(tangent, transpose, (*moving, *fixed), tangents[0], output)
+def _run(call: _Call, training: bool, *leaves: jax.Array) -> list[jax.Array]:
+    return [call.choose(partial(call.native, training), call.general, *call.split(leaves))]
 
 
-_output.defjvp(_output_jvp, symbolic_zeros=True)
+def _output_rule(call: _Call, active: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
+    output = _output(call, True, *call.split(leaves))
+    forward, transpose = Bound(_tangent, (call,)), Shown(Bound(_transpose, (call,)))
+    return [output], tangent_of(forward, transpose, leaves, active, changes)
 
 
 def _tangent(call: _Call, active: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
@@ -97,44 +97,37 @@ def _tangent(call: _Call, active: tuple[int, ...], residuals: Leaves, tangents: 
 
 
 def _transpose(call: _Call, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
-    return _pull(call, active, *call.split(residuals), cotangents[0])
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _pull(call: _Call, active: tuple[int, ...], moving: Leaves, fixed: Leaves, cotangent: jax.Array) -> list[jax.Array]:
     """Cotangents of the active leaves from that of the output."""
+    args = (cotangents[0], *residuals)
+    return ruled(Shown(Bound(_pull, (call, active))), Bound(_pull_rule, (call, active)), args)
+
+
+def _pull(call: _Call, active: tuple[int, ...], cotangent: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
     native = partial(_pull_of, partial(call.native, True), active)
-    return call.choose(native, partial(_pull_of, call.general, active), moving, fixed, cotangent)
+    return call.choose(native, partial(_pull_of, call.general, active), cotangent, *call.split(leaves))
 
 
 def _pull_of(
     function: Callable[[Leaves, Leaves], jax.Array],
     active: tuple[int, ...],
+    cotangent: jax.Array,
     moving: Leaves,
     fixed: Leaves,
-    cotangent: jax.Array,
 ) -> list[jax.Array]:
     of_active = _of_active(lambda moving: function(moving, fixed), active, moving)
     _, pullback = jax.vjp(of_active, *(moving[n] for n in active))
     return list(pullback(cotangent))
 
 
-def _pull_jvp(call: _Call, active: tuple[int, ...], primals: Any, tangents: Any) -> Any:
-    moving, fixed, cotangent = primals
-    result = _pull(call, active, moving, fixed, cotangent)
-    operands, changes = [*moving, cotangent], [*tangents[0], tangents[2]]
-    changing = tuple(n for n, t in enumerate(changes) if not isinstance(t, jax.custom_derivatives.SymbolicZero))
-    if not changing:
-        return result, [jnp.zeros_like(part) for part in result]
+def _pull_rule(
+    call: _Call, active: tuple[int, ...], changing: tuple[int, ...], args: Leaves, changes: Leaves
+) -> Any:
+    def general(args: Leaves) -> list[jax.Array]:
+        return _pull_of(call.general, active, args[0], *call.split(args[1:]))
 
-    def general(operands: Leaves) -> list[jax.Array]:
-        return _pull_of(call.general, active, operands[:-1], fixed, operands[-1])
-
-    function = _of_active(general, changing, operands)
-    return result, jax.jvp(function, [operands[n] for n in changing], [changes[n] for n in changing])[1]
-
-
-_pull.defjvp(_pull_jvp, symbolic_zeros=True)
+    results = _transpose(call, active, args[1:], args[:1])
+    function = _of_active(general, changing, args)
+    return results, jax.jvp(function, [args[n] for n in changing], list(changes))[1]
 
 
 def _of_active(function: Callable[[Leaves], Any], active: tuple[int, ...], leaves: Leaves) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import numpy as np
 
 from attnlib._problem import Problem
@@ -14,6 +15,8 @@ from attnlib._tiles import EMPTY, Ranges
 # derivatives make an array of (queries, keys, features), 32 x 32 x 128.
 _NUMBERS, _NUMBERS_WITH_FEATURES = 2**20, 2**17
 _LONGEST = 2048, 512
+# From this many pairs of a key head on, heads are computed in turn.
+_PAIRS_IN_TURN = 2**17
 
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
@@ -21,14 +24,32 @@ def tile_sizes(problem: Problem) -> tuple[int, int]:
     lengths = problem.query_length, problem.key_length
     if problem.block_sizes is not None:
         return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
-    rows = problem.rows // problem.query_length  # of all batch indices and heads at once
     pair_size = problem.score.prepared_pair_size(problem.query.shape[-1])
-    numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows * pair_size, 1)
+    numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows_at_once(problem) * pair_size, 1)
     keys = min(_power_of_two(math.sqrt(numbers)), _LONGEST[1])
     queries = min(_power_of_two(numbers / keys), _LONGEST[0])
     queries, keys = min(queries, _up_to(lengths[0])), min(keys, _up_to(lengths[1]))
     size = _narrowed(problem, queries, keys)
     return _evenly(lengths[0], size[0]), _evenly(lengths[1], size[1])
+
+
+def rows_at_once(problem: Problem) -> int:
+    """How many rows a tile has for each of its queries."""
+    return problem.groups if heads_in_turn(problem) else problem.rows // problem.query_length
+
+
+def heads_in_turn(problem: Problem) -> bool:
+    """Whether to compute one batch index and key head after another rather than all at once.
+
+    That is faster on a CPU where they are long. It would gather what is sharded, so there may be one device only; and
+    a score's own arrays are not cut.
+    """
+    pairs = problem.groups * problem.query_length * problem.key_length
+    return _alone() and pairs >= _PAIRS_IN_TURN and not jax.tree.leaves(problem.score)
+
+
+def _alone() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _power_of_two(number: float) -> int:

@@ -28,7 +28,8 @@ class Arrays(NamedTuple):
     bias: jax.Array | None  # (..., T | 1, S | 1)
     score: Score
     mask: Mask | None  # never cut: it answers from positions
-    seeds: jax.Array | None
+    seeds: jax.Array | None  # of dropout
+    lead: jax.Array | None  # (*batch, K, G, 1, 1): which batch index and head these are, for dropout
 
 
 # Along which axis each array is cut by the query tile and by the key tile; None: not at all.
@@ -84,7 +85,6 @@ class Plan:
     floating: tuple[bool, ...]  # which of its leaves can have derivatives
     axes: tuple[tuple[int | None, int | None], ...]  # how those are cut
     tile: tuple[int, int]
-    batch: tuple[int, ...]
     query_shape: tuple[int, ...]
     key_shape: tuple[int, ...]
     dropout_rate: float
@@ -97,7 +97,7 @@ class Plan:
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
         return cls(
-            tree, floating, axes, tile, problem.batch, problem.query_shape, problem.key_shape, problem.dropout_rate,
+            tree, floating, axes, tile, problem.query_shape, problem.key_shape, problem.dropout_rate,
             problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
 
@@ -191,11 +191,9 @@ class Tile:
 
     @cached_property
     def keep(self) -> jax.Array:
-        assert self.arrays.seeds is not None
-        lead = _dropout.lead_index(self.plan.batch, *self.arrays.query.shape[-4:-2])
-        return _dropout.keep_block(
-            self.arrays.seeds, self.plan.dropout_rate, lead, self.at.query.index, self.at.key.index
-        )
+        seeds, lead = self.arrays.seeds, self.arrays.lead
+        assert seeds is not None and lead is not None
+        return _dropout.keep_block(seeds, self.plan.dropout_rate, lead, self.at.query.index, self.at.key.index)
 
     def drop(self, weights: jax.Array) -> jax.Array:
         """Weights after dropout; linear."""

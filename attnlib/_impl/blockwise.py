@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attnlib import _axes, _online_softmax
-from attnlib._impl._sizes import tile_sizes
+from attnlib import _axes, _dropout, _online_softmax
+from attnlib._impl._in_turn import in_turn
+from attnlib._impl._sizes import heads_in_turn, rows_at_once, tile_sizes
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
-from attnlib._linear import tangent_of, unbroadcast
+from attnlib._linear import Bound, unbroadcast
 from attnlib._loops import nought
 from attnlib._online_softmax import Running
 from attnlib._problem import Estimate, Implementation, Problem, Result
 from attnlib._product import over_features, over_keys, over_queries
+from attnlib._ruled import ruled, tangent_of
 from attnlib._tiles import EMPTY
 
 Leaves = Sequence[jax.Array]
@@ -38,11 +39,17 @@ def _run(problem: Problem) -> Result:
     if problem.query_length == 0 or problem.key_length == 0:
         return _nothing(problem)
     problem = _prepared(problem)
-    arrays, plan = _padded(problem)
-    moving, fixed = plan.split(arrays)
-    output, lse = _attend(plan, moving, fixed)
+    tile = tile_sizes(problem)
+    arrays = _padded(problem, tile)
+
+    def attend(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+        plan = Plan.of(problem, tile, arrays)
+        return _attend(plan, *plan.split(arrays))
+
+    output, lse = in_turn(arrays, attend) if heads_in_turn(problem) else attend(arrays)
     output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
-    return Result(output, lse, _weights(plan, moving, fixed, lse) if problem.return_weights else None)
+    weights = _weights(Plan.of(problem, tile, arrays), arrays, lse) if problem.return_weights else None
+    return Result(output, lse, weights)
 
 
 def _prepared(problem: Problem) -> Problem:
@@ -54,21 +61,21 @@ def _prepared(problem: Problem) -> Problem:
     return dataclasses.replace(problem, query=query, key=key, value=value, score=score, bias=bias)
 
 
-def _padded(problem: Problem) -> tuple[Arrays, Plan]:
+def _padded(problem: Problem, tile: tuple[int, int]) -> Arrays:
     """The arrays up to whole tiles."""
-    tile = tile_sizes(problem)
     sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
+    seeds, heads = problem.dropout_seeds, (problem.kv_heads, problem.groups)
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
-    arrays = Arrays(
+    return Arrays(
         query=_axes.pad_axis(problem.query, -2, sizes[0]),
         key=_axes.pad_axis(problem.key, -2, sizes[1]),
         value=_axes.pad_axis(problem.value, -2, sizes[1]),
         bias=None if problem.bias is None else _axes.pad_pairs(problem.bias, sizes),
         score=problem.score,
         mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
-        seeds=problem.dropout_seeds,
+        seeds=seeds,
+        lead=None if seeds is None else _dropout.lead_index(problem.batch, *heads),
     )
-    return arrays, Plan.of(problem, tile, arrays)
 
 
 def _nothing(problem: Problem) -> Result:
@@ -79,9 +86,10 @@ def _nothing(problem: Problem) -> Result:
     return Result(output, jnp.full(rows, -jnp.inf, problem.dtype), weights)
 
 
-def _weights(plan: Plan, moving: Leaves, fixed: Leaves, lse: jax.Array) -> jax.Array:
+def _weights(plan: Plan, arrays: Arrays, lse: jax.Array) -> jax.Array:
     """All weights, which the user asked for: square by nature, so made at once, from the tiles' lse."""
-    at = plan.everywhere(asked=plan.join(moving, fixed).mask is not None)
+    at = plan.everywhere(asked=arrays.mask is not None)
+    moving, fixed = plan.split(arrays)
     tile = Tile(plan, plan.join([at.cut(x, axes) for x, axes in zip(moving, plan.axes, strict=True)], fixed), at)
     logits, _ = tile.terms()
     return tile.drop(tile.softmax(logits, lse))
@@ -90,29 +98,25 @@ def _weights(plan: Plan, moving: Leaves, fixed: Leaves, lse: jax.Array) -> jax.A
 # Derivatives: (output, lse) has the tangent loop as its derivative, and that the transpose loop as its transpose.
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan: Plan, moving: Leaves, fixed: Leaves) -> tuple[jax.Array, jax.Array]:
     """(output, lse) of padded arrays; `moving` are those that can have derivatives."""
-    return _forward(plan, plan.join(moving, fixed))
+    output, lse = ruled(Bound(_forward, (plan,)), Bound(_rule, (plan,)), (*moving, *fixed))
+    return output, lse
 
 
-def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
-    moving, fixed = primals
-    output, lse = _attend(plan, moving, fixed)
-    residuals = (*moving, *fixed, output, lse)
-    tangent = tangent_of(partial(_tangent, plan), partial(_transpose, plan), residuals, tangents[0], output, lse)
-    return (output, lse), tangent
-
-
-_attend.defjvp(_attend_jvp, symbolic_zeros=True)
+def _rule(plan: Plan, active: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
+    output, lse = _attend(plan, leaves[: sum(plan.floating)], leaves[sum(plan.floating) :])
+    forward, transpose = Bound(_tangent, (plan,)), Bound(_transpose, (plan,))
+    return (output, lse), tangent_of(forward, transpose, (*leaves, output, lse), active, changes)
 
 
 class _Loop:
     """Runs a body over all active tiles, those that ask the mask last."""
 
-    def __init__(self, plan: Plan, moving: Leaves, fixed: Leaves):
-        self.plan, self.moving, self.fixed = plan, moving, fixed
-        self.schedule = plan.schedule(plan.join(moving, fixed).mask)
+    def __init__(self, plan: Plan, leaves: Leaves):
+        count = sum(plan.floating)
+        self.plan, self.moving, self.fixed = plan, leaves[:count], leaves[count:]
+        self.schedule = plan.schedule(plan.join(self.moving, self.fixed).mask)
 
     def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
         for asked, starts in self.schedule:
@@ -134,7 +138,10 @@ class _Loop:
         return [at.cut(leaf, self.plan.axes[n]) for leaf, n in zip(leaves, which, strict=True)]
 
 
-def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def _forward(plan: Plan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+    loop = _Loop(plan, leaves)
+    arrays = plan.join(loop.moving, loop.fixed)
+
     def body(running: Running, tile: Tile) -> Running:
         logits, value = tile.terms()
         old = Running(*(tile.at.rows(x, axis) for x, axis in zip(running, (-1, -1, -2), strict=True)))
@@ -148,13 +155,13 @@ def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
 
     rows = jnp.sum(nought(arrays.query[..., :1]), -1)
     start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
-    loop = _Loop(plan, *plan.split(arrays))
     return _online_softmax.finish(loop.run(body, start, checkpoint=False))
 
 
 def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
     """(output', lse') from the tangents of the active leaves."""
-    loop, output, lse = _residuals(plan, residuals)
+    *leaves, output, lse = residuals
+    loop = _Loop(plan, leaves)
 
     def body(carry: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
         changes = loop.cut(tangents, tile.at, active)
@@ -172,7 +179,8 @@ def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: L
 
 def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
     """Cotangents of the active leaves from those of (output, lse)."""
-    loop, output, lse = _residuals(plan, residuals)
+    *leaves, output, lse = residuals
+    loop = _Loop(plan, leaves)
     output_bar, lse_bar = cotangents
     if any(asked for asked, _ in loop.schedule):
         # A row that attends NaN is NaN; its cotangent must not meet the zero weights of what it does not attend.
@@ -195,12 +203,6 @@ def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangent
     return loop.run(body, [nought(loop.moving[n]) for n in active], checkpoint=True)
 
 
-def _residuals(plan: Plan, residuals: Leaves) -> tuple[_Loop, jax.Array, jax.Array]:
-    *leaves, output, lse = residuals
-    count = sum(plan.floating)
-    return _Loop(plan, leaves[:count], leaves[count:]), output, lse
-
-
 def _unsupported(problem: Problem) -> str | None:
     return None
 
@@ -209,13 +211,12 @@ def _estimate(problem: Problem) -> Estimate:
     """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
     if problem.query_length == 0 or problem.key_length == 0:
         return Estimate(memory=0)
-    rows = problem.rows // problem.query_length
     tile = tile_sizes(problem)
     kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
     whole = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
     whole += problem.key.size + problem.value.size
     itemsize = jnp.dtype(problem.dtype).itemsize
-    memory = (whole + 2 * rows * tile[0] * tile[1]) * itemsize
+    memory = (whole + 2 * rows_at_once(problem) * tile[0] * tile[1]) * itemsize
     return Estimate(memory, tile, (int((kinds != EMPTY).sum()), kinds.size))
 
 
