@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 
+from attnlib._impl._sizes import heads_in_turn
 from attnlib._impl.blockwise import blockwise
 from attnlib._impl.cudnn import cudnn
 from attnlib._impl.reference import reference
@@ -19,10 +20,11 @@ NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 _CUDNN_OR_BLOCKWISE = cudnn(blockwise, elsewhere=True)
 
 # Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
-# cores with the programs of tests/benchmarks/crossover.py, CPU time dense / tiled, forward and training. Dot, 8 heads x
-# 64 features: 0.74, 0.91 at 1 M numbers (8 x 128 positions); 0.88, 1.41 at 4 M; 1.57, 2.17 at 8 M. Scores whose arrays
-# hold the features too (64, a plain tanh): 0.64, 0.52 at 8 M numbers (32 x 64 positions); 0.36, 1.15 at 16 M.
-DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**22, 2**24
+# cores, time dense / tiled, forward and training. Dot, 8 heads x 64 features, in turn: 1.03, 0.79 at 1 M numbers
+# (8 x 128 positions); 1.74, 1.00 at 4 M (8 x 256); 2.1, 1.7 at 8 M (4 x 512); all heads at once: 0.91, 0.84;
+# 1.33, 0.60; 1.06, 0.79. Scores whose arrays hold the features too (64, a plain tanh): 0.64, 0.52 at 8 M numbers (32 x 64
+# positions); 0.36, 1.15 at 16 M. Again with `python tests/benchmarks/crossover.py`.
+DENSE_NUMBERS_IN_TURN, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23, 2**24
 
 
 def choose(problem: Problem, asked: str | tuple[str, ...] | None) -> Implementation:
@@ -50,7 +52,8 @@ def preferred(problem: Problem) -> tuple[Implementation, ...]:
     pair_size = problem.score.pair_size(features)
     if problem.score.prepared_pair_size(features) < pair_size:  # additive scores: tiled, the faster one at every size
         return blockwise, reference
-    limit = DENSE_NUMBERS if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES
+    limit = DENSE_NUMBERS_IN_TURN if heads_in_turn(problem) else DENSE_NUMBERS
+    limit = limit if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES
     dense = problem.return_weights or problem.rows * problem.key_length * pair_size <= limit
     anywhere = (reference, blockwise) if dense else (blockwise, reference)
     return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere

@@ -23,7 +23,6 @@ ROOMS = [
     {"_problem"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
     {"_impl._tile"},
-    {"_impl._in_turn"},
     {"_impl.blockwise", "_impl.reference", "_impl.cudnn"},
     {"_checks", "_choose"},
     {"attention"},

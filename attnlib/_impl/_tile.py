@@ -28,8 +28,7 @@ class Arrays(NamedTuple):
     bias: jax.Array | None  # (..., T | 1, S | 1)
     score: Score
     mask: Mask | None  # never cut: it answers from positions
-    seeds: jax.Array | None  # of dropout
-    lead: jax.Array | None  # (*batch, K, G, 1, 1): which batch index and head these are, for dropout
+    seeds: jax.Array | None
 
 
 # Along which axis each array is cut by the query tile and by the key tile; None: not at all.
@@ -45,36 +44,47 @@ _CUTS: dict[str, tuple[int | None, int | None]] = {
 class Place(NamedTuple):
     """Where a tile is, and whether the mask is to be asked there."""
 
+    lead: tuple[jax.Array, ...]  # index along each batch axis and of the key head; empty: the tile has them all
     query: Positions
     key: Positions
     asked: bool
 
-    def cut(self, leaf: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
-        for positions, axis in zip((self.query, self.key), axes, strict=True):
-            leaf = leaf if axis is None else positions.cut(leaf, axis)
-        return leaf
+    def cut(self, array: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
+        """The tile's part of an array whose axes of queries and keys are these; an axis of one broadcasts and stays."""
+        starts, sizes = self._window(array.shape, axes)
+        return array if sizes == array.shape else jax.lax.dynamic_slice(array, starts, sizes)
 
-    def add_leaf(self, total: jax.Array, part: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
+    def put(self, total: jax.Array, part: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
+        """Replaces the tile's part."""
+        starts, sizes = self._window(total.shape, axes)
+        return part if sizes == total.shape else jax.lax.dynamic_update_slice(total, part, starts)
+
+    def add(self, total: jax.Array, part: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
         """The transpose of `cut`, added to a total."""
-        if part.shape == total.shape:
-            return total + part
-        starts = [jnp.int32(0)] * total.ndim
-        for positions, axis in zip((self.query, self.key), axes, strict=True):
-            if axis is not None and part.shape[axis] != total.shape[axis]:
-                starts[axis] = jnp.asarray(positions.start, jnp.int32)
-        old = jax.lax.dynamic_slice(total, starts, part.shape)
-        return jax.lax.dynamic_update_slice(total, old + part, starts)
+        return self.put(total, self.cut(total, axes) + part, axes)
 
-    def rows(self, array: jax.Array, axis: int) -> jax.Array:
-        return self.query.cut(array, axis)
+    def cut_mask(self, block: jax.Array, groups: int) -> jax.Array:
+        """The tile's part of a block `(*batch, N, T, S)`, of which leading axes may be missing."""
+        sizes = [1] * (len(self.lead) - 1) + [groups]
+        for n, (index, size) in enumerate(zip(self.lead, sizes, strict=True)):
+            axis = n - len(self.lead) - 2
+            if block.ndim >= -axis and block.shape[axis] > size:
+                block = jax.lax.dynamic_slice_in_dim(block, index * size, size, axis)
+        return block
 
-    def put(self, total: jax.Array, part: jax.Array, axis: int) -> jax.Array:
-        if part.shape == total.shape:
-            return part
-        return jax.lax.dynamic_update_slice_in_dim(total, part, self.query.start, axis)
-
-    def add(self, total: jax.Array, part: jax.Array, axis: int) -> jax.Array:
-        return self.put(total, self.rows(total, axis) + part, axis)
+    def _window(
+        self, shape: tuple[int, ...], axes: tuple[int | None, int | None]
+    ) -> tuple[list[jax.Array], tuple[int, ...]]:
+        """(starts, sizes) of the tile's part."""
+        starts, sizes = [jnp.int32(0)] * len(shape), list(shape)
+        if len(shape) >= len(self.lead) + 2:  # else of pairs alone
+            for axis, index in enumerate(self.lead):
+                if shape[axis] > 1:
+                    starts[axis], sizes[axis] = index, 1
+        for positions, of in zip((self.query, self.key), axes, strict=True):
+            if of is not None and shape[of] not in (1, positions.length):
+                starts[of], sizes[of] = jnp.asarray(positions.start, jnp.int32), positions.length
+        return starts, tuple(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +95,8 @@ class Plan:
     floating: tuple[bool, ...]  # which of its leaves can have derivatives
     axes: tuple[tuple[int | None, int | None], ...]  # how those are cut
     tile: tuple[int, int]
+    in_turn: bool  # one batch index and key head after another
+    heads: tuple[int, ...]  # (*batch, K, G)
     query_shape: tuple[int, ...]
     key_shape: tuple[int, ...]
     dropout_rate: float
@@ -92,12 +104,13 @@ class Plan:
     precision: Any
 
     @classmethod
-    def of(cls, problem: Problem, tile: tuple[int, int], arrays: Arrays) -> Plan:
+    def of(cls, problem: Problem, tile: tuple[int, int], in_turn: bool, arrays: Arrays) -> Plan:
         leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
+        heads = (*problem.batch, problem.kv_heads, problem.groups)
         return cls(
-            tree, floating, axes, tile, problem.query_shape, problem.key_shape, problem.dropout_rate,
+            tree, floating, axes, tile, in_turn, heads, problem.query_shape, problem.key_shape, problem.dropout_rate,
             problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
 
@@ -112,17 +125,23 @@ class Plan:
         return self.tree.unflatten([next(moving_ if floating else fixed_) for floating in self.floating])
 
     def schedule(self, mask: Mask | None) -> list[tuple[bool, np.ndarray]]:
-        """(whether to ask the mask, starts `(tiles, 2)`): the tiles that it fills, then those that it may cut."""
+        """(whether to ask the mask, starts `(tiles, leads + 2)`): the tiles that it fills, then those it may cut."""
         kinds = tile_kinds(mask, self.query_shape, self.key_shape, self.tile)
-        runs = [(kind == PARTIAL, np.argwhere(kinds == kind) * np.array(self.tile)) for kind in (FULL, PARTIAL)]
-        return [(asked, starts.astype(np.int32)) for asked, starts in runs if len(starts)]
+        leads = np.argwhere(np.ones(self.heads[:-1])) if self.in_turn else np.zeros((1, 0), int)
+        runs = []
+        for kind in (FULL, PARTIAL):
+            tiles = np.argwhere(kinds == kind) * np.array(self.tile)
+            starts = np.hstack([np.repeat(leads, len(tiles), 0), np.tile(tiles, (len(leads), 1))])
+            runs.append((kind == PARTIAL, starts.astype(np.int32)))
+        return [(asked, starts) for asked, starts in runs if len(starts)]
 
     def place(self, start: jax.Array, asked: bool) -> Place:
-        query = Positions(self.query_shape, "query", start[0], self.tile[0])
-        return Place(query, Positions(self.key_shape, "key", start[1], self.tile[1]), asked)
+        *lead, query_start, key_start = start
+        query = Positions(self.query_shape, "query", query_start, self.tile[0])
+        return Place(tuple(lead), query, Positions(self.key_shape, "key", key_start, self.tile[1]), asked)
 
     def everywhere(self, asked: bool) -> Place:
-        return Place(Positions(self.query_shape, "query"), Positions(self.key_shape, "key"), asked)
+        return Place((), Positions(self.query_shape, "query"), Positions(self.key_shape, "key"), asked)
 
 
 def tile_kinds(
@@ -182,7 +201,9 @@ class Tile:
             inside = (query.index < query.total) & (key.index < key.total)
         if self.arrays.mask is None:
             return inside
-        return inside & _axes.split_heads(self.arrays.mask.at(query, key), self.arrays.query.shape[-4])
+        kv_heads, groups = self.arrays.query.shape[-4:-2]
+        block = self.at.cut_mask(self.arrays.mask.at(query, key), groups)
+        return inside & _axes.split_heads(block, kv_heads)
 
     def softmax(self, logits: jax.Array, lse: jax.Array) -> jax.Array:
         weights = jnp.exp(logits - _online_softmax.base(lse)[..., None])
@@ -191,9 +212,10 @@ class Tile:
 
     @cached_property
     def keep(self) -> jax.Array:
-        seeds, lead = self.arrays.seeds, self.arrays.lead
-        assert seeds is not None and lead is not None
-        return _dropout.keep_block(seeds, self.plan.dropout_rate, lead, self.at.query.index, self.at.key.index)
+        assert self.arrays.seeds is not None
+        lead = self.at.cut(_dropout.lead_index(self.plan.heads[:-2], *self.plan.heads[-2:]), (None, None))
+        query, key = self.at.query.index, self.at.key.index
+        return _dropout.keep_block(self.arrays.seeds, self.plan.dropout_rate, lead, query, key)
 
     def drop(self, weights: jax.Array) -> jax.Array:
         """Weights after dropout; linear."""

@@ -20,8 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlib import _axes, _dropout, _online_softmax
-from attnlib._impl._in_turn import in_turn
+from attnlib import _axes, _online_softmax
 from attnlib._impl._sizes import heads_in_turn, rows_at_once, tile_sizes
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
 from attnlib._linear import Bound, unbroadcast
@@ -34,6 +33,10 @@ from attnlib._tiles import EMPTY
 
 Leaves = Sequence[jax.Array]
 
+# The axes of queries and of keys, as `Place.cut` takes them, of numbers a row, of the output, and of all of `Running`.
+_OF_ROWS, _OUTPUT = (-1, None), (-2, None)
+_RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
+
 
 def _run(problem: Problem) -> Result:
     if problem.query_length == 0 or problem.key_length == 0:
@@ -41,15 +44,11 @@ def _run(problem: Problem) -> Result:
     problem = _prepared(problem)
     tile = tile_sizes(problem)
     arrays = _padded(problem, tile)
-
-    def attend(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-        plan = Plan.of(problem, tile, arrays)
-        return _attend(plan, *plan.split(arrays))
-
-    output, lse = in_turn(arrays, attend) if heads_in_turn(problem) else attend(arrays)
+    plan = Plan.of(problem, tile, heads_in_turn(problem), arrays)
+    moving, fixed = plan.split(arrays)
+    output, lse = _attend(plan, moving, fixed)
     output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
-    weights = _weights(Plan.of(problem, tile, arrays), arrays, lse) if problem.return_weights else None
-    return Result(output, lse, weights)
+    return Result(output, lse, _weights(plan, moving, fixed, lse) if problem.return_weights else None)
 
 
 def _prepared(problem: Problem) -> Problem:
@@ -64,7 +63,6 @@ def _prepared(problem: Problem) -> Problem:
 def _padded(problem: Problem, tile: tuple[int, int]) -> Arrays:
     """The arrays up to whole tiles."""
     sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
-    seeds, heads = problem.dropout_seeds, (problem.kv_heads, problem.groups)
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
     return Arrays(
         query=_axes.pad_axis(problem.query, -2, sizes[0]),
@@ -73,8 +71,7 @@ def _padded(problem: Problem, tile: tuple[int, int]) -> Arrays:
         bias=None if problem.bias is None else _axes.pad_pairs(problem.bias, sizes),
         score=problem.score,
         mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
-        seeds=seeds,
-        lead=None if seeds is None else _dropout.lead_index(problem.batch, *heads),
+        seeds=problem.dropout_seeds,
     )
 
 
@@ -86,10 +83,9 @@ def _nothing(problem: Problem) -> Result:
     return Result(output, jnp.full(rows, -jnp.inf, problem.dtype), weights)
 
 
-def _weights(plan: Plan, arrays: Arrays, lse: jax.Array) -> jax.Array:
+def _weights(plan: Plan, moving: Leaves, fixed: Leaves, lse: jax.Array) -> jax.Array:
     """All weights, which the user asked for: square by nature, so made at once, from the tiles' lse."""
-    at = plan.everywhere(asked=arrays.mask is not None)
-    moving, fixed = plan.split(arrays)
+    at = plan.everywhere(asked=plan.join(moving, fixed).mask is not None)
     tile = Tile(plan, plan.join([at.cut(x, axes) for x, axes in zip(moving, plan.axes, strict=True)], fixed), at)
     logits, _ = tile.terms()
     return tile.drop(tile.softmax(logits, lse))
@@ -144,14 +140,14 @@ def _forward(plan: Plan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def body(running: Running, tile: Tile) -> Running:
         logits, value = tile.terms()
-        old = Running(*(tile.at.rows(x, axis) for x, axis in zip(running, (-1, -1, -2), strict=True)))
+        old = Running(*(tile.at.cut(x, axes) for x, axes in zip(running, _RUNNING, strict=True)))
         highest = jnp.maximum(old.highest, jnp.max(logits, -1))
         shift = _online_softmax.base(highest)
         fade, weights = jnp.exp(old.highest - shift), jnp.exp(logits - shift[..., None])
         total = old.total * fade + jnp.sum(weights, -1)
         output = old.output * fade[..., None] + over_keys(plan.precision, tile.drop(weights), value)
         new = Running(highest, total, output)
-        return Running(*(tile.at.put(x, y, axis) for x, y, axis in zip(running, new, (-1, -1, -2), strict=True)))
+        return Running(*(tile.at.put(x, y, axes) for x, y, axes in zip(running, new, _RUNNING, strict=True)))
 
     rows = jnp.sum(nought(arrays.query[..., :1]), -1)
     start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
@@ -167,11 +163,11 @@ def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: L
         changes = loop.cut(tangents, tile.at, active)
         terms, values = tile.terms_of(active)
         (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, changes)
-        weights = tile.softmax(logits, tile.at.rows(lse, -1))
+        weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
         moved = weights * logits_dot
         average_dot = over_keys(plan.precision, tile.drop(moved), value)
         average_dot += over_keys(plan.precision, tile.drop(weights), value_dot)
-        return tile.at.add(carry[0], average_dot, -2), tile.at.add(carry[1], jnp.sum(moved, -1), -1)
+        return tile.at.add(carry[0], average_dot, _OUTPUT), tile.at.add(carry[1], jnp.sum(moved, -1), _OF_ROWS)
 
     a, c = loop.run(body, (nought(output), nought(lse)), checkpoint=True)
     return [a - output * c[..., None], c]
@@ -190,14 +186,14 @@ def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangent
     def body(totals: list[jax.Array], tile: Tile) -> list[jax.Array]:
         terms, values = tile.terms_of(active)
         (logits, value), pull = jax.vjp(terms, *values)
-        weights = tile.softmax(logits, tile.at.rows(lse, -1))
-        rows_bar = tile.at.rows(output_bar, -2)
+        weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
+        rows_bar = tile.at.cut(output_bar, _OUTPUT)
         value_bar = unbroadcast(over_queries(plan.precision, tile.drop(weights), rows_bar), value.shape)
         weights_bar = over_features(plan.precision, rows_bar, value)
-        logits_bar = weights * (tile.drop(weights_bar) + tile.at.rows(delta, -1)[..., None])
+        logits_bar = weights * (tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None])
         parts = pull((logits_bar, value_bar))
         return [
-            tile.at.add_leaf(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, active, strict=True)
+            tile.at.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, active, strict=True)
         ]
 
     return loop.run(body, [nought(loop.moving[n]) for n in active], checkpoint=True)

@@ -6,6 +6,9 @@ Its memory is quadratic; it shares no numerics with the fast implementations, wh
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +42,7 @@ def _run(problem: Problem) -> Result:
         logits = jnp.where(mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
 
     logits = jnp.broadcast_to(logits, (*problem.batch, *logits.shape[-4:]))
-    weights, lse = _softmax(logits)
+    weights, lse = _softmax(mask is not None, logits)
     if problem.dropout_seeds is not None:
         weights = jnp.where(_keep(problem), weights / (1 - problem.dropout_rate), 0)
     output = jnp.einsum("...kgts,...kse->...kgte", weights, value, precision=problem.precision)
@@ -49,16 +52,26 @@ def _run(problem: Problem) -> Result:
     return Result(output, lse, weights if problem.return_weights else None)
 
 
-def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax(masked: bool, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Softmax over the last axis and its log-sum-exp; a row of -inf (or of no keys) gives weights 0 and lse -inf."""
-    highest = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True, initial=-jnp.inf))
+    highest = jnp.max(logits, -1, keepdims=True, initial=-jnp.inf)
     highest = jnp.where(highest == -jnp.inf, 0, highest)
     terms = jnp.exp(logits - highest)
     total = jnp.sum(terms, -1, keepdims=True)
     empty = total == 0
-    total = jnp.where(empty, 1, total)
-    lse = jnp.where(empty, -jnp.inf, jnp.log(total) + highest)
-    return jnp.where(logits == -jnp.inf, 0, terms / total), lse[..., 0]
+    lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + highest)
+    weights = terms / jnp.where(empty, 1, total)
+    if masked:  # a row that attends NaN is NaN, but not where it does not attend
+        weights = jnp.where(logits == -jnp.inf, 0, weights)
+    return weights, lse[..., 0]
+
+
+@_softmax.defjvp
+def _softmax_jvp(masked: bool, primals: Any, tangents: Any) -> Any:
+    weights, lse = _softmax(masked, *primals)
+    mean = jnp.sum(weights * tangents[0], -1)
+    return (weights, lse), (weights * (tangents[0] - mean[..., None]), mean)
 
 
 def _dense_mask(problem: Problem) -> jax.Array | None:
