@@ -22,8 +22,8 @@ _CUDNN_OR_BLOCKWISE = cudnn(blockwise, elsewhere=True)
 # Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
 # cores, time dense / tiled, forward and training. Dot, 8 heads x 64 features, in turn: 1.03, 0.79 at 1 M numbers
 # (8 x 128 positions); 1.74, 1.00 at 4 M (8 x 256); 2.1, 1.7 at 8 M (4 x 512); all heads at once: 0.91, 0.84;
-# 1.33, 0.60; 1.06, 0.79. Scores whose arrays hold the features too (64, a plain tanh): 0.64, 0.52 at 8 M numbers (32 x 64
-# positions); 0.36, 1.15 at 16 M. Again with `python tests/benchmarks/crossover.py`.
+# 1.33, 0.60; 1.06, 0.79. Scores whose arrays hold the features too (64, a plain tanh): 0.64, 0.52 at 8 M numbers
+# (32 x 64 positions); 0.36, 1.15 at 16 M. Again with `python tests/benchmarks/crossover.py`.
 DENSE_NUMBERS_IN_TURN, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23, 2**24
 
 

@@ -65,9 +65,9 @@ class Place(NamedTuple):
 
     def cut_mask(self, block: jax.Array, groups: int) -> jax.Array:
         """The tile's part of a block `(*batch, N, T, S)`, of which leading axes may be missing."""
-        sizes = [1] * (len(self.lead) - 1) + [groups]
-        for n, (index, size) in enumerate(zip(self.lead, sizes, strict=True)):
+        for n, index in enumerate(self.lead):
             axis = n - len(self.lead) - 2
+            size = groups if axis == -3 else 1
             if block.ndim >= -axis and block.shape[axis] > size:
                 block = jax.lax.dynamic_slice_in_dim(block, index * size, size, axis)
         return block
