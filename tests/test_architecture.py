@@ -18,7 +18,7 @@ ROOMS = [
     {"_types", "_tiles", "_dropout", "_online_softmax", "_linear", "_loops"},
     {"_ruled"},
     {"_axes", "_positions", "_dimensions", "_additive", "_product"},
-    {"_mask"},
+    {"_mask", "positions"},
     {"masks", "scores"},
     {"_problem"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
@@ -160,7 +160,7 @@ def test_annotations_hold_at_run_time():
         import warnings
         warnings.simplefilter("ignore")  # beartype's, about annotations of others
         from jaxtyping import install_import_hook
-        public = ["attention", "masks", "scores", "layers", "linen", "regularization"]
+        public = ["attention", "masks", "positions", "scores", "layers", "linen", "regularization"]
         with install_import_hook([f"attnlib.{name}" for name in public], "beartype.beartype"):
             import attnlib
         import jax, jax.numpy as jnp, numpy as np

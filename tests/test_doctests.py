@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(attnlib.__path__, "attnlib.") if not info.name.endswith("__main__")
 )
-PUBLIC = [f"attnlib.{name}" for name in ("attention", "layers", "linen", "masks", "regularization", "scores")]
+WITH_EXAMPLES = ("attention", "layers", "linen", "masks", "positions", "regularization", "scores")
+PUBLIC = [f"attnlib.{name}" for name in WITH_EXAMPLES]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from jax import export
 from quick_jit import quick_jit
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, positions, scores
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 QUERY, KEY = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((2, 5, 4, 8), (2, 7, 2, 8)))
@@ -77,6 +77,12 @@ def module(kind, **fields):
     return function
 
 
+def turned(how, x):
+    """Rotary embedding, which knows no implementations, before attention."""
+    x = positions.rotary_embedding(x, scaling=positions.YaRNScaling(2.0, original_length=4), base=10.0)
+    return attnlib.dot_product_attention(x, x, x, **how)
+
+
 def training_step(how, x):
     """Regularisers, gradients and constraints of a module."""
     layer = attnlib.MultiHeadAttention(num_heads=2, kernel_regularizer=lambda w: jnp.sum(w**2), **how)
@@ -104,6 +110,7 @@ PROGRAMS = {
     "AdditiveAttention": (module(attnlib.AdditiveAttention, dropout_rate=0.1), (X,)),
     "DotProductAttention": (module(attnlib.DotProductAttention, use_scale=True, score_mode="concat"), (X,)),
     "training step": (training_step, (X,)),
+    "rotary_embedding": (turned, (QUERY,)),
 }  # fmt: skip
 
 
@@ -120,7 +127,7 @@ def test_exports_for_every_platform(implementation, name):
 
 def test_the_whole_api_is_exported_here():
     """A new public function must join the programs above, or the list of those that run on the host."""
-    host = {"Explanation", "explain", "masks", "scores", "constrain"}
+    host = {"Explanation", "explain", "masks", "positions", "scores", "constrain"}
     traced = {
         "AdditiveAttention", "DotProductAttention", "MultiHeadAttention", "additive_attention", "apply_constraints",
         "attention", "dot_product_attention", "init_multi_head_attention", "merge_attention", "multi_head_attention",
@@ -130,6 +137,7 @@ def test_the_whole_api_is_exported_here():
     used = {name for function, _ in PROGRAMS.values() for name in names_of(function)}
     kinds = {name for name in (*masks.__all__, *scores.__all__) if name not in ("Mask", "Score", "Dot", "Additive")}
     assert kinds - {"Dense"} <= used  # Dense: arrays
+    assert {"rotary_embedding", "YaRNScaling"} <= used
 
 
 def names_of(function):

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import attnlib
-from attnlib import masks, plot, scores
+from attnlib import masks, plot, positions, scores
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAMESPACES = {"attnlib": attnlib, "masks": masks, "scores": scores}
+NAMESPACES = {"attnlib": attnlib, "masks": masks, "positions": positions, "scores": scores}
 PUBLIC = {f"{space}.{name}": getattr(module, name) for space, module in NAMESPACES.items() for name in module.__all__}
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
 FUNCTIONS |= {f"plot.{name}": getattr(plot, name) for name in ("attention_map", "attention_over_image", "mask")}

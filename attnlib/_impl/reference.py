@@ -71,7 +71,10 @@ def _softmax(masked: bool, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _softmax_jvp(masked: bool, primals: Any, tangents: Any) -> Any:
     weights, lse = _softmax(masked, *primals)
     mean = jnp.sum(weights * tangents[0], -1)
-    return (weights, lse), (weights * (tangents[0] - mean[..., None]), mean)
+    moved = weights * (tangents[0] - mean[..., None])
+    if masked:  # likewise: the mean of a NaN row must not reach what the row does not attend
+        moved = jnp.where(weights == 0, 0, moved)
+    return (weights, lse), (moved, mean)
 
 
 def _dense_mask(problem: Problem) -> jax.Array | None:
