@@ -9,6 +9,7 @@ from attnlib.attention import (
     explain,
     merge_attention,
 )
+from attnlib.attention_fn import attention_fn
 from attnlib.layers import init_multi_head_attention, multi_head_attention
 from attnlib.linen import AdditiveAttention, DotProductAttention, MultiHeadAttention
 from attnlib.regularization import apply_constraints, constrain, parameter_penalty, regularization_loss
@@ -21,6 +22,7 @@ __all__ = [
     "additive_attention",
     "apply_constraints",
     "attention",
+    "attention_fn",
     "constrain",
     "dot_product_attention",
     "explain",

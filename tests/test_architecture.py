@@ -26,7 +26,7 @@ ROOMS = [
     {"_impl.blockwise", "_impl.reference", "_impl.cudnn"},
     {"_checks", "_choose"},
     {"attention"},
-    {"layers"},
+    {"layers", "attention_fn"},
     {"linen", "plot", "regularization"},
     {"__init__"},
     {"demo._dates_data", "demo._training"},  # a user of the public names

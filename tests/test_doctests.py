@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(attnlib.__path__, "attnlib.") if not info.name.endswith("__main__")
 )
-WITH_EXAMPLES = ("attention", "layers", "linen", "masks", "positions", "regularization", "scores")
+WITH_EXAMPLES = ("attention", "attention_fn", "layers", "linen", "masks", "positions", "regularization", "scores")
 PUBLIC = [f"attnlib.{name}" for name in WITH_EXAMPLES]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +84,13 @@ def turned(how, x):
     return attnlib.dot_product_attention(x, x, x, **how)
 
 
+def drop_in(how, x):
+    layer = flax.linen.MultiHeadDotProductAttention(
+        num_heads=2, attention_fn=functools.partial(attnlib.attention_fn, implementation=how["implementation"])
+    )
+    return layer.init_with_output(jax.random.key(0), x)[0]
+
+
 def training_step(how, x):
     """Regularisers, gradients and constraints of a module."""
     layer = attnlib.MultiHeadAttention(num_heads=2, kernel_regularizer=lambda w: jnp.sum(w**2), **how)
@@ -111,6 +119,7 @@ PROGRAMS = {
     "DotProductAttention": (module(attnlib.DotProductAttention, use_scale=True, score_mode="concat"), (X,)),
     "training step": (training_step, (X,)),
     "rotary_embedding": (turned, (QUERY,)),
+    "attention_fn": (drop_in, (X,)),
 }  # fmt: skip
 
 
@@ -130,8 +139,8 @@ def test_the_whole_api_is_exported_here():
     host = {"Explanation", "explain", "masks", "positions", "scores", "constrain"}
     traced = {
         "AdditiveAttention", "DotProductAttention", "MultiHeadAttention", "additive_attention", "apply_constraints",
-        "attention", "dot_product_attention", "init_multi_head_attention", "merge_attention", "multi_head_attention",
-        "parameter_penalty", "regularization_loss",
+        "attention", "attention_fn", "dot_product_attention", "init_multi_head_attention", "merge_attention",
+        "multi_head_attention", "parameter_penalty", "regularization_loss",
     }  # fmt: skip
     assert set(attnlib.__all__) == host | traced
     used = {name for function, _ in PROGRAMS.values() for name in names_of(function)}
