@@ -6,6 +6,7 @@ import pytest
 
 import attnlib
 from attnlib import masks, scores
+from attnlib._impl import _sizes
 
 HEADS, FEATURES = 2, 64
 LIMITS_MB = {"forward": 60, "jvp": 90, "grad": 90, "forward over reverse": 200, "grad of grad": 250}
@@ -53,6 +54,23 @@ def test_linear_in_length(score, option, derivative):
     long, half = (temporaries(length, score, option, derivative) for length in (16384, 8192))
     assert long <= LIMITS_MB[derivative]
     assert long <= 2.4 * half
+
+
+@pytest.fixture
+def heads_in_turn(monkeypatch):
+    """As on a CPU with one device; what was traced for the devices of the tests is forgotten, and again afterwards."""
+    monkeypatch.setattr(_sizes, "_alone", lambda: True)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+IN_TURN = [("plain", d) for d in LIMITS_MB] + [("causal with dropout", "grad")]
+
+
+@pytest.mark.parametrize(("option", "derivative"), IN_TURN)
+def test_linear_with_heads_in_turn(option, derivative, heads_in_turn):
+    test_linear_in_length("dot", option, derivative)
 
 
 @pytest.mark.parametrize(("score", "checkpoint"), [("dot", False), ("dot", True), ("additive", False)])
