@@ -8,7 +8,8 @@ p = exp(s - lse) its softmax, d its dropout factors (0 or 1 / (1 - rate)), v its
   transpose   with delta = lse~ - <o, o~>:   s~ = p (d <o~, v> + delta),  v~ = (d p)^T o~
 
 The score's own derivatives take s' from (query', key', ...) and (query~, key~, ...) from s~. Both loops are plain
-scans over checkpointed bodies, so JAX differentiates them again for higher orders, in linear memory too.
+scans over checkpointed bodies, so JAX differentiates them again for higher orders, in linear memory too. A tile has all
+batch indices and heads, or on a CPU one head after another: then the scans run over these as well.
 """
 
 from __future__ import annotations
