@@ -44,7 +44,14 @@ def called(function: Callable[..., Any], *args: Any) -> list[Any]:
 
 def out_avals(function: Callable[..., Any], *avals: Any) -> list[Any]:
     """The types of what `function` returns."""
-    return list(jax.make_jaxpr(_jitted, static_argnums=0)(function, *avals).out_avals)
+    program = jax.make_jaxpr(_jitted, static_argnums=0)(function, *avals)
+    if any(isinstance(const, jax.core.Tracer) for const in program.consts):
+        raise TypeError(
+            "the function of a score or mask captures a traced array, of which tiles cannot take derivatives: pass it "
+            "as a parameter, scores.Custom(fn, *params); a masks.Predicate has none, so use a mask with arrays "
+            "(masks.Dense, masks.Lengths...) or implementation='reference'."
+        )
+    return list(program.out_avals)
 
 
 def linear_map(

@@ -113,7 +113,7 @@ def _whole(array: Array | None, rank: int) -> Array | None:
 
 
 def _as_bool(mask: Array | None) -> Array | None:
-    return None if mask is None else mask != 0 if mask.dtype != jnp.bool_ else mask
+    return mask if mask is None or mask.dtype == jnp.bool_ else mask != 0
 
 
 def _collection(module: Any) -> tuple[Any, str]:

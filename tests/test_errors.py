@@ -309,3 +309,19 @@ print(refused, "of", len(calls))
 """
     done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "9 of 9", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("options", [
+    lambda b: dict(score=attnlib.scores.Custom(lambda q, k: b * jnp.sum(q * k))),
+    lambda b: dict(score=attnlib.scores.Dot(), mask=attnlib.masks.Predicate(lambda q, k: q <= k + b)),
+])  # fmt: skip
+def test_functions_that_capture_traced_arrays(options):
+    """Tiles refuse them with the remedy; the reference takes them."""
+    x = jnp.ones((1, 6, 2, 4))
+
+    def run(b, implementation):
+        return attnlib.attention(x, x, x, **options(b), implementation=implementation)
+
+    assert jax.jit(run, static_argnums=1)(2, "reference").shape == x.shape
+    with pytest.raises(TypeError, match=r"captures a traced array.*Custom\(fn, \*params\).*implementation='reference'"):
+        jax.jit(run, static_argnums=1)(2, "blockwise")
