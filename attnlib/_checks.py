@@ -13,7 +13,7 @@ import numpy as np
 
 from attnlib import _axes
 from attnlib._axes import Axes
-from attnlib._mask import Mask, Shapes
+from attnlib._mask import Mask, Shapes, check_positions
 from attnlib.masks import Dense
 from attnlib.scores import Score
 
@@ -108,6 +108,33 @@ def is_key(rng: Any) -> bool:
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         return rng.shape == ()
     return rng.dtype == jnp.uint32 and rng.ndim == 1  # a raw key
+
+
+def integers(value: Any, name: str) -> None:
+    if value is not None and not (is_array(value) and jnp.issubdtype(value.dtype, jnp.integer)):
+        what = f"{value.dtype}{list(value.shape)}" if is_array(value) else repr(value)
+        raise TypeError(f"{name} must be an array of integers or None; got {what}.")
+
+
+def explicit_positions(query: Any, key: Any, shapes: Shapes) -> None:
+    if len(shapes.query) > 1:
+        raise ValueError(
+            f"query_positions and key_positions need one attention axis; there are {len(shapes.query)}, and the "
+            "positions along them are theirs. Attend over one, or mask with masks.Dense."
+        )
+    for name, value, length in (("query", query, shapes.query), ("key", key, shapes.key)):
+        if value is not None:
+            check_positions(value, f"{name}_positions", shapes.batch, length, name)
+
+
+def sink(value: Any, heads: int) -> None:
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number and not (is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)):
+        raise TypeError(f"sink must be a number, an array of floating-point numbers or None; got {value!r}.")
+    if np.shape(value) not in ((), (heads,)):
+        raise ValueError(f"sink must have shape () or ({heads},), one for each query head; got {np.shape(value)}.")
 
 
 def soft_cap(value: Any) -> float | None:

@@ -208,6 +208,29 @@ class Folded(Mask):
         return key.cut(query.cut(self.array, -2), -1)
 
 
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placed(Mask):
+    """A mask at explicit positions, or all pairs; a position below 0 neither attends nor is attended."""
+
+    mask: Mask | None
+    query_positions: Array | None
+    key_positions: Array | None
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        query, key = query.placed(self.query_positions), key.placed(self.key_positions)
+        real = (query.index >= 0) & (key.index >= 0)
+        return real if self.mask is None else real & self.mask.at(query, key)
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        mask = None if self.mask is None else self.mask.padded(query, key, sizes)
+        return Placed(mask, self.query_positions, self.key_positions)
+
+    def check(self, shapes: Shapes) -> None:
+        if self.mask is not None:
+            self.mask.check(shapes)
+
+
 def set_fields(mask: Mask, /, **values: Any) -> None:
     """Sets fields of a frozen mask while it is being made."""
     for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +19,15 @@ class Positions:
     """A run of `size` consecutive flat positions from `start`, over attention axes of lengths `shape`.
 
     `side` is "query" or "key": query indices come as a column `(size, 1)`, key indices as a row `(1, size)`, so that
-    a comparison of the two is already a block.
+    a comparison of the two is already a block. What belongs to a place in the array goes by `slot`, whatever positions
+    are explicit there.
     """
 
     shape: tuple[int, ...]
     side: str
     start: int | jax.Array = 0
     size: int | None = None
+    explicit: Array | None = None  # integers `(*batch, *shape)` or `shape` that stand for the positions
 
     @property
     def total(self) -> int:
@@ -34,9 +37,18 @@ class Positions:
     def length(self) -> int:
         return self.total if self.size is None else self.size
 
+    def placed(self, explicit: Array | None) -> Positions:
+        """The same run, whose positions are these integers."""
+        return dataclasses.replace(self, explicit=explicit)
+
     @cached_property
     def index(self) -> jax.Array:
-        """Flat positions in row-major order."""
+        """Flat positions, by default in row-major order; explicit ones of a batch are `(*batch, 1, T, 1)`."""
+        return self.slot if self.explicit is None else self.take(self.explicit)
+
+    @cached_property
+    def slot(self) -> jax.Array:
+        """Places in the flattened array, in row-major order."""
         block = (self.length, 1) if self.side == "query" else (1, self.length)
         index = jax.lax.broadcasted_iota(jnp.int32, block, 0 if self.side == "query" else 1)
         return index + jnp.asarray(self.start, jnp.int32)
@@ -60,7 +72,7 @@ class Positions:
         lead = array.shape[: array.ndim - len(self.shape)]
         run = jnp.asarray(array).reshape(*lead, self.total)
         if self.length != self.total:
-            run = jnp.take(run, self.index.reshape(-1), axis=-1, mode="clip")
+            run = jnp.take(run, self.slot.reshape(-1), axis=-1, mode="clip")
         run = run[..., None] if self.side == "query" else run[..., None, :]
         return run[..., None, :, :] if lead else run  # batch entries get a head axis of one
 

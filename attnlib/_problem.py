@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._mask import Mask
+from attnlib._modifier import Modifier
 from attnlib._positions import Positions
 from attnlib._types import Array
 from attnlib.scores import Score
@@ -27,6 +28,7 @@ class Problem:
       value: `(*batch, K, S, E)`.
       score: turns blocks of query and key into logits.
       mask: which pairs may attend, or None for all.
+      score_mod: modifies the logits, after bias and soft cap, or None.
       bias: `(*batch | 1, K | 1, G | 1, T | 1, S | 1)` or `(T | 1, S | 1)`, or None.
       dropout_seeds: `(4,)` words for `_dropout.keep_block`, or None for no dropout.
       batch: sizes of the batch axes after broadcasting.
@@ -37,6 +39,7 @@ class Problem:
     key: jax.Array
     value: jax.Array
     score: Score
+    score_mod: Modifier | None
     mask: Mask | None
     bias: jax.Array | None
     dropout_seeds: jax.Array | None
@@ -70,6 +73,11 @@ class Problem:
     def rows(self) -> int:
         """How many softmax rows: one for each batch index, head and query position."""
         return math.prod(self.batch) * self.kv_heads * self.groups * self.query_length
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """(*batch, K, G)."""
+        return (*self.batch, self.kv_heads, self.groups)
 
     @property
     def positions(self) -> tuple[Positions, Positions]:

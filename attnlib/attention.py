@@ -1,4 +1,4 @@
-"""Attention as pure functions: check, fold, choose an implementation, run it, unfold.
+"""Attention as pure functions, and what a call of them would run.
 
 Layout (DESIGN, Words): query `(*batch and attention axes, N, D)`, key `(..., K, D)`, value `(..., K, E)`, output
 `(..., N, E)`; weights `(*batch, N, *query axes, *key axes)`; lse `(*batch, N, *query axes)`.
@@ -6,21 +6,19 @@ Layout (DESIGN, Words): query `(*batch and attention axes, N, D)`, key `(..., K,
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from attnlib import _axes, _checks, _choose, _dropout
+from attnlib import _call, _choose
 from attnlib._choose import Explanation
-from attnlib._mask import Shapes
-from attnlib._problem import Problem, compute_dtype
+from attnlib._merge import merge_attention
 from attnlib._types import Array, Bias, BoolMask, Key, Query, Rng, Value
-from attnlib.masks import Causal, Mask
+from attnlib.masks import Mask
 from attnlib.scores import Additive, Dot, Score
+
+ScoreMod = Callable[..., Any]
 
 __all__ = ["Explanation", "additive_attention", "attention", "dot_product_attention", "explain", "merge_attention"]
 
@@ -38,6 +36,10 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: Rng | None = None,
     logits_soft_cap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    sink: float | Array | None = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
@@ -61,6 +63,13 @@ def dot_product_attention(
       dropout_rate: fraction of weights to drop after softmax, in [0, 1); the rest is scaled by 1 / (1 - rate).
       dropout_rng: a JAX random key; needed where dropout_rate > 0.
       logits_soft_cap: c replaces logits x (after bias) by c * tanh(x / c); positive. Default: none.
+      score_mod: `score_mod(logit, batch, head, query_position, key_position) -> logit`, all scalars, applied to every
+        logit after bias and soft cap (batch: a tuple unless there is one batch axis; positions: tuples where there are
+        several attention axes). Arrays that it captures are traced and differentiable. See `attnlib.modifiers`.
+      sink: scalar or `(N,)`, the logit of one more key that has no value: it takes a share of every row's weight, and
+        counts in the lse. Differentiable; 0 gives softmax-off-by-one. Default: none.
+      query_positions, key_positions: ints `(*batch, length)` or `(length,)`, with one attention axis: the positions
+        that masks of positions, is_causal and score_mod see; what has one below 0 is left out. Default: 0, 1, 2...
       return_weights: also return the weights that were used (after dropout).
       return_lse: also return the log-sum-exp of the logits over the keys.
       implementation: "blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), "cudnn" (the
@@ -83,12 +92,15 @@ def dot_product_attention(
       >>> attnlib.dot_product_attention(query, key, value, is_causal=True).shape
       (2, 10, 4, 8)
 
-    Source: Vaswani et al., "Attention Is All You Need" (2017); grouped heads: Ainslie et al., "GQA" (2023).
+    Source: Vaswani et al., "Attention Is All You Need" (2017); grouped heads: Ainslie et al., "GQA" (2023);
+      score_mod: Dong et al., "Flex Attention" (2024); sink: Xiao et al., "Efficient Streaming Language Models with
+      Attention Sinks" (2023), Miller, "Attention Is Off By One" (2023).
     """
     return attention(
         query, key, value, score=Dot(scale), mask=mask, bias=bias, is_causal=is_causal,
         attention_axes=attention_axes, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
-        logits_soft_cap=logits_soft_cap, return_weights=return_weights, return_lse=return_lse,
+        logits_soft_cap=logits_soft_cap, score_mod=score_mod, sink=sink, query_positions=query_positions,
+        key_positions=key_positions, return_weights=return_weights, return_lse=return_lse,
         implementation=implementation, block_sizes=block_sizes, precision=precision,
     )  # fmt: skip
 
@@ -106,6 +118,10 @@ def additive_attention(
     dropout_rate: float = 0.0,
     dropout_rng: Rng | None = None,
     logits_soft_cap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    sink: float | Array | None = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
@@ -119,8 +135,9 @@ def additive_attention(
       key: `(..., K, D)`, N a multiple of K.
       value: `(..., K, E)`.
       scale: scalar, `(D,)` or `(N, D)`; default 1.
-      mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap, return_weights, return_lse,
-        implementation, block_sizes, precision: as in `dot_product_attention`.
+      mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap, score_mod, sink,
+        query_positions, key_positions, return_weights, return_lse, implementation, block_sizes, precision: as in
+        `dot_product_attention`.
 
     Returns:
       As `dot_product_attention`.
@@ -140,7 +157,8 @@ def additive_attention(
     return attention(
         query, key, value, score=Additive(scale), mask=mask, bias=bias, is_causal=is_causal,
         attention_axes=attention_axes, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
-        logits_soft_cap=logits_soft_cap, return_weights=return_weights, return_lse=return_lse,
+        logits_soft_cap=logits_soft_cap, score_mod=score_mod, sink=sink, query_positions=query_positions,
+        key_positions=key_positions, return_weights=return_weights, return_lse=return_lse,
         implementation=implementation, block_sizes=block_sizes, precision=precision,
     )  # fmt: skip
 
@@ -158,6 +176,10 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_rng: Rng | None = None,
     logits_soft_cap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    sink: float | Array | None = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
@@ -171,8 +193,9 @@ def attention(
       key: `(..., K, D_key)`; D_key may differ from D where the score allows it.
       value: `(..., K, E)`.
       score: an `attnlib.scores.Score`: Dot, Additive, Concat, Bilinear or Custom; its arrays are differentiable.
-      mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap, return_weights, return_lse,
-        implementation, block_sizes, precision: as in `dot_product_attention`.
+      mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap, score_mod, sink,
+        query_positions, key_positions, return_weights, return_lse, implementation, block_sizes, precision: as in
+        `dot_product_attention`.
 
     Returns:
       As `dot_product_attention`.
@@ -189,11 +212,12 @@ def attention(
 
     Source: the scores of Luong, Pham and Manning, "Effective Approaches to Attention-based NMT" (2015), and others.
     """
-    arrays, static = _arguments(
+    arrays, static = _call.arguments(
         query, key, value, score, mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap,
-        return_weights, return_lse, implementation, block_sizes, precision,
+        score_mod, sink, query_positions, key_positions, return_weights, return_lse, implementation, block_sizes,
+        precision,
     )  # fmt: skip
-    return _attend(*arrays, **static)
+    return _call.attend(arrays, **static)
 
 
 def explain(
@@ -232,164 +256,14 @@ def explain(
         raise TypeError("explain takes the scale inside the score: score=attnlib.scores.Dot(scale).")
     defaults: dict[str, Any] = dict(
         mask=None, bias=None, is_causal=False, attention_axes=None, dropout_rate=0.0, dropout_rng=None,
-        logits_soft_cap=None, return_weights=False, return_lse=False, implementation=None, block_sizes=None,
-        precision=None,
+        logits_soft_cap=None, score_mod=None, sink=None, query_positions=None, key_positions=None,
+        return_weights=False, return_lse=False, implementation=None, block_sizes=None, precision=None,
     )  # fmt: skip
     unknown = options.keys() - defaults.keys()
     if unknown:
         raise TypeError(f"explain got unknown options {sorted(unknown)}; known are {sorted(defaults)}.")
     score = Dot() if score is None else score
-    arrays, static = _arguments(query, key, value, score, **{**defaults, **options})
+    arrays, static = _call.arguments(query, key, value, score, **{**defaults, **options})
     asked = static.pop("implementation")
-    problem = jax.eval_shape(lambda *args: _fold(*args, **static)[0], *arrays)
+    problem = jax.eval_shape(lambda arrays: _call.fold(arrays, **static)[0], arrays)
     return _choose.explain(problem, asked)
-
-
-def merge_attention(
-    outputs: Sequence[Array] | Array,
-    lses: Sequence[Array] | Array,
-    *,
-    attention_axes: int | Sequence[int] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Joins attention over disjoint sets of keys into attention over their union, exactly and differentiably.
-
-    The output is sum_i exp(lse_i - lse) output_i, with lse the log-sum-exp of the parts' lses.
-
-    Args:
-      outputs: parts `(*batch and attention axes, N, E)`, all of one shape; a sequence, or stacked along a first axis.
-      lses: their lses `(*batch, N, *query axes)`, from `return_lse=True`.
-      attention_axes: as in the calls that made the parts.
-
-    Returns:
-      (output, lse) of the union, shaped as the parts. Where no part may attend anything: 0 and -inf.
-
-    Raises:
-      ValueError: no parts, or shapes that do not belong together.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, attnlib
-      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 10, 4, 8))
-      >>> parts = [attnlib.dot_product_attention(query, key[:, s], value[:, s], return_lse=True)
-      ...          for s in (slice(0, 6), slice(6, 10))]
-      >>> output, lse = attnlib.merge_attention(*zip(*parts))
-      >>> bool(jnp.allclose(output, attnlib.dot_product_attention(query, key, value), atol=1e-5))
-      True
-
-    Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021); Dao et al., "FlashAttention" (2022).
-    """
-    outputs, lses = list(outputs), list(lses)
-    if not outputs or len(outputs) != len(lses):
-        raise ValueError(
-            f"merge_attention needs at least one output and as many lses; got {len(outputs)} and {len(lses)}."
-        )
-    _checks.arrays(**{f"outputs[{i}]": part for i, part in enumerate(outputs)})
-    _checks.arrays(**{f"lses[{i}]": part for i, part in enumerate(lses)})
-    shape, lse_shape = outputs[0].shape, lses[0].shape
-    _checks.rank(outputs[0], "outputs[0]")
-    axes = _axes.normalize(_checks.static_axes(attention_axes), len(shape), trailing=2)
-    expected = (*axes.batch_shape(shape), shape[-2], *axes.attention_shape(shape))
-    for i, (part, lse) in enumerate(zip(outputs, lses, strict=True)):
-        if part.shape != shape or lse.shape != expected:
-            raise ValueError(
-                f"merge_attention needs outputs of one shape, here {shape}, and lses (*batch, N, *query axes), here "
-                f"{expected}; got outputs[{i}] {part.shape} and lses[{i}] {lse.shape}."
-            )
-
-    stacked = jnp.stack([lse.astype(compute_dtype(lse)) for lse in lses])
-    highest = jax.lax.stop_gradient(jnp.max(stacked, 0))
-    highest = jnp.where(highest == -jnp.inf, 0, highest)
-    terms = jnp.exp(stacked - highest)
-    total = jnp.sum(terms, 0)
-    safe = jnp.where(total == 0, 1, total)
-    flat = (*lse_shape[: len(axes.batch) + 1], math.prod(axes.attention_shape(shape)), 1)
-    joined = jnp.zeros((), stacked.dtype)
-    for share, part in zip(terms / safe, outputs, strict=True):
-        share = _axes.unfold_output(share.reshape(flat), axes, axes.attention_shape(shape))
-        joined = joined + share * part.astype(stacked.dtype)
-    return joined.astype(outputs[0].dtype), jnp.where(total == 0, -jnp.inf, jnp.log(safe) + highest)
-
-
-def _arguments(
-    query, key, value, score, mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap,
-    return_weights, return_lse, implementation, block_sizes, precision,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
-    """Splits the arguments into traced arrays and hashable static options, refusing what cannot be either."""
-    _checks.score(score)
-    rate = _checks.dropout(dropout_rate, dropout_rng)
-    arrays = (query, key, value, score, _checks.mask(mask), bias, dropout_rng if rate else None)
-    static = dict(
-        is_causal=_checks.static_bool(is_causal, "is_causal"),
-        attention_axes=_checks.static_axes(attention_axes),
-        dropout_rate=rate,
-        logits_soft_cap=_checks.soft_cap(logits_soft_cap),
-        return_weights=_checks.static_bool(return_weights, "return_weights"),
-        return_lse=_checks.static_bool(return_lse, "return_lse"),
-        implementation=_checks.implementation(implementation, _choose.NAMES),
-        block_sizes=_checks.block_sizes(block_sizes),
-        precision=precision,
-    )
-    _checks.arrays(query=query, key=key, value=value)
-    return arrays, static
-
-
-@partial(
-    jax.jit,
-    static_argnames=(
-        "is_causal", "attention_axes", "dropout_rate", "logits_soft_cap", "return_weights", "return_lse",
-        "implementation", "block_sizes", "precision",
-    ),
-)  # fmt: skip
-def _attend(query, key, value, score, mask, bias, dropout_rng, *, return_lse, implementation, **static):
-    problem, axes = _fold(query, key, value, score, mask, bias, dropout_rng, return_lse=return_lse, **static)
-    output, lse, weights = _choose.choose(problem, implementation).run(problem)
-
-    heads = query.shape[-2]
-    lead = (*problem.batch, heads)
-    output = output.reshape(*lead, *output.shape[-2:]).astype(value.dtype)
-    results = [_axes.unfold_output(output, axes, problem.query_shape)]
-    if weights is not None:
-        results.append(weights.reshape(*lead, *problem.query_shape, *problem.key_shape))
-    if return_lse:
-        assert lse is not None
-        results.append(lse.reshape(*lead, *problem.query_shape))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def _fold(
-    query, key, value, score, mask, bias, dropout_rng, *, is_causal, attention_axes, dropout_rate, logits_soft_cap,
-    return_weights, return_lse, block_sizes, precision,
-) -> tuple[Problem, _axes.Axes]:  # fmt: skip
-    """Checks the shapes and brings the arguments into the canonical form."""
-    _checks.rank(query, "query")
-    axes = _axes.normalize(attention_axes, query.ndim, trailing=2)
-    batch = _checks.operands(query, key, value, axes)
-    heads, kv_heads = query.shape[-2], key.shape[-2]
-    score.check(heads, query.shape[-1], key.shape[-1])
-    shapes = Shapes(batch, heads, axes.attention_shape(query.shape), axes.attention_shape(key.shape))
-    if mask is not None:
-        mask.check(shapes)
-    _checks.bias(bias, shapes)
-    if is_causal:
-        mask = Causal() if mask is None else mask & Causal()
-
-    folded_query = _axes.fold_operand(query, axes)  # (*batch, N, T, D)
-    lead, tail = folded_query.shape[:-3], folded_query.shape[-2:]
-    problem = Problem(
-        query=folded_query.reshape(*lead, kv_heads, heads // kv_heads, *tail),
-        key=_axes.fold_operand(key, axes),
-        value=_axes.fold_operand(value, axes),
-        score=score,
-        mask=mask,
-        bias=None if bias is None else _axes.split_heads(_axes.fold_pairs(bias, shapes.query, shapes.key), kv_heads),
-        dropout_seeds=_dropout.seeds_of(dropout_rng) if dropout_rate else None,
-        batch=batch,
-        query_shape=shapes.query,
-        key_shape=shapes.key,
-        dropout_rate=dropout_rate,
-        logits_soft_cap=logits_soft_cap,
-        return_weights=return_weights,
-        block_sizes=block_sizes,
-        precision=precision,
-        return_lse=return_lse,
-    )
-    return problem, axes

@@ -15,16 +15,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up: a file may import files of the lines above its own, never of its own line or below.
 ROOMS = [
-    {"_types", "_tiles", "_dropout", "_online_softmax", "_linear", "_loops"},
+    {"_types", "_tiles", "_dropout", "_online_softmax", "_linear", "_loops", "_hoist"},
     {"_ruled"},
     {"_axes", "_positions", "_dimensions", "_additive", "_product"},
-    {"_mask", "positions"},
+    {"_mask", "_modifier", "positions"},
     {"masks", "scores"},
     {"_problem"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
     {"_impl._tile"},
     {"_impl.blockwise", "_impl.reference", "_impl.cudnn"},
     {"_checks", "_choose"},
+    {"_call", "_merge"},
     {"attention"},
     {"layers", "attention_fn"},
     {"linen", "plot", "regularization"},

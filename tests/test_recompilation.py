@@ -8,7 +8,7 @@ from cases import NAMES, by_name, unsupported
 
 import attnlib
 from attnlib import masks, scores
-from attnlib.attention import _attend
+from attnlib._call import attend
 
 SHAPES = dict(query=(2, 5, 2, 4), key=(2, 5, 2, 4), value=(2, 5, 2, 3))
 BATCH, LENGTH = 2, 5
@@ -60,15 +60,15 @@ def compiled_by(options_of, implementation, calls):
     """How many programs each call adds, and the results."""
     counts, results = [], []
     for n in calls:
-        before = _attend._cache_size()
+        before = attend._cache_size()
         results.append(np.asarray(call(options_of(n), n, implementation)))
-        counts.append(_attend._cache_size() - before)
+        counts.append(attend._cache_size() - before)
     return counts, results
 
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    _attend.clear_cache()
+    attend.clear_cache()
 
 
 @pytest.mark.parametrize("name", TRACED)

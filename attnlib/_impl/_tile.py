@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from attnlib import _axes, _dropout, _online_softmax
 from attnlib._mask import Mask
+from attnlib._modifier import Modifier
 from attnlib._positions import Positions
 from attnlib._problem import Problem
 from attnlib._tiles import FULL, PARTIAL, Ranges
@@ -27,17 +28,21 @@ class Arrays(NamedTuple):
     value: jax.Array  # (*batch, K, S, E)
     bias: jax.Array | None  # (..., T | 1, S | 1)
     score: Score
+    score_mod: Modifier | None
     mask: Mask | None  # never cut: it answers from positions
     seeds: jax.Array | None
 
 
-# Along which axis each array is cut by the query tile and by the key tile; None: not at all.
-_CUTS: dict[str, tuple[int | None, int | None]] = {
+Cut = tuple[int | None, int | None] | None
+# Along which axis each array is cut by the query tile and by the key tile; None: along none. What is None altogether is
+# not cut by batch index and head either.
+_CUTS: dict[str, Cut] = {
     "query": (-2, None),
     "key": (None, -2),
     "value": (None, -2),
     "bias": (-2, -1),
-    "score": (None, None),
+    "score": None,
+    "score_mod": None,
 }
 
 
@@ -49,17 +54,21 @@ class Place(NamedTuple):
     key: Positions
     asked: bool
 
-    def cut(self, array: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
+    def cut(self, array: jax.Array, axes: Cut) -> jax.Array:
         """The tile's part of an array whose axes of queries and keys are these; an axis of one broadcasts and stays."""
+        if axes is None:
+            return array
         starts, sizes = self._window(array.shape, axes)
         return array if sizes == array.shape else jax.lax.dynamic_slice(array, starts, sizes)
 
-    def put(self, total: jax.Array, part: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
+    def put(self, total: jax.Array, part: jax.Array, axes: Cut) -> jax.Array:
         """Replaces the tile's part."""
+        if axes is None:
+            return part
         starts, sizes = self._window(total.shape, axes)
         return part if sizes == total.shape else jax.lax.dynamic_update_slice(total, part, starts)
 
-    def add(self, total: jax.Array, part: jax.Array, axes: tuple[int | None, int | None]) -> jax.Array:
+    def add(self, total: jax.Array, part: jax.Array, axes: Cut) -> jax.Array:
         """The transpose of `cut`, added to a total."""
         return self.put(total, self.cut(total, axes) + part, axes)
 
@@ -93,7 +102,7 @@ class Plan:
 
     tree: Any  # the structure of Arrays
     floating: tuple[bool, ...]  # which of its leaves can have derivatives
-    axes: tuple[tuple[int | None, int | None], ...]  # how those are cut
+    axes: tuple[Cut, ...]  # how those are cut
     tile: tuple[int, int]
     in_turn: bool  # one batch index and key head after another
     heads: tuple[int, ...]  # (*batch, K, G)
@@ -108,10 +117,9 @@ class Plan:
         leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
-        heads = (*problem.batch, problem.kv_heads, problem.groups)
         return cls(
-            tree, floating, axes, tile, in_turn, heads, problem.query_shape, problem.key_shape, problem.dropout_rate,
-            problem.logits_soft_cap, problem.precision,
+            tree, floating, axes, tile, in_turn, problem.heads, problem.query_shape, problem.key_shape,
+            problem.dropout_rate, problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
 
     def split(self, arrays: Arrays) -> tuple[list[Any], list[Any]]:
@@ -164,7 +172,7 @@ class Tile:
 
     def terms(self) -> tuple[jax.Array, jax.Array]:
         """(logits, values); what the mask leaves out is -inf, and cannot matter, NaN or not."""
-        query, key, value, bias, score, *_ = self.arrays
+        query, key, value, bias, score, score_mod, *_ = self.arrays
         if self.at.asked:
             # Cleared before the score sees it: a derivative multiplies by zero what the mask leaves out, and 0 * NaN
             # is NaN. Ones and not zeros, since a score may divide by a norm.
@@ -176,6 +184,11 @@ class Tile:
             if self.at.asked:
                 logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so the cap's derivative
             logits = self.plan.logits_soft_cap * jnp.tanh(logits / self.plan.logits_soft_cap)
+        if score_mod is not None:
+            if self.at.asked:
+                logits = jnp.where(self.mask, logits, 0)
+            cut = partial(self.at.cut, axes=(None, None))
+            logits = score_mod.apply(logits, self.plan.heads, self.at.query, self.at.key, cut)
         if self.at.asked:
             poison = bad_query[..., :, None] | (bad_key | bad_value)[..., None, None, :]
             logits = jnp.where(self.mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
@@ -198,7 +211,7 @@ class Tile:
         query, key = self.at.query, self.at.key
         inside = jnp.ones((1, 1), bool)
         if query.total % query.length or key.total % key.length:  # the last tiles reach beyond the end
-            inside = (query.index < query.total) & (key.index < key.total)
+            inside = (query.slot < query.total) & (key.slot < key.total)
         if self.arrays.mask is None:
             return inside
         kv_heads, groups = self.arrays.query.shape[-4:-2]
@@ -214,7 +227,7 @@ class Tile:
     def keep(self) -> jax.Array:
         assert self.arrays.seeds is not None
         lead = self.at.cut(_dropout.lead_index(self.plan.heads[:-2], *self.plan.heads[-2:]), (None, None))
-        query, key = self.at.query.index, self.at.key.index
+        query, key = self.at.query.slot, self.at.key.slot
         return _dropout.keep_block(self.arrays.seeds, self.plan.dropout_rate, lead, query, key)
 
     def drop(self, weights: jax.Array) -> jax.Array:

@@ -71,6 +71,7 @@ def _padded(problem: Problem, tile: tuple[int, int]) -> Arrays:
         value=_axes.pad_axis(problem.value, -2, sizes[1]),
         bias=None if problem.bias is None else _axes.pad_pairs(problem.bias, sizes),
         score=problem.score,
+        score_mod=problem.score_mod,
         mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
         seeds=problem.dropout_seeds,
     )

@@ -75,6 +75,8 @@ def _unsupported_options(problem: Problem) -> str | None:
             "its bias is rounded to half precision, must be as large as all pairs, and may not hold -inf; "
             "leave bias=None, or use masks.Causal, SlidingWindow or Lengths for what it masks"
         )
+    if problem.score_mod is not None:
+        return "it computes no function of the user; leave score_mod=None"
     if problem.dropout_seeds is not None:
         return "it cannot drop the entries that dropout_rng determines; set dropout_rate=0"
     if problem.logits_soft_cap is not None:

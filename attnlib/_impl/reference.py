@@ -1,6 +1,6 @@
 """The definition: every logit at once, plain automatic differentiation, the shortest code that keeps the contract.
 
-softmax(cap(score(q, k) + bias)) v (Bahdanau et al. 2015; Vaswani et al. 2017), with masked pairs left out of the sum.
+softmax(score_mod(cap(score(q, k) + bias))) v (Bahdanau et al. 2015; Vaswani et al. 2017), masked pairs left out of it.
 Its memory is quadratic; it shares no numerics with the fast implementations, which are tested against it.
 """
 
@@ -37,6 +37,10 @@ def _run(problem: Problem) -> Result:
         if mask is not None:
             logits = jnp.where(mask, logits, 0)  # a masked bias may be NaN, and so would be the cap's derivative
         logits = problem.logits_soft_cap * jnp.tanh(logits / problem.logits_soft_cap)
+    if problem.score_mod is not None:
+        if mask is not None:
+            logits = jnp.where(mask, logits, 0)
+        logits = problem.score_mod.apply(logits, problem.heads, *problem.positions)
     if mask is not None:
         # What a row attends must reach it, NaN too; what it does not attend must not, in either pass.
         logits = jnp.where(mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
@@ -91,7 +95,7 @@ def _keep(problem: Problem) -> jax.Array:
     query, key = problem.positions
     lead = _dropout.lead_index(problem.batch, problem.kv_heads, problem.groups)
     assert problem.dropout_seeds is not None
-    return _dropout.keep_block(problem.dropout_seeds, problem.dropout_rate, lead, query.index, key.index)
+    return _dropout.keep_block(problem.dropout_seeds, problem.dropout_rate, lead, query.slot, key.slot)
 
 
 def _estimate(problem: Problem) -> Estimate:

@@ -1,0 +1,155 @@
+"""One call: check the arguments, fold them into a Problem, choose an implementation and run it, unfold the results."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlib import _axes, _checks, _choose, _dropout
+from attnlib._mask import Mask, Placed, Shapes
+from attnlib._modifier import Modifier
+from attnlib._problem import Problem, Result, compute_dtype
+from attnlib._types import Array
+from attnlib.masks import Causal
+from attnlib.scores import Score
+
+
+class Arrays(NamedTuple):
+    """What of a call may be traced."""
+
+    query: Array
+    key: Array
+    value: Array
+    score: Score
+    mask: Mask | None
+    bias: Array | None
+    score_mod: Modifier | None
+    sink: Any
+    query_positions: Array | None
+    key_positions: Array | None
+    dropout_rng: Any
+
+
+def arguments(
+    query, key, value, score, mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap,
+    score_mod, sink, query_positions, key_positions, return_weights, return_lse, implementation, block_sizes, precision,
+) -> tuple[Arrays, dict[str, Any]]:  # fmt: skip
+    """Splits the arguments into traced arrays and hashable static options, refusing what cannot be either."""
+    _checks.score(score)
+    rate = _checks.dropout(dropout_rate, dropout_rng)
+    static = dict(
+        is_causal=_checks.static_bool(is_causal, "is_causal"),
+        attention_axes=_checks.static_axes(attention_axes),
+        dropout_rate=rate,
+        logits_soft_cap=_checks.soft_cap(logits_soft_cap),
+        return_weights=_checks.static_bool(return_weights, "return_weights"),
+        return_lse=_checks.static_bool(return_lse, "return_lse"),
+        implementation=_checks.implementation(implementation, _choose.NAMES),
+        block_sizes=_checks.block_sizes(block_sizes),
+        precision=precision,
+    )
+    mask = _checks.mask(mask)
+    _checks.arrays(query=query, key=key, value=value)
+    for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
+        _checks.integers(positions, name)
+    if score_mod is not None:
+        _checks.rank(query, "query")
+        axes = _axes.normalize(static["attention_axes"], query.ndim, trailing=2)
+        dtype, positions = compute_dtype(query, key, value), (query_positions, key_positions)
+        score_mod = Modifier.of(score_mod, len(axes.batch), len(axes.attention), dtype, positions)
+    arrays = Arrays(
+        query, key, value, score, mask, bias, score_mod, sink, query_positions, key_positions,
+        dropout_rng if rate else None,
+    )  # fmt: skip
+    return arrays, static
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "is_causal", "attention_axes", "dropout_rate", "logits_soft_cap", "return_weights", "return_lse",
+        "implementation", "block_sizes", "precision",
+    ),
+)  # fmt: skip
+def attend(arrays: Arrays, *, return_lse, implementation, **static):
+    problem, axes = fold(arrays, return_lse=return_lse, **static)
+    result = _choose.choose(problem, implementation).run(problem)
+    output, lse, weights = result if arrays.sink is None else _with_sink(result, arrays.sink, problem)
+
+    lead = (*problem.batch, problem.kv_heads * problem.groups)
+    output = output.reshape(*lead, *output.shape[-2:]).astype(arrays.value.dtype)
+    results = [_axes.unfold_output(output, axes, problem.query_shape)]
+    if weights is not None:
+        results.append(weights.reshape(*lead, *problem.query_shape, *problem.key_shape))
+    if return_lse:
+        assert lse is not None
+        results.append(lse.reshape(*lead, *problem.query_shape))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def fold(
+    arrays: Arrays, *, is_causal, attention_axes, dropout_rate, logits_soft_cap, return_weights, return_lse,
+    block_sizes, precision,
+) -> tuple[Problem, _axes.Axes]:  # fmt: skip
+    """Checks the shapes and brings the arguments into the canonical form."""
+    query, key, value, score, mask, bias = arrays[:6]
+    _checks.rank(query, "query")
+    axes = _axes.normalize(attention_axes, query.ndim, trailing=2)
+    batch = _checks.operands(query, key, value, axes)
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    score.check(heads, query.shape[-1], key.shape[-1])
+    shapes = Shapes(batch, heads, axes.attention_shape(query.shape), axes.attention_shape(key.shape))
+    if mask is not None:
+        mask.check(shapes)
+    _checks.bias(bias, shapes)
+    _checks.sink(arrays.sink, heads)
+    if is_causal:
+        mask = Causal() if mask is None else mask & Causal()
+    positions = arrays.query_positions, arrays.key_positions
+    if positions != (None, None):
+        _checks.explicit_positions(*positions, shapes)
+        mask = Placed(mask, *positions)
+
+    folded_query = _axes.fold_operand(jnp.asarray(query), axes)  # (*batch, N, T, D)
+    lead, tail = folded_query.shape[:-3], folded_query.shape[-2:]
+    problem = Problem(
+        query=folded_query.reshape(*lead, kv_heads, heads // kv_heads, *tail),
+        key=_axes.fold_operand(jnp.asarray(key), axes),
+        value=_axes.fold_operand(jnp.asarray(value), axes),
+        score=score,
+        score_mod=arrays.score_mod,
+        mask=mask,
+        bias=None if bias is None else _axes.split_heads(_axes.fold_pairs(bias, shapes.query, shapes.key), kv_heads),
+        dropout_seeds=_dropout.seeds_of(arrays.dropout_rng) if dropout_rate else None,
+        batch=batch,
+        query_shape=shapes.query,
+        key_shape=shapes.key,
+        dropout_rate=dropout_rate,
+        logits_soft_cap=logits_soft_cap,
+        return_weights=return_weights,
+        block_sizes=block_sizes,
+        precision=precision,
+        return_lse=return_lse or arrays.sink is not None,
+    )
+    return problem, axes
+
+
+def _with_sink(result: Result, sink: Any, problem: Problem) -> Result:
+    """The result where softmax has one more term, exp(sink), of no value: it takes a share of each row's weight.
+
+    With l the lse without it, that of a row is sigmoid(l - sink), and the new lse is log(exp(l) + exp(sink)).
+    """
+    output, lse, weights = result
+    assert lse is not None
+    sink = jnp.asarray(sink, lse.dtype)
+    sink = jnp.broadcast_to(sink.reshape(*problem.heads[-2:], 1) if sink.ndim else sink, lse.shape)
+    empty = lse == -jnp.inf
+    over = jnp.where(empty, 0, lse) - sink
+    share = jnp.where(empty, 0, jax.nn.sigmoid(over))
+    joined = jnp.where(empty, sink, sink + jax.nn.softplus(over))
+    # A row that attends nothing keeps its zeros, and NaN stays in its own row.
+    weights = None if weights is None else weights * share[..., None]
+    return Result(output * share[..., None], joined, weights)
