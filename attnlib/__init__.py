@@ -1,6 +1,6 @@
 """attnlib: attention for JAX, any score, any mask, any axes, in one engine."""
 
-from attnlib import masks, positions, scores
+from attnlib import masks, modifiers, positions, scores
 from attnlib.attention import (
     Explanation,
     additive_attention,
@@ -29,6 +29,7 @@ __all__ = [
     "init_multi_head_attention",
     "masks",
     "merge_attention",
+    "modifiers",
     "multi_head_attention",
     "parameter_penalty",
     "positions",

@@ -59,7 +59,7 @@ def arguments(
         _checks.rank(query, "query")
         axes = _axes.normalize(static["attention_axes"], query.ndim, trailing=2)
         dtype, positions = compute_dtype(query, key, value), (query_positions, key_positions)
-        score_mod = Modifier.of(score_mod, len(axes.batch), len(axes.attention), dtype, positions)
+        score_mod = Modifier.of(score_mod, len(axes.batch), len(axes.attention), query.shape[-2], dtype, positions)
     arrays = Arrays(
         query, key, value, score, mask, bias, score_mod, sink, query_positions, key_positions,
         dropout_rng if rate else None,

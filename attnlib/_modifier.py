@@ -15,6 +15,14 @@ from attnlib._positions import Positions
 from attnlib._types import Array
 
 
+class Checked:
+    """A named modifier, which can be asked whether its arrays fit."""
+
+    def check(self, heads: int, axes: int) -> None:
+        """Raises ValueError where they do not fit so many query heads and attention axes."""
+        raise NotImplementedError
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Modifier:
@@ -32,14 +40,22 @@ class Modifier:
 
     @classmethod
     def of(
-        cls, function: Any, batch_axes: int, axes: int, dtype: Any, positions: tuple[Array | None, Array | None]
+        cls,
+        function: Any,
+        batch_axes: int,
+        axes: int,
+        heads: int,
+        dtype: Any,
+        positions: tuple[Array | None, Array | None],
     ) -> Modifier:
-        """Traces the function for operands with so many batch and attention axes."""
+        """Traces the function for operands with so many batch and attention axes and heads."""
         if not callable(function):
             raise TypeError(
                 "score_mod must be a function (logit, batch, head, query_position, key_position) -> logit, such as "
                 f"attnlib.modifiers.ALiBi(...); got {function!r}."
             )
+        if isinstance(function, Checked):
+            function.check(heads, axes)
         index = jax.ShapeDtypeStruct((), jnp.int32)
         program, result = hoisted(
             _flat(function, batch_axes, axes),

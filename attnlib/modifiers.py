@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlib._modifier import Checked
 from attnlib._types import Array
 
 __all__ = ["ALiBi", "BucketedBias", "RelativeBias", "SoftCap", "alibi_slopes"]
@@ -41,7 +42,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class ALiBi:
+class ALiBi(Checked):
     """logit - slope of the head * |query position - key position|.
 
     Args:
@@ -61,13 +62,22 @@ class ALiBi:
 
     def __call__(self, logit: jax.Array, batch: Any, head: Any, query_position: Any, key_position: Any) -> jax.Array:
         del batch
-        distance = jnp.abs(_one(query_position) - _one(key_position))
-        return logit - _entry(self.slopes, head, logit) * distance.astype(logit.dtype)
+        distance = jnp.abs(query_position - key_position).astype(logit.dtype)
+        return logit - _entry(self.slopes, head, logit) * distance
+
+    def check(self, heads: int, axes: int) -> None:
+        _check_one_axis("ALiBi", axes)
+        _check_numbers(self.slopes, "ALiBi slopes")
+        if np.shape(self.slopes) != (heads,):
+            raise ValueError(
+                f"ALiBi slopes must be ({heads},), one for each query head; got shape {np.shape(self.slopes)}. "
+                f"modifiers.alibi_slopes({heads}) makes them."
+            )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class RelativeBias:
+class RelativeBias(Checked):
     """logit + table[distance along each attention axis, head]: Swin's bias, over any number of axes.
 
     Args:
@@ -90,20 +100,23 @@ class RelativeBias:
     def __call__(self, logit: jax.Array, batch: Any, head: Any, query_position: Any, key_position: Any) -> jax.Array:
         del batch
         query, key = (x if isinstance(x, tuple) else (x,) for x in (query_position, key_position))
-        shape = np.shape(self.table)
-        if len(shape) != len(query) + 1 or any(size % 2 == 0 for size in shape[:-1]):
-            raise ValueError(
-                f"RelativeBias table must be (2 * M - 1 for each of {len(query)} attention axes, heads); got {shape}."
-            )
-        index = [
-            jnp.clip(q - k + (size - 1) // 2, 0, size - 1) for q, k, size in zip(query, key, shape, strict=False)
-        ]
+        sizes = np.shape(self.table)[:-1]
+        index = [jnp.clip(q - k + size // 2, 0, size - 1) for q, k, size in zip(query, key, sizes, strict=True)]
         return logit + _entry(self.table, (*index, head), logit)
+
+    def check(self, heads: int, axes: int) -> None:
+        _check_numbers(self.table, "RelativeBias table")
+        *sizes, last = np.shape(self.table) or (0,)
+        if len(sizes) != axes or last != heads or any(size % 2 == 0 for size in sizes):
+            raise ValueError(
+                f"RelativeBias table must be (2 * M - 1 for each of {axes} attention axes, {heads} query heads), the "
+                f"first of odd size; got shape {np.shape(self.table)}."
+            )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BucketedBias:
+class BucketedBias(Checked):
     """logit + table[bucket of the distance, head]: T5's bias, one axis.
 
     Distances share buckets: half of those of a direction hold one distance each, the others grow in size
@@ -131,15 +144,24 @@ class BucketedBias:
 
     def __call__(self, logit: jax.Array, batch: Any, head: Any, query_position: Any, key_position: Any) -> jax.Array:
         del batch
-        buckets = np.shape(self.table)[0]
-        least = 4 if self.bidirectional else 2
-        if np.ndim(self.table) != 2 or buckets < least or buckets % (least // 2):
-            raise ValueError(
-                f"BucketedBias table must be (buckets, heads), with at least {least} buckets and an even number where "
-                f"bidirectional; got shape {np.shape(self.table)}."
-            )
-        bucket = self.bucket(_one(key_position) - _one(query_position), buckets)
+        bucket = self.bucket(key_position - query_position, np.shape(self.table)[0])
         return logit + _entry(self.table, (bucket, head), logit)
+
+    def check(self, heads: int, axes: int) -> None:
+        _check_one_axis("BucketedBias", axes)
+        _check_numbers(self.table, "BucketedBias table")
+        shape, least = np.shape(self.table), 4 if self.bidirectional else 2
+        if len(shape) != 2 or shape[1] != heads or shape[0] < least or shape[0] % (least // 2):
+            raise ValueError(
+                f"BucketedBias table must be (buckets, {heads} query heads), with at least {least} buckets and an even "
+                f"number of them where bidirectional; got shape {shape}."
+            )
+        single = shape[0] // least
+        if self.max_distance <= single:
+            raise ValueError(
+                f"BucketedBias max_distance must be above {single}, the distances with buckets of their own; got "
+                f"{self.max_distance}."
+            )
 
     def bucket(self, distance: jax.Array, buckets: int) -> jax.Array:
         """The bucket of a distance, key position minus query position, of so many in all."""
@@ -179,18 +201,18 @@ def _log_bounds(single: int, count: int, max_distance: int) -> Sequence[int]:
 
     A distance d is in bucket floor(count * log(d / single) / log(max_distance / single)) of these, at most the last.
     """
-    if max_distance <= single:
-        raise ValueError(f"max_distance must be above {single}, the distances with buckets of their own.")
     ratio = max_distance / single
     return [math.ceil(single * ratio ** (n / count) - 1e-9) for n in range(1, count)]
 
 
-def _one(position: Any) -> jax.Array:
-    if isinstance(position, tuple):
-        raise ValueError(
-            f"this modifier is for one attention axis; there are {len(position)}. modifiers.RelativeBias takes several."
-        )
-    return position
+def _check_one_axis(name: str, axes: int) -> None:
+    if axes != 1:
+        raise ValueError(f"{name} is for one attention axis; there are {axes}. modifiers.RelativeBias takes several.")
+
+
+def _check_numbers(array: Any, name: str) -> None:
+    if not (hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating)):
+        raise TypeError(f"{name} must be an array of floating-point numbers; got {array!r}.")
 
 
 def _entry(table: Array, index: Any, like: jax.Array) -> jax.Array:

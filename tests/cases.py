@@ -19,7 +19,7 @@ from conftest import x64
 from quick_jit import quick_jit
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, modifiers, scores
 from attnlib._choose import NAMES as NAMES
 from attnlib._impl import _sizes
 
@@ -62,6 +62,9 @@ class Case:
     score: Callable[[Draw], Any] = lambda draw: scores.Dot()
     mask: Callable[[Draw], Any] | None = None
     bias: tuple[int, ...] | None = None
+    score_mod: Callable[[Draw], Any] | None = None
+    sink: tuple[int, ...] | None = None
+    positions: Callable[[Draw], tuple[Any, Any]] | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     second_order: bool = False  # also compared in second derivatives, which cost most to compile
 
@@ -77,6 +80,22 @@ def distance(query, key, sharpness):
 def unequal(query, key, matrix):
     """A custom score of query and key of different features."""
     return jnp.tanh(query @ matrix @ key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tilt:
+    """A modifier with parameters, nonlinear in the logit, that depends on all it is told."""
+
+    table: Any
+
+    def __call__(self, logit, batch, head, query_position, key_position):
+        moved = self.table[head] * (sum(flat(key_position)) - sum(flat(query_position))).astype(logit.dtype)
+        return jnp.tanh(logit) + 0.3 * moved + 0.1 * sum(flat(batch), start=jnp.int32(0)).astype(logit.dtype)
+
+
+def flat(index):
+    return index if isinstance(index, tuple) else (index,)
 
 
 ADDITIVE = dict(score=lambda draw: scores.Additive(draw(3, 4)))
@@ -146,6 +165,29 @@ def _cases() -> list[Case]:
         Case("dropout, grouped, causal", **GROUPED, options=dict(**DROPOUT, is_causal=True)),
         Case("dropout, additive, padded", **ADDITIVE, options=DROPOUT,
              mask=lambda draw: masks.KeyPadding(draw.bools(2, 7))),
+        # modifiers, sinks, explicit positions
+        Case("alibi", score_mod=lambda draw: modifiers.ALiBi(draw(3)), bias=(5, 1), second_order=True),
+        Case("bucketed bias", query=(2, 11, 3, 4), **_of(13),
+             score_mod=lambda draw: modifiers.BucketedBias(draw(6, 3), max_distance=7)),
+        Case("bucketed bias, causal, grouped", **GROUPED, options=dict(is_causal=True),
+             score_mod=lambda draw: modifiers.BucketedBias(draw(5, 6), bidirectional=False, max_distance=4)),
+        Case("relative bias, two axes", **GRID, score_mod=lambda draw: modifiers.RelativeBias(draw(3, 9, 2))),
+        Case("score_mod, additive, dropout, soft cap", **ADDITIVE, score_mod=lambda draw: Tilt(draw(3)), sink=(3,),
+             mask=lambda draw: draw.bools(2, 1, 5, 7), options=dict(logits_soft_cap=0.9, **DROPOUT)),
+        Case("score_mod, no batch", query=(5, 3, 4), key=(7, 3, 4), value=(7, 3, 6),
+             score_mod=lambda draw: Tilt(draw(3))),
+        Case("score_mod, two batch axes", query=(3, 2, 2, 6), key=(5, 2, 2, 6), value=(5, 2, 2, 7), **CUSTOM,
+             score_mod=lambda draw: Tilt(draw(2)), options=dict(attention_axes=(0,))),
+        Case("score_mod, two batch axes before", query=(2, 3, 4, 2, 6), key=(1, 3, 5, 2, 6), value=(2, 1, 5, 2, 7),
+             score_mod=lambda draw: Tilt(draw(2)), options=dict(attention_axes=-3)),
+        Case("sink", sink=(3,), second_order=True),
+        Case("sink, rows of nothing", sink=(), mask=lambda draw: masks.Lengths(draw.integers(0, 6, 2), 5)),
+        Case("sink, grouped, causal, dropout", **GROUPED, sink=(6,), options=dict(is_causal=True, **DROPOUT)),
+        Case("positions", options=dict(is_causal=True),
+             positions=lambda draw: (draw.integers(-1, 9, 2, 5), draw.integers(-1, 9, 7))),
+        Case("positions, modified", **GROUPED, mask=lambda draw: masks.SlidingWindow(3, 2),
+             score_mod=lambda draw: Tilt(draw(6)),
+             positions=lambda draw: (None, draw.integers(-2, 6, 2, 7))),
         # axes
         Case("no batch", query=(5, 3, 4), key=(7, 3, 4), value=(7, 3, 6), mask=lambda draw: draw.bools(3, 5, 7)),
         Case("two axes", **GRID, bias=(1, 2, 3, 4, 5, 2), mask=lambda draw: masks.Causal(axis=0)),
@@ -201,7 +243,13 @@ def build(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     }  # fmt: skip
     if case.bias is not None:
         operands["bias"] = draw(*case.bias)
+    if case.score_mod is not None:
+        operands["score_mod"] = case.score_mod(draw)
+    if case.sink is not None:
+        operands["sink"] = draw(*case.sink)
     traced = {} if case.mask is None else {"mask": case.mask(draw)}
+    if case.positions is not None:
+        traced["query_positions"], traced["key_positions"] = case.positions(draw)
     if "dropout_rate" in case.options:
         traced["dropout_rng"] = jax.random.key(zlib.crc32(case.name.encode()))
     return operands, traced, case.options

@@ -36,6 +36,9 @@ class Keys:
     def bools(self, *shape, rate=0.6):
         return jnp.asarray(self._rng.random(shape) < rate)
 
+    def integers(self, low, high, *shape):
+        return jnp.asarray(self._rng.integers(low, high, shape), jnp.int32)
+
     def permutation(self, count):
         return self._rng.permutation(count)
 

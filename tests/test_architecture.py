@@ -18,7 +18,7 @@ ROOMS = [
     {"_types", "_tiles", "_dropout", "_online_softmax", "_linear", "_loops", "_hoist"},
     {"_ruled"},
     {"_axes", "_positions", "_dimensions", "_additive", "_product"},
-    {"_mask", "_modifier", "positions"},
+    {"_mask", "_modifier", "modifiers", "positions"},
     {"masks", "scores"},
     {"_problem"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, modifiers, scores
 
 QUERY = jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.float32)  # B, T, N, D
 KEY = jax.ShapeDtypeStruct((2, 7, 2, 8), jnp.float32)  # B, S, K, D
@@ -168,6 +168,37 @@ OPTIONS = [
     wrong("precision unknown", ValueError, "Precision", precision="fuzzy"),
 ]  # fmt: skip
 
+MODIFIERS = [
+    wrong("score_mod not a function", TypeError, "score_mod must be a function", "modifiers.ALiBi", score_mod=1.0),
+    wrong("score_mod not a scalar", ValueError, "score_mod must return a scalar", "(4,)", "written for one pair",
+          score_mod=Later(lambda: lambda logit, *where: logit * jnp.ones(4))),
+    wrong("score_mod of bools", TypeError, "score_mod must return the new logit", "bool", "masks.Predicate",
+          score_mod=Later(lambda: lambda logit, b, n, i, j: j <= i)),
+    wrong("slopes of key heads", ValueError, "ALiBi slopes must be (4,)", "(2,)", "alibi_slopes(4)",
+          score_mod=Later(lambda: modifiers.ALiBi(zeros(2)))),
+    wrong("slopes a list", TypeError, "ALiBi slopes must be an array", score_mod=Later(lambda: modifiers.ALiBi([1.0]))),
+    wrong("relative bias of other heads", ValueError, "RelativeBias table", "4 query heads", "(5, 2)",
+          score_mod=Later(lambda: modifiers.RelativeBias(zeros(5, 2)))),
+    wrong("relative bias of even size", ValueError, "RelativeBias table", "odd", "(6, 4)",
+          score_mod=Later(lambda: modifiers.RelativeBias(zeros(6, 4)))),
+    wrong("relative bias of other axes", ValueError, "each of 1 attention axes", "(5, 5, 4)",
+          score_mod=Later(lambda: modifiers.RelativeBias(zeros(5, 5, 4)))),
+    wrong("buckets of other heads", ValueError, "BucketedBias table must be (buckets, 4 query heads)", "(32, 8)",
+          score_mod=Later(lambda: modifiers.BucketedBias(zeros(32, 8)))),
+    wrong("an odd number of buckets", ValueError, "even", "(7, 4)",
+          score_mod=Later(lambda: modifiers.BucketedBias(zeros(7, 4)))),
+    wrong("max_distance", ValueError, "max_distance must be above 8", "got 8",
+          score_mod=Later(lambda: modifiers.BucketedBias(zeros(32, 4), max_distance=8))),
+    wrong("sink of features", ValueError, "sink must have shape () or (4,)", "(8,)", sink=zeros(8)),
+    wrong("sink of ints", TypeError, "sink must be a number", sink=zeros(4, dtype=np.int32)),
+    wrong("sink True", TypeError, "sink must be a number", "True", sink=True),
+    wrong("positions of floats", TypeError, "query_positions must be an array of integers", "float32[5]",
+          query_positions=zeros(5)),
+    wrong("positions a list", TypeError, "key_positions must be an array of integers", "[1, 2]", key_positions=[1, 2]),
+    wrong("positions of other length", ValueError, "key_positions must have shape", "(2, 7)", "(5,)",
+          key_positions=zeros(5, dtype=np.int32)),
+]  # fmt: skip
+
 SCORES = [
     wrong("dot scale of features", ValueError, "Dot scale", "() or (4,)", "(8,)",
           score=Later(lambda: scores.Dot(zeros(8)))),
@@ -189,7 +220,7 @@ SCORES = [
           score=Later(lambda: scores.Custom(lambda q, k: 1j * q[0]))),
 ]  # fmt: skip
 
-CALLS = [*SHAPES, *TYPES, *AXES, *MASKS, *OPTIONS, *SCORES]
+CALLS = [*SHAPES, *TYPES, *AXES, *MASKS, *OPTIONS, *MODIFIERS, *SCORES]
 
 
 @pytest.mark.parametrize("through", [attnlib.attention, attnlib.explain], ids=["attention", "explain"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, modifiers, scores
 from attnlib._impl import _sizes
 
 HEADS, FEATURES = 2, 64
@@ -17,6 +17,8 @@ SCORES = {
 OPTIONS = {
     "plain": lambda length: {},
     "causal with dropout": lambda length: dict(is_causal=True, dropout_rate=0.1, dropout_rng=jax.random.key(0)),
+    "modified, with a sink": lambda length: dict(score_mod=modifiers.ALiBi(modifiers.alibi_slopes(HEADS)), sink=0.5),
+    "relative bias": lambda length: dict(score_mod=modifiers.RelativeBias(jnp.ones((65, HEADS))), is_causal=True),
     "segments": lambda length: dict(mask=masks.Segments(jnp.arange(length) // 300) & masks.Causal()),
 }
 
@@ -46,7 +48,8 @@ def temporaries(length, score, option, derivative, implementation=None):
 
 CASES = [("dot", option, d) for option in ("plain", "causal with dropout") for d in LIMITS_MB]
 CASES += [("additive", "plain", d) for d in LIMITS_MB] + [("additive", "causal with dropout", "grad")]
-CASES += [("dot", "segments", "grad")]
+CASES += [("dot", "segments", "grad"), ("dot", "relative bias", "grad")]
+CASES += [("dot", "modified, with a sink", d) for d in ("forward", "jvp", "grad", "forward over reverse")]
 
 
 @pytest.mark.parametrize(("score", "option", "derivative"), CASES)

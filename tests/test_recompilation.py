@@ -7,7 +7,7 @@ import pytest
 from cases import NAMES, by_name, unsupported
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, modifiers, scores
 from attnlib._call import attend
 
 SHAPES = dict(query=(2, 5, 2, 4), key=(2, 5, 2, 4), value=(2, 5, 2, 3))
@@ -16,6 +16,10 @@ BATCH, LENGTH = 2, 5
 
 def distance(query, key, sharpness):
     return -sharpness * jnp.sum((query - key) ** 2)
+
+
+def tilted_by(table):
+    return lambda logit, batch, head, i, j: logit + table[head] * j
 
 
 # Each gives the options of a call, with values that depend on n only in traced places.
@@ -34,6 +38,10 @@ TRACED = {
     "query padding": lambda n: dict(mask=masks.QueryPadding(np.arange(LENGTH) <= n)),
     "segments": lambda n: dict(mask=masks.Segments(np.arange(LENGTH) // (n + 1), padding_id=np.array(n))),
     "composed": lambda n: dict(mask=~masks.Dense(np.full((1, LENGTH), n > 1)) | masks.Causal(np.array(n))),
+    "captured table": lambda n: dict(score_mod=tilted_by(np.full(2, n, np.float32))),
+    "slopes": lambda n: dict(score_mod=modifiers.ALiBi(np.full(2, n, np.float32))),
+    "sink": lambda n: dict(sink=float(n)),
+    "positions": lambda n: dict(mask=masks.Causal(), query_positions=np.arange(LENGTH) // n),
     "dropout key": lambda n: dict(dropout_rate=0.5, dropout_rng=jax.random.key(n)),
     "raw dropout key": lambda n: dict(dropout_rate=0.5, dropout_rng=jax.random.PRNGKey(n)),
 }  # fmt: skip

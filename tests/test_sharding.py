@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, modifiers, scores
 
 COLLECTIVES = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 SPECS = {"batch": P("x"), "heads": P(None, None, "x"), "both": P("x", None, "y")}
@@ -18,6 +18,9 @@ MESHES = {"batch": (4,), "heads": (4,), "both": (2, 2)}
 SCORES = {"dot": lambda: scores.Dot(), "additive": lambda: scores.Additive(jnp.ones(8))}
 OPTIONS = {
     "plain": dict,
+    "alibi, sink": lambda: dict(
+        score_mod=modifiers.ALiBi(modifiers.alibi_slopes(8)), sink=jnp.linspace(-1, 1, 8), is_causal=True
+    ),
     "causal, dropout, segments": lambda: dict(
         mask=masks.Causal() & masks.Segments(jnp.arange(96) // 40),
         dropout_rate=0.1,
@@ -54,6 +57,7 @@ def _mesh(layout, axis_type):
 
 CASES = [("dot", "causal, dropout, segments", layout, program)
          for layout in SPECS for program in ("forward", "grad", "jvp", "second order")]  # fmt: skip
+CASES += [("dot", "alibi, sink", "both", program) for program in ("forward", "grad")]
 CASES += [("additive", "plain", "both", program) for program in ("forward", "grad", "jvp", "second order")]
 
 
