@@ -25,6 +25,22 @@ def vector_glorot_uniform(rng: Rng, shape: tuple[int, ...], dtype: Any = jnp.flo
     return jax.random.uniform(rng, shape, dtype, -limit, limit)
 
 
+def projection_inits(
+    name: str,
+    kernel_init: Initializer,
+    bias_init: Initializer,
+    out_kernel_init: Initializer | None,
+    out_bias_init: Initializer | None,
+) -> tuple[Initializer, Initializer]:
+    """The initialisers of the kernel and bias of one projection: the output projection may have its own."""
+    if name != "out":
+        return kernel_init, bias_init
+    return (
+        kernel_init if out_kernel_init is None else out_kernel_init,
+        bias_init if out_bias_init is None else out_bias_init,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Affine:
     """The shapes of one projection: `inputs` axes are contracted, `outputs` axes are made."""
@@ -35,17 +51,25 @@ class Affine:
     def init_kernel(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
         """Initialises the kernel as the matrix it is, so that fan-in and fan-out are those of the projection."""
         matrix = init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype)
-        return _reshaped(matrix, self.inputs + self.outputs)
+        return _reshaped(matrix, self.inputs + self.outputs, "kernel")
 
     def init_bias(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
-        return _reshaped(init(rng, (math.prod(self.outputs),), dtype), self.outputs)
+        return _reshaped(init(rng, (math.prod(self.outputs),), dtype), self.outputs, "bias")
 
 
-def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
-    """Reshapes what an initialiser made, also inside the box of partitioning metadata that it may come in."""
-    if hasattr(value, "replace_boxed"):
-        return value.replace_boxed(value.unbox().reshape(shape))
-    return value.reshape(shape)
+def _reshaped(value: Any, shape: tuple[int, ...], name: str) -> Any:
+    """Reshapes what an initialiser made, also inside the box of partitioning metadata that it may come in.
+
+    A box's names are for the axes of `shape`. Its `unbox` would apply them to the array as it is before, which a mesh
+    in context refuses, so the box is mapped over as the pytree it is.
+    """
+    names = getattr(value, "names", ())
+    if len(names) > len(shape):
+        raise ValueError(
+            f"the initialiser of a {name} of shape {shape} names {len(shape)} axes at most; got {names}. The output "
+            f"projection has an initialiser of its own: out_{name}_init."
+        )
+    return jax.tree.map(lambda array: array.reshape(shape), value)
 
 
 @dataclasses.dataclass(frozen=True)

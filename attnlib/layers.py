@@ -23,6 +23,7 @@ from attnlib._dimensions import (
     default_bias_init,
     default_kernel_init,
     positive,
+    projection_inits,
     vector_glorot_uniform,
 )
 from attnlib._mask import Mask
@@ -52,6 +53,9 @@ def init_multi_head_attention(
     score: str | Score = "dot",
     kernel_init: Initializer = default_kernel_init,
     bias_init: Initializer = default_bias_init,
+    out_kernel_init: Initializer | None = None,
+    out_bias_init: Initializer | None = None,
+    scale_init: Initializer = vector_glorot_uniform,
     param_dtype: Any = jnp.float32,
 ) -> dict[str, dict[str, jax.Array]]:
     """Parameters for `multi_head_attention`, an explicit tree of arrays.
@@ -69,6 +73,8 @@ def init_multi_head_attention(
       use_gate: whether a sigmoid gate computed from the query multiplies the attention output.
       score: "dot", "additive" (adds a learned scale `(N, D)`) or a `Score`.
       kernel_init, bias_init: initialisers `(rng, shape, dtype)`; kernels are initialised as matrices.
+      out_kernel_init, out_bias_init: those of the output projection; default kernel_init, bias_init.
+      scale_init: initialiser of the scale of score="additive"; default glorot uniform.
       param_dtype: dtype of the parameters.
 
     Returns:
@@ -96,12 +102,13 @@ def init_multi_head_attention(
     params: dict[str, dict[str, jax.Array]] = {}
     for name, projection in projections.items():
         rng, kernel_rng, bias_rng = jax.random.split(rng, 3)
-        params[name] = {"kernel": projection.init_kernel(kernel_rng, kernel_init, param_dtype)}
+        inits = projection_inits(name, kernel_init, bias_init, out_kernel_init, out_bias_init)
+        params[name] = {"kernel": projection.init_kernel(kernel_rng, inits[0], param_dtype)}
         if use_bias:
-            params[name]["bias"] = projection.init_bias(bias_rng, bias_init, param_dtype)
+            params[name]["bias"] = projection.init_bias(bias_rng, inits[1], param_dtype)
     if has_score_parameters(score):
         shape = (dimensions.num_heads, dimensions.key_dim)
-        params["score"] = {"scale": vector_glorot_uniform(rng, shape, param_dtype)}
+        params["score"] = {"scale": scale_init(rng, shape, param_dtype)}
     return params
 
 
@@ -331,6 +338,10 @@ def _check_projections(params: Any) -> None:
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(
             f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention makes it; got {got}."
+        )
+    if any(hasattr(leaf, "unbox") for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "unbox"))):
+        raise TypeError(
+            "params must hold arrays; got some in boxes of partitioning metadata. Pass flax.linen.meta.unbox(params)."
         )
 
 

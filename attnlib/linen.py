@@ -17,6 +17,7 @@ from attnlib._dimensions import (
     Initializer,
     default_bias_init,
     default_kernel_init,
+    projection_inits,
     vector_glorot_uniform,
 )
 from attnlib._mask import Mask
@@ -47,11 +48,12 @@ class _ScoreScale(nn.Module):
     """Declares the learned scale `(N, D)` of an additive score."""
 
     shape: tuple[int, ...]
+    scale_init: Initializer
     param_dtype: Any
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        return {"scale": self.param("scale", vector_glorot_uniform, self.shape, self.param_dtype)}
+        return {"scale": self.param("scale", self.scale_init, self.shape, self.param_dtype)}
 
 
 class _Attention(nn.Module):
@@ -95,6 +97,9 @@ class MultiHeadAttention(_Attention):
       score: "dot" (scaled by 1 / sqrt(key_dim)), "additive" (with a learned scale) or an `attnlib.scores.Score`.
       logits_soft_cap: c bounds the logits to (-c, c) by c * tanh(x / c); default: none.
       kernel_init, bias_init: initialisers; kernels are initialised as matrices, so fans are those of the projection.
+        Axes named by `nn.with_partitioning` are those of the parameters above, whose axes differ in `out`.
+      out_kernel_init, out_bias_init: those of the output projection; default: kernel_init, bias_init.
+      scale_init: of the scale of score="additive"; default: glorot uniform.
       kernel_regularizer, bias_regularizer, activity_regularizer: functions from a kernel, a bias, a projection's
         output to a scalar (the last divided by the size of the first axis, as in Keras); sown into "losses", summed by
         `attnlib.regularization_loss`.
@@ -129,6 +134,9 @@ class MultiHeadAttention(_Attention):
     logits_soft_cap: float | None = None
     kernel_init: Initializer = default_kernel_init
     bias_init: Initializer = default_bias_init
+    out_kernel_init: Initializer | None = None
+    out_bias_init: Initializer | None = None
+    scale_init: Initializer = vector_glorot_uniform
     kernel_regularizer: Callable[[jax.Array], jax.Array] | None = None
     bias_regularizer: Callable[[jax.Array], jax.Array] | None = None
     activity_regularizer: Callable[[jax.Array], jax.Array] | None = None
@@ -191,12 +199,14 @@ class MultiHeadAttention(_Attention):
             query_features, num_heads=self.num_heads, key_dim=self.key_dim, value_dim=self.value_dim,
             num_kv_heads=self.num_kv_heads, output_shape=self.output_shape, use_gate=self.use_gate,
         )  # fmt: skip
-        init = (self.use_bias, self.kernel_init, self.bias_init, self.param_dtype)
-        projections = dimensions.projections(query_features, key_features, value_features)
-        params = {name: _Projection(affine, *init, name=name)() for name, affine in projections.items()}
+        inits = (self.kernel_init, self.bias_init, self.out_kernel_init, self.out_bias_init)
+        params = {
+            name: _Projection(affine, self.use_bias, *projection_inits(name, *inits), self.param_dtype, name=name)()
+            for name, affine in dimensions.projections(query_features, key_features, value_features).items()
+        }
         if layers.has_score_parameters(self.score):
             shape = (dimensions.num_heads, dimensions.key_dim)
-            params["score"] = _ScoreScale(shape, self.param_dtype, name="score")()
+            params["score"] = _ScoreScale(shape, self.scale_init, self.param_dtype, name="score")()
         return params
 
     def _sow_losses(self, params: dict[str, Any], activities: dict[str, jax.Array]) -> None:
@@ -214,10 +224,11 @@ class MultiHeadAttention(_Attention):
 class AdditiveAttention(_Attention):
     """Additive (Bahdanau) attention: softmax(sum_d scale_d tanh(query_d + key_d)) value, without heads.
 
-    Parameters: `scale (D,)`, glorot uniform, with use_scale.
+    Parameters: `scale (D,)` with use_scale.
 
     Attributes:
       use_scale: whether to learn the scale; without it every feature counts 1. Default True.
+      scale_init: initialiser of the scale; default: glorot uniform.
       attention_axes: axes attended over, numbered in the arrays passed (the last sequence axis is -2); default: every
         axis but the first and the features.
       dropout_rate: fraction of attention weights dropped in training, in [0, 1); default 0.
@@ -241,6 +252,7 @@ class AdditiveAttention(_Attention):
     attention_axes: int | Sequence[int] | None = None
     dropout_rate: float = 0.0
     deterministic: bool | None = None
+    scale_init: Initializer = vector_glorot_uniform
     param_dtype: Any = jnp.float32
     precision: Any = None
     implementation: str | Sequence[str] | None = None
@@ -281,7 +293,7 @@ class AdditiveAttention(_Attention):
         key, value = layers.default_operands(query, key, value)
         shape = (query.shape[-1],)
         scale = (
-            self.param("scale", vector_glorot_uniform, shape, self.param_dtype) if self.use_scale else None
+            self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
         )
         results = layers.single_head_attention(
             Additive(scale), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
