@@ -11,14 +11,22 @@ from attnlib.attention import (
 )
 from attnlib.attention_fn import attention_fn
 from attnlib.layers import init_multi_head_attention, multi_head_attention
-from attnlib.linen import AdditiveAttention, DotProductAttention, MultiHeadAttention
+from attnlib.linen import (
+    AdditiveAttention,
+    BucketedPositionBias,
+    DotProductAttention,
+    MultiHeadAttention,
+    RelativePositionBias,
+)
 from attnlib.regularization import apply_constraints, constrain, parameter_penalty, regularization_loss
 
 __all__ = [
     "AdditiveAttention",
+    "BucketedPositionBias",
     "DotProductAttention",
     "Explanation",
     "MultiHeadAttention",
+    "RelativePositionBias",
     "additive_attention",
     "apply_constraints",
     "attention",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._types import Rng
+from attnlib.scores import Score
 
 Initializer = Callable[..., jax.Array]
 
@@ -73,6 +74,15 @@ def _reshaped(value: Any, shape: tuple[int, ...], name: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vector:
+    """A parameter of a layer that is no projection: its name in its group, shape, and initialiser."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Initializer
+
+
+@dataclasses.dataclass(frozen=True)
 class Dimensions:
     """The sizes of a multi-head attention layer, defaults resolved and checked."""
 
@@ -129,6 +139,42 @@ class Dimensions:
             "out": Affine(attended, self.output_shape),
         }
         return {**projections, "gate": Affine((query_features,), attended)} if self.use_gate else projections
+
+    def vectors(
+        self,
+        score: str | Score,
+        *,
+        scale_init: Initializer | None,
+        use_scale: bool,
+        normalize_qk: bool | str,
+        use_sink: bool,
+    ) -> dict[str, Vector]:
+        """The other parameters, by the name of their group."""
+        made = {}
+        if not isinstance(score, Score) and score not in ("dot", "additive"):
+            raise ValueError(f'score must be "dot", "additive" or an attnlib.scores.Score; got {score!r}.')
+        if isinstance(score, str) and score == "additive":
+            init = vector_glorot_uniform if scale_init is None else scale_init
+            made["score"] = Vector("scale", (self.num_heads, self.key_dim), init)
+        elif use_scale:
+            if isinstance(score, Score):
+                raise ValueError(f'use_scale is for score="dot"; {type(score).__name__} has parameters of its own.')
+            init = jax.nn.initializers.constant(self.key_dim**-0.5) if scale_init is None else scale_init
+            made["score"] = Vector("scale", (self.num_heads,), init)
+        if normalization(normalize_qk):
+            scale = Vector("scale", (self.key_dim,), jax.nn.initializers.ones)
+            made |= {"query_norm": scale, "key_norm": scale}
+        if use_sink:
+            made["sink"] = Vector("logit", (self.num_heads,), jax.nn.initializers.zeros)
+        return made
+
+
+def normalization(normalize_qk: bool | str) -> str | None:
+    """"layer", "rms" or None."""
+    kinds: dict[Any, str | None] = {False: None, True: "layer", "layer": "layer", "rms": "rms"}
+    if not isinstance(normalize_qk, (bool, str)) or normalize_qk not in kinds:
+        raise ValueError(f'normalize_qk must be False, True (as "layer"), "layer" or "rms"; got {normalize_qk!r}.')
+    return kinds[normalize_qk]
 
 
 def positive(value: Any, name: str) -> int:

@@ -5,12 +5,14 @@ Parameters are plain nested dicts of arrays, the same tree that the linen module
     query | key | value   kernel (C, N, D), bias (N, D)      N heads; key and value have K heads, value E features
     out                   kernel (N, E, *O), bias (*O)
     gate                  kernel (C, N, E), bias (N, E)      with use_gate
-    score                 scale (N, D)                       with score="additive"
+    score                 scale (N, D) or (N,)               with score="additive"; with use_scale
+    query_norm | key_norm scale (D,)                         with normalize_qk
+    sink                  logit (N,)                         with use_sink
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,19 +24,20 @@ from attnlib._dimensions import (
     Initializer,
     default_bias_init,
     default_kernel_init,
+    normalization,
     positive,
     projection_inits,
-    vector_glorot_uniform,
 )
 from attnlib._mask import Mask
+from attnlib._operands import Params, cleared, default_operands, joined_mask, module_axes, project, promote
 from attnlib._types import Array, Bias, BoolMask, Rng
-from attnlib.attention import attention
-from attnlib.masks import KeyPadding, QueryPadding, SlidingWindow
+from attnlib.attention import ScoreMod, attention
+from attnlib.positions import rotary_embedding
 from attnlib.scores import Additive, Dot, Score
 
 __all__ = ["init_multi_head_attention", "multi_head_attention"]
 
-Params = Mapping[str, Any]
+Rotary = bool | Callable[..., jax.Array]
 
 
 def init_multi_head_attention(
@@ -51,11 +54,14 @@ def init_multi_head_attention(
     use_bias: bool = True,
     use_gate: bool = False,
     score: str | Score = "dot",
+    use_scale: bool = False,
+    normalize_qk: bool | str = False,
+    use_sink: bool = False,
     kernel_init: Initializer = default_kernel_init,
     bias_init: Initializer = default_bias_init,
     out_kernel_init: Initializer | None = None,
     out_bias_init: Initializer | None = None,
-    scale_init: Initializer = vector_glorot_uniform,
+    scale_init: Initializer | None = None,
     param_dtype: Any = jnp.float32,
 ) -> dict[str, dict[str, jax.Array]]:
     """Parameters for `multi_head_attention`, an explicit tree of arrays.
@@ -72,13 +78,17 @@ def init_multi_head_attention(
       use_bias: whether projections have a bias.
       use_gate: whether a sigmoid gate computed from the query multiplies the attention output.
       score: "dot", "additive" (adds a learned scale `(N, D)`) or a `Score`.
+      use_scale: whether the logits of score="dot" have a learned scale, one a head, that begins at 1 / sqrt(D).
+      normalize_qk: whether query and key have a learned norm each: "layer" or True as in Flax, "rms", or False.
+      use_sink: whether each head has a learned sink, a logit without value, that begins at 0.
       kernel_init, bias_init: initialisers `(rng, shape, dtype)`; kernels are initialised as matrices.
       out_kernel_init, out_bias_init: those of the output projection; default kernel_init, bias_init.
-      scale_init: initialiser of the scale of score="additive"; default glorot uniform.
+      scale_init: initialiser of the scale of score="additive" or use_scale; default glorot uniform; 1 / sqrt(D).
       param_dtype: dtype of the parameters.
 
     Returns:
-      `{"query" | "key" | "value" | "out" [| "gate"]: {"kernel"[, "bias"]}[, "score": {"scale"}]}`.
+      `{"query" | "key" | "value" | "out" [| "gate"]: {"kernel"[, "bias"]}[, "score": {"scale"}]
+      [, "query_norm": {"scale"}, "key_norm": {"scale"}][, "sink": {"logit"}]}`.
 
     Raises:
       ValueError, TypeError: a size is not a positive int or does not fit the others.
@@ -106,18 +116,12 @@ def init_multi_head_attention(
         params[name] = {"kernel": projection.init_kernel(kernel_rng, inits[0], param_dtype)}
         if use_bias:
             params[name]["bias"] = projection.init_bias(bias_rng, inits[1], param_dtype)
-    if has_score_parameters(score):
-        shape = (dimensions.num_heads, dimensions.key_dim)
-        params["score"] = {"scale": scale_init(rng, shape, param_dtype)}
+    vectors = dimensions.vectors(
+        score, scale_init=scale_init, use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink
+    )
+    for name, vector in vectors.items():
+        params[name] = {vector.name: vector.init(rng, vector.shape, param_dtype)}
     return params
-
-
-def has_score_parameters(score: str | Score) -> bool:
-    if isinstance(score, Score) or score == "dot":
-        return False
-    if score == "additive":
-        return True
-    raise ValueError(f'score must be "dot", "additive" or an attnlib.scores.Score; got {score!r}.')
 
 
 def multi_head_attention(
@@ -134,6 +138,12 @@ def multi_head_attention(
     bias: Bias | None = None,
     is_causal: bool = False,
     sliding_window: int | None = None,
+    rotary: Rotary = False,
+    normalize_qk: bool | str = False,
+    score_mod: ScoreMod | None = None,
+    sink: float | Array | None = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Rng | None = None,
     return_weights: bool = False,
@@ -150,7 +160,8 @@ def multi_head_attention(
       query: `(*batch and attention axes, C)`, rank 2 or more; for one sequence axis `(B, T, C)`.
       key: `(..., C_key)`; default: query (self-attention).
       value: `(..., C_value)`, with the key's positions; default: key.
-      score: "dot" (scaled by 1 / sqrt(key_dim)), "additive" (scale in `params["score"]`) or a `Score`.
+      score: "dot" (scaled by `params["score"]`, if there, else by 1 / sqrt(key_dim)), "additive" (scale in
+        `params["score"]`) or a `Score`.
       attention_axes: numbered in query, key and value as passed (the last sequence axis is -2). Default: every axis
         but the first and the features; for rank 2 (no batch axis) the first.
       query_mask: bool, query's shape without features (or ones to broadcast), True = real; others attend nothing.
@@ -159,6 +170,13 @@ def multi_head_attention(
       bias: added to the logits, shapes as for mask.
       is_causal: also mask keys after the query.
       sliding_window: w masks keys w or more positions away on either side (flat row-major positions), as in Keras.
+      rotary: whether query and key get rotary positions: True, or a function called as
+        `attnlib.positions.rotary_embedding` is, such as a `functools.partial` of it with a base and scaling.
+      normalize_qk: what `params` were made with: "layer" or True, "rms", or False. Norms come before rotary positions.
+      score_mod: as in `dot_product_attention`.
+      sink: as in `dot_product_attention`, where `params` hold no learned one.
+      query_positions, key_positions: as in `dot_product_attention`, and what rotary positions turn by; the key's are
+        the query's by default where key is not given.
       dropout_rate, dropout_rng: as in `dot_product_attention`.
       return_weights: also return the weights `(*batch, N, *query axes, *key axes)`.
       dtype: to compute in; default: promoted from inputs and parameters.
@@ -180,9 +198,11 @@ def multi_head_attention(
     """
     output, weights, _ = project_and_attend(
         params, query, key, value, score=score, attention_axes=attention_axes, query_mask=query_mask,
-        key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=sliding_window,
-        dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_weights=return_weights, dtype=dtype,
-        precision=precision, logits_soft_cap=logits_soft_cap, implementation=implementation, block_sizes=block_sizes,
+        key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=sliding_window, rotary=rotary,
+        normalize_qk=normalize_qk, score_mod=score_mod, sink=sink, query_positions=query_positions,
+        key_positions=key_positions, dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_weights=return_weights,
+        dtype=dtype, precision=precision, logits_soft_cap=logits_soft_cap, implementation=implementation,
+        block_sizes=block_sizes,
     )  # fmt: skip
     return (output, weights) if return_weights else output
 
@@ -199,33 +219,74 @@ def project_and_attend(
     key_mask: Any,
     mask: Any,
     sliding_window: int | None,
+    rotary: Rotary,
+    normalize_qk: bool | str,
+    sink: Any,
+    query_positions: Array | None,
+    key_positions: Array | None,
     dtype: Any,
+    attend: Callable[..., Any] = attention,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
-    """The layer: (output, weights if asked for, what each projection gave, for activity regularisers)."""
+    """The layer: (output, weights if asked for, what each projection gave, for activity regularisers).
+
+    `attend` is called as `attention` is; decoding puts its cache there.
+    """
+    if key is None and key_positions is None:
+        key_positions = query_positions
     key, value = default_operands(query, key, value)
-    _check_projections(params)
+    _check_params(params, normalize_qk, sink)
     axes = module_axes(attention_axes, query, key, value)
     joined = joined_mask(mask, query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
-    query, key, value, params = _promote(query, key, value, params, dtype)
+    query, key, value, params = promote(query, key, value, params, dtype)
     # Padding is cleared before it is projected: the gradient of a kernel multiplies it even where it attends nothing.
-    query, key, value = _cleared(query, query_mask), _cleared(key, key_mask), _cleared(value, key_mask)
+    query, key, value = cleared(query, query_mask), cleared(key, key_mask), cleared(value, key_mask)
 
     precision = options["precision"]
     made = {
-        "query": _project(query, params["query"], "query", precision),
-        "key": _project(key, params["key"], "key", precision),
-        "value": _project(value, params["value"], "value", precision),
+        "query": project(query, params["query"], "query", precision),
+        "key": project(key, params["key"], "key", precision),
+        "value": project(value, params["value"], "value", precision),
     }
-    results = attention(
-        *made.values(), score=_score(score, params), mask=joined, attention_axes=axes.attention, **options
-    )
+    placed = dict(made)
+    for name, positions in (("query", query_positions), ("key", key_positions)):
+        if normalization(normalize_qk):
+            placed[name] = _normalized(placed[name], params[f"{name}_norm"]["scale"], normalization(normalize_qk))
+        placed[name] = _turned(placed[name], rotary, positions, axes)
+    results = attend(
+        *placed.values(), score=_score(score, params), mask=joined, attention_axes=axes.attention,
+        sink=params["sink"]["logit"] if "sink" in params else sink, query_positions=query_positions,
+        key_positions=key_positions, **options,
+    )  # fmt: skip
     attended, weights = results if options["return_weights"] else (results, None)
     if "gate" in params:
-        made["gate"] = jax.nn.sigmoid(_project(query, params["gate"], "gate", precision))
+        made["gate"] = jax.nn.sigmoid(project(query, params["gate"], "gate", precision))
         attended = attended * made["gate"]
-    made["out"] = _project(attended, params["out"], "out", precision, contracted=2)
+    made["out"] = project(attended, params["out"], "out", precision, contracted=2)
     return made["out"], weights, made
+
+
+def _normalized(x: jax.Array, scale: jax.Array, kind: str | None) -> jax.Array:
+    """Over the features of a head, in float32 at least (layer: Ba et al. 2016; rms: Zhang and Sennrich 2019)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if kind == "layer":
+        wide = wide - jnp.mean(wide, -1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
+    return (wide * scale.astype(wide.dtype)).astype(x.dtype)
+
+
+def _turned(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _axes.Axes) -> jax.Array:
+    if not callable(rotary) and not isinstance(rotary, bool):
+        raise TypeError(
+            f"rotary must be True, False or a function such as functools.partial(attnlib.positions.rotary_embedding, "
+            f"base=5e5); got {rotary!r}."
+        )
+    if not rotary:
+        return x
+    if positions is not None and positions.ndim > 1:  # (*batch, length): the axis goes where x has it
+        positions = jnp.moveaxis(positions, -1, axes.attention[0])
+    turn = rotary if callable(rotary) else rotary_embedding
+    return turn(x, positions, attention_axes=axes.attention)
 
 
 def single_head_attention(score: Score, query: Array, key: Array, value: Array, **options: Any) -> Any:
@@ -238,7 +299,7 @@ def single_head_attention(score: Score, query: Array, key: Array, value: Array, 
     if _checks.is_array(bias):
         bias = _with_head_axis(bias, axes)
     mask = joined_mask(mask, query_mask, key_mask, None, axes, query.shape, key.shape)
-    query, key, value = _cleared(query, query_mask), _cleared(key, key_mask), _cleared(value, key_mask)
+    query, key, value = cleared(query, query_mask), cleared(key, key_mask), cleared(value, key_mask)
     query, key, value = (x[..., None, :] for x in (query, key, value))
     results = attention(
         query, key, value, score=score, mask=mask, bias=bias, attention_axes=axes.attention, **options
@@ -255,84 +316,23 @@ def _with_head_axis(array: Array, axes: _axes.Axes) -> jax.Array:
     return jnp.expand_dims(jnp.asarray(array), -pairs - 1) if array.ndim > pairs else jnp.asarray(array)
 
 
-def _cleared(operand: Any, mask: Any) -> jax.Array:
-    return jnp.asarray(operand) if mask is None else jnp.where(mask[..., None], operand, 0)
-
-
-def default_operands(query: Array, key: Array | None, value: Array | None) -> tuple[Array, Array]:
-    key = query if key is None else key
-    value = key if value is None else value
-    _checks.arrays(query=query, key=key, value=value)
-    return key, value
-
-
-def module_axes(attention_axes: int | Sequence[int] | None, query: Array, key: Array, value: Array) -> _axes.Axes:
-    """Resolves attention axes counted in arrays that have no heads axis."""
-    if query.ndim < 2:
-        raise ValueError(f"query must have rank 2 or more, (*batch and attention axes, features); got {query.shape}.")
-    for name, operand in (("key", key), ("value", value)):
-        if operand.ndim != query.ndim:
-            raise ValueError(
-                f"query, key and value must have the same rank; got query {query.shape} and {name} {operand.shape}."
-            )
-    return _axes.normalize(_checks.static_axes(attention_axes), query.ndim, trailing=1)
-
-
-def joined_mask(
-    mask: Any,
-    query_mask: Any,
-    key_mask: Any,
-    sliding_window: int | None,
-    axes: _axes.Axes,
-    query_shape: tuple[int, ...],
-    key_shape: tuple[int, ...],
-) -> Mask | None:
-    """One mask of all that a layer is given, padding masks being laid out as their operands are."""
-    parts: list[Mask] = []
-    if query_mask is not None:
-        parts.append(QueryPadding(_padding(query_mask, "query_mask", axes, query_shape)))
-    if key_mask is not None:
-        parts.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))
-    if sliding_window is not None:
-        reach = positive(sliding_window, "sliding_window") - 1
-        parts.append(SlidingWindow(reach, reach))
-    given = _checks.mask(mask)
-    if given is not None:
-        parts.append(given)
-    joined = None
-    for part in parts:
-        joined = part if joined is None else joined & part
-    return joined
-
-
-def _padding(mask: Any, name: str, axes: _axes.Axes, operand_shape: tuple[int, ...]) -> jax.Array:
-    """(user's leading axes) -> (*batch, *attention axes)."""
-    if not _checks.is_array(mask):
-        raise TypeError(f"{name} must be a bool array; got {type(mask).__name__}.")
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"{name} must be bool (True = real); got {mask.dtype}. Write {name}.astype(bool).")
-    leading = operand_shape[:-1]
-    if mask.ndim != len(leading) or any(size not in (1, full) for size, full in zip(mask.shape, leading, strict=True)):
-        raise ValueError(
-            f"{name} must have the shape of its operand without features, {leading}, or ones to broadcast; got "
-            f"{mask.shape}."
-        )
-    whole = [full if axis in axes.attention else mask.shape[axis] for axis, full in enumerate(leading)]
-    return jnp.transpose(jnp.broadcast_to(mask, whole), (*axes.batch, *axes.attention))
-
-
 def _score(score: str | Score, params: Params) -> Score:
-    if not has_score_parameters(score):
-        return Dot() if isinstance(score, str) else score
-    if "score" not in params:
+    if isinstance(score, Score):
+        return score
+    scale = params["score"]["scale"] if "score" in params else None
+    if score == "dot":
+        return Dot(scale)
+    if score != "additive":
+        raise ValueError(f'score must be "dot", "additive" or an attnlib.scores.Score; got {score!r}.')
+    if scale is None:
         raise ValueError(
             'score="additive" needs params["score"]["scale"] (N, D); make them with '
             'init_multi_head_attention(..., score="additive").'
         )
-    return Additive(params["score"]["scale"])
+    return Additive(scale)
 
 
-def _check_projections(params: Any) -> None:
+def _check_params(params: Any, normalize_qk: bool | str, sink: Any) -> None:
     names = ("query", "key", "value", "out")
     if not isinstance(params, Mapping) or any(name not in params for name in names):
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
@@ -343,25 +343,12 @@ def _check_projections(params: Any) -> None:
         raise TypeError(
             "params must hold arrays; got some in boxes of partitioning metadata. Pass flax.linen.meta.unbox(params)."
         )
-
-
-def _promote(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tuple[Any, Any, Any, Params]:
-    arrays = (query, key, value, dict(params))
-    if dtype is None:
-        with jax.numpy_dtype_promotion("standard"):  # a layer promotes inputs and parameters whatever the setting
-            dtype = jnp.result_type(*jax.tree.leaves(arrays))
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a floating-point dtype; got {dtype}.")
-    return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), arrays)
-
-
-def _project(inputs: jax.Array, affine: Params, name: str, precision: Any, contracted: int = 1) -> jax.Array:
-    kernel = affine["kernel"]
-    if kernel.shape[:contracted] != inputs.shape[-contracted:]:
-        raise ValueError(
-            f"{name} was made for {kernel.shape[:contracted]} features, its kernel being {kernel.shape}; got an input "
-            f"of shape {inputs.shape}."
-        )
-    axes = tuple(range(inputs.ndim - contracted, inputs.ndim)), tuple(range(contracted))
-    output = jax.lax.dot_general(inputs, kernel, (axes, ((), ())), precision=precision)
-    return output + affine["bias"] if "bias" in affine else output
+    for name in ("query_norm", "key_norm"):
+        if (name in params) != bool(normalization(normalize_qk)):
+            held = "hold" if name in params else "lack"
+            raise ValueError(
+                f"params {held} {name}, which does not fit normalize_qk={normalize_qk!r}; give "
+                "init_multi_head_attention and multi_head_attention the same normalize_qk."
+            )
+    if "sink" in params and sink is not None:
+        raise ValueError("params hold a learned sink; leave sink=None, or remove the sink from params.")

@@ -10,76 +10,40 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlib import _checks, layers
+from attnlib import layers
 from attnlib._dimensions import (
-    Affine,
     Dimensions,
     Initializer,
     default_bias_init,
     default_kernel_init,
     projection_inits,
-    vector_glorot_uniform,
 )
+from attnlib._linen_base import Attention, Parameter, Projection
+from attnlib._linen_bias import BucketedPositionBias, RelativePositionBias
+from attnlib._linen_single import AdditiveAttention, DotProductAttention
 from attnlib._mask import Mask
+from attnlib._operands import default_operands, module_axes
 from attnlib._types import Array, Bias, BoolMask, Rng
-from attnlib.scores import Additive, Concat, Dot, Score
+from attnlib.attention import ScoreMod, attention
+from attnlib.cache import KVCache
+from attnlib.layers import Rotary
+from attnlib.scores import Score
 
-__all__ = ["AdditiveAttention", "DotProductAttention", "MultiHeadAttention"]
-
-
-class _Projection(nn.Module):
-    """Declares the kernel and bias of one projection and gives them as a dict."""
-
-    affine: Affine
-    use_bias: bool
-    kernel_init: Initializer
-    bias_init: Initializer
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self) -> dict[str, jax.Array]:
-        params = {"kernel": self.param("kernel", self.affine.init_kernel, self.kernel_init, self.param_dtype)}
-        if self.use_bias:
-            params["bias"] = self.param("bias", self.affine.init_bias, self.bias_init, self.param_dtype)
-        return params
+__all__ = [
+    "AdditiveAttention",
+    "BucketedPositionBias",
+    "DotProductAttention",
+    "MultiHeadAttention",
+    "RelativePositionBias",
+]
 
 
-class _ScoreScale(nn.Module):
-    """Declares the learned scale `(N, D)` of an additive score."""
-
-    shape: tuple[int, ...]
-    scale_init: Initializer
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self) -> dict[str, jax.Array]:
-        return {"scale": self.param("scale", self.scale_init, self.shape, self.param_dtype)}
-
-
-class _Attention(nn.Module):
-    """What the three modules share: options of the call, dropout and its key."""
-
-    def _dropout(self, deterministic: bool | None, rng: Rng | None) -> dict[str, Any]:
-        """The rate and key to use: none where deterministic, else the call's key or the "dropout" stream."""
-        rate = _checks.dropout_rate(self.dropout_rate)
-        if rate == 0.0:
-            return {"dropout_rate": 0.0, "dropout_rng": None}
-        declared = self.deterministic
-        if nn.merge_param("deterministic", declared, deterministic):
-            return {"dropout_rate": 0.0, "dropout_rng": None}
-        return {"dropout_rate": rate, "dropout_rng": self.make_rng("dropout") if rng is None else rng}
-
-    def _finish(self, results: Any, return_weights: bool, sow_weights: bool) -> Any:
-        if sow_weights:
-            self.sow("intermediates", "attention_weights", results[1])
-        return results if return_weights or not sow_weights else results[0]
-
-
-class MultiHeadAttention(_Attention):
+class MultiHeadAttention(Attention):
     """Multi-head attention with query, key, value and output projections, over any axes.
 
     Parameters: `query|key|value: {kernel (C, N, D), bias (N, D)}`, `out: {kernel (N, E, *O), bias (*O)}`, with
-    use_gate `gate: {kernel (C, N, E), bias (N, E)}`, with score="additive" `score: {scale (N, D)}`.
+    use_gate `gate: {kernel (C, N, E), bias (N, E)}`, with score="additive" `score: {scale (N, D)}`, with use_scale
+    `score: {scale (N,)}`, with normalize_qk `query_norm|key_norm: {scale (D,)}`, with use_sink `sink: {logit (N,)}`.
 
     Attributes:
       num_heads: query heads N.
@@ -95,11 +59,23 @@ class MultiHeadAttention(_Attention):
       use_gate: whether a sigmoid gate from the query multiplies the attention output (Qiu et al. 2025).
       sliding_window: w masks keys w or more positions away on either side; default: none.
       score: "dot" (scaled by 1 / sqrt(key_dim)), "additive" (with a learned scale) or an `attnlib.scores.Score`.
+      use_scale: whether the logits of score="dot" have a learned scale, one a head, that begins at 1 / sqrt(key_dim).
+      normalize_qk: norms of query and key with learned scales: "layer" (True, as in Flax: Dehghani et al. 2023), "rms"
+        (Henry et al. 2020), or False.
+      use_sink: whether each head has a learned sink, a logit without value that takes a share of the weight.
+      rotary: rotary positions of query and key (Su et al. 2021): True, or a function called as
+        `attnlib.positions.rotary_embedding` is, such as a `functools.partial` of it.
+      score_mod: modifies logits, as in `attnlib.dot_product_attention`; or a module that makes such a function from the
+        number of heads, as `RelativePositionBias` and `BucketedPositionBias` do.
+      decode: whether the layer appends its tokens to a cache and attends to all in it, causally, as Flax's layers do:
+        collection "cache" with `cached_key (*batch, length, K, D)`, `cached_value` and `cache_index`. `init` with an
+        input of the greatest length makes it, empty (a ring of sliding_window tokens where that is less); then pass
+        `mutable=["cache"]` to `apply`, with any number of tokens at a time. One attention axis, self-attention.
       logits_soft_cap: c bounds the logits to (-c, c) by c * tanh(x / c); default: none.
       kernel_init, bias_init: initialisers; kernels are initialised as matrices, so fans are those of the projection.
         Axes named by `nn.with_partitioning` are those of the parameters above, whose axes differ in `out`.
       out_kernel_init, out_bias_init: those of the output projection; default: kernel_init, bias_init.
-      scale_init: of the scale of score="additive"; default: glorot uniform.
+      scale_init: of the scale of score="additive" or use_scale; default: glorot uniform; 1 / sqrt(key_dim).
       kernel_regularizer, bias_regularizer, activity_regularizer: functions from a kernel, a bias, a projection's
         output to a scalar (the last divided by the size of the first axis, as in Keras); sown into "losses", summed by
         `attnlib.regularization_loss`.
@@ -131,12 +107,18 @@ class MultiHeadAttention(_Attention):
     use_gate: bool = False
     sliding_window: int | None = None
     score: str | Score = "dot"
+    use_scale: bool = False
+    normalize_qk: bool | str = False
+    use_sink: bool = False
+    rotary: Rotary = False
+    score_mod: ScoreMod | nn.Module | None = None
+    decode: bool = False
     logits_soft_cap: float | None = None
     kernel_init: Initializer = default_kernel_init
     bias_init: Initializer = default_bias_init
     out_kernel_init: Initializer | None = None
     out_bias_init: Initializer | None = None
-    scale_init: Initializer = vector_glorot_uniform
+    scale_init: Initializer | None = None
     kernel_regularizer: Callable[[jax.Array], jax.Array] | None = None
     bias_regularizer: Callable[[jax.Array], jax.Array] | None = None
     activity_regularizer: Callable[[jax.Array], jax.Array] | None = None
@@ -158,6 +140,10 @@ class MultiHeadAttention(_Attention):
         mask: BoolMask | Mask | None = None,
         bias: Bias | None = None,
         is_causal: bool = False,
+        score_mod: ScoreMod | None = None,
+        sink: float | Array | None = None,
+        query_positions: Array | None = None,
+        key_positions: Array | None = None,
         deterministic: bool | None = None,
         dropout_rng: Rng | None = None,
         return_weights: bool = False,
@@ -174,6 +160,10 @@ class MultiHeadAttention(_Attention):
             `mask[:, None]`.
           bias: added to the logits, shapes as for mask.
           is_causal: also mask keys after the query.
+          score_mod: in place of the field's.
+          sink: as in `attnlib.dot_product_attention`, where use_sink is off; 0 gives softmax-off-by-one.
+          query_positions, key_positions: ints `(*batch, length)` or `(length,)`, the positions that rotary, masks of
+            positions and score_mod see; the key's are the query's by default where key is not given.
           deterministic: whether dropout is off.
           dropout_rng: a key for dropout; default: from the "dropout" stream.
           return_weights: also return the weights `(*batch, N, *query axes, *key axes)`.
@@ -182,17 +172,22 @@ class MultiHeadAttention(_Attention):
         Returns:
           output `(*query's leading axes, *output_shape)`, or (output, weights).
         """
-        key, value = layers.default_operands(query, key, value)
-        params = self._declare(query.shape[-1], key.shape[-1], value.shape[-1])
+        if self.decode:
+            self._check_decoding(key, value, key_mask, query_positions, key_positions)
+            query_positions = self._positions(query)
+        operands = (query, *default_operands(query, key, value))
+        params = self._declare(*(operand.shape[-1] for operand in operands))
         output, weights, activities = layers.project_and_attend(
             params, query, key, value, score=self.score, attention_axes=self.attention_axes, query_mask=query_mask,
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=self.sliding_window,
+            rotary=self.rotary, normalize_qk=self.normalize_qk, score_mod=self._modifier(score_mod), sink=sink,
+            query_positions=query_positions, key_positions=key_positions,
             return_weights=return_weights or sow_weights, dtype=self.dtype, precision=self.precision,
             logits_soft_cap=self.logits_soft_cap, implementation=self.implementation, block_sizes=self.block_sizes,
-            **self._dropout(deterministic, dropout_rng),
+            **self.dropout_options(deterministic, dropout_rng), **({"attend": self._decode} if self.decode else {}),
         )  # fmt: skip
         self._sow_losses(params, activities)
-        return self._finish((output, weights) if return_weights or sow_weights else output, return_weights, sow_weights)
+        return self.finish((output, weights) if return_weights or sow_weights else output, return_weights, sow_weights)
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
         dimensions = Dimensions.resolve(
@@ -201,13 +196,19 @@ class MultiHeadAttention(_Attention):
         )  # fmt: skip
         inits = (self.kernel_init, self.bias_init, self.out_kernel_init, self.out_bias_init)
         params = {
-            name: _Projection(affine, self.use_bias, *projection_inits(name, *inits), self.param_dtype, name=name)()
+            name: Projection(affine, self.use_bias, *projection_inits(name, *inits), self.param_dtype, name=name)()
             for name, affine in dimensions.projections(query_features, key_features, value_features).items()
         }
-        if layers.has_score_parameters(self.score):
-            shape = (dimensions.num_heads, dimensions.key_dim)
-            params["score"] = _ScoreScale(shape, self.scale_init, self.param_dtype, name="score")()
-        return params
+        vectors = dimensions.vectors(
+            self.score, scale_init=self.scale_init, use_scale=self.use_scale, normalize_qk=self.normalize_qk,
+            use_sink=self.use_sink,
+        )  # fmt: skip
+        return params | {name: Parameter(vector, self.param_dtype, name=name)() for name, vector in vectors.items()}
+
+    def _modifier(self, score_mod: ScoreMod | None) -> ScoreMod | None:
+        if score_mod is not None:
+            return score_mod
+        return self.score_mod(self.num_heads) if isinstance(self.score_mod, nn.Module) else self.score_mod
 
     def _sow_losses(self, params: dict[str, Any], activities: dict[str, jax.Array]) -> None:
         if self.is_initializing():
@@ -220,158 +221,52 @@ class MultiHeadAttention(_Attention):
         if losses:
             self.sow("losses", "regularization", sum(losses), reduce_fn=operator.add, init_fn=lambda: 0.0)
 
+    # Decoding
 
-class AdditiveAttention(_Attention):
-    """Additive (Bahdanau) attention: softmax(sum_d scale_d tanh(query_d + key_d)) value, without heads.
+    def _check_decoding(self, key: Any, value: Any, key_mask: Any, query_positions: Any, key_positions: Any) -> None:
+        if key is not None or value is not None:
+            raise ValueError(
+                "decode=True is for self-attention: pass the query alone. Attend to the fixed keys of an encoder with a "
+                "layer that has decode=False."
+            )
+        if key_mask is not None:
+            raise ValueError(
+                "decode=True takes no key_mask: the cache has keys that it says nothing of. Pass a mask of the slots of "
+                "the cache, mask=attnlib.masks.KeyPadding(real)."
+            )
+        if query_positions is not None or key_positions is not None:
+            raise ValueError("decode=True takes no positions: they are those of the tokens in the cache.")
 
-    Parameters: `scale (D,)` with use_scale.
+    def _positions(self, query: Array) -> jax.Array | None:
+        """Those of the query's tokens; None where `init` makes the cache."""
+        axes = module_axes(self.attention_axes, query, query, query)
+        if len(axes.attention) != 1:
+            raise ValueError(f"decode=True needs one attention axis; there are {len(axes.attention)}.")
+        index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+        if not self.has_variable("cache", "cached_key"):
+            return None
+        return index.value + jnp.arange(query.shape[axes.attention[0]], dtype=jnp.int32)
 
-    Attributes:
-      use_scale: whether to learn the scale; without it every feature counts 1. Default True.
-      scale_init: initialiser of the scale; default: glorot uniform.
-      attention_axes: axes attended over, numbered in the arrays passed (the last sequence axis is -2); default: every
-        axis but the first and the features.
-      dropout_rate: fraction of attention weights dropped in training, in [0, 1); default 0.
-      deterministic: whether dropout is off; here or in the call, needed where dropout_rate > 0.
-      param_dtype: of the scale; default float32.
-      precision, implementation, block_sizes: as in `attnlib.additive_attention`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, attnlib
-      >>> layer = attnlib.AdditiveAttention()
-      >>> query, key = jnp.ones((2, 5, 8)), jnp.ones((2, 7, 8))
-      >>> variables = layer.init(jax.random.key(0), query, key)
-      >>> output, weights = layer.apply(variables, query, key, return_weights=True)
-      >>> output.shape, weights.shape
-      ((2, 5, 8), (2, 5, 7))
-
-    Source: Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015).
-    """
-
-    use_scale: bool = True
-    attention_axes: int | Sequence[int] | None = None
-    dropout_rate: float = 0.0
-    deterministic: bool | None = None
-    scale_init: Initializer = vector_glorot_uniform
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    implementation: str | Sequence[str] | None = None
-    block_sizes: tuple[int, int] | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        query: Array,
-        key: Array | None = None,
-        value: Array | None = None,
-        *,
-        query_mask: BoolMask | None = None,
-        key_mask: BoolMask | None = None,
-        mask: BoolMask | Mask | None = None,
-        bias: Bias | None = None,
-        is_causal: bool = False,
-        deterministic: bool | None = None,
-        dropout_rng: Rng | None = None,
-        return_weights: bool = False,
-        sow_weights: bool = False,
+    def _decode(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, *, query_positions: Any, key_positions: Any, **options
     ) -> Any:
-        """Applies the layer.
+        """In place of `attention`."""
+        del key_positions
+        exists = self.has_variable("cache", "cached_key")
+        (axis,) = options["attention_axes"]
+        held = [self.variable("cache", f"cached_{name}", self._empty, array, axis)
+                for name, array in (("key", key), ("value", value))]  # fmt: skip
+        if not exists:
+            return attention(query, key, value, **options)
+        index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+        window = None if self.sliding_window is None else min(self.sliding_window, held[0].value.shape[-3])
+        cache = KVCache(held[0].value, held[1].value, index.value, window=window)
+        results, cache = cache.decode(query, key, value, **{**options, "is_causal": True})
+        held[0].value, held[1].value, index.value = cache.key, cache.value, cache.length
+        return results
 
-        Args:
-          query: `(*batch and attention axes, D)`; for one sequence axis `(B, T, D)`.
-          key: `(..., D)`; default: query.
-          value: `(..., E)`, with the key's positions; default: key.
-          query_mask, key_mask: bool, the shape of query / key without features, True = real; a masked query row
-            gives zero output.
-          mask: bool array or `Mask` over `(*batch, *query axes, *key axes)`, or of the last two kinds of axes alone.
-          bias: added to the logits, shapes as for mask.
-          is_causal, deterministic, dropout_rng, return_weights, sow_weights: as in `MultiHeadAttention`.
-
-        Returns:
-          output `(*query's leading axes, E)`, or (output, weights), weights being `(*batch, *query axes, *key axes)`.
-        """
-        key, value = layers.default_operands(query, key, value)
-        shape = (query.shape[-1],)
-        scale = (
-            self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
-        )
-        results = layers.single_head_attention(
-            Additive(scale), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
-            key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
-            return_weights=return_weights or sow_weights, precision=self.precision,
-            implementation=self.implementation, block_sizes=self.block_sizes,
-            **self._dropout(deterministic, dropout_rng),
-        )  # fmt: skip
-        return self._finish(results, return_weights, sow_weights)
-
-
-class DotProductAttention(_Attention):
-    """Dot-product (Luong) attention without heads or projections: softmax(scale * query key^T) value.
-
-    Parameters: `scale ()`, ones, with use_scale; `concat_score_weight ()`, ones, with score_mode="concat".
-
-    Attributes:
-      use_scale: whether to learn a scalar scale; without it the scale is 1, as in Keras' Attention. Default False.
-      score_mode: "dot", or "concat": concat_score_weight * sum_d tanh(scale * (query_d + key_d)).
-      attention_axes: axes attended over, numbered in the arrays passed (the last sequence axis is -2); default: every
-        axis but the first and the features.
-      dropout_rate: fraction of attention weights dropped in training, in [0, 1); default 0.
-      deterministic: whether dropout is off; here or in the call, needed where dropout_rate > 0.
-      param_dtype: of the scalars; default float32.
-      precision, implementation, block_sizes: as in `attnlib.dot_product_attention`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, attnlib
-      >>> layer = attnlib.DotProductAttention()
-      >>> layer.apply({}, jnp.ones((2, 5, 8)), jnp.ones((2, 7, 8))).shape
-      (2, 5, 8)
-
-    Source: Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation" (2015).
-    """
-
-    use_scale: bool = False
-    score_mode: str = "dot"
-    attention_axes: int | Sequence[int] | None = None
-    dropout_rate: float = 0.0
-    deterministic: bool | None = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    implementation: str | Sequence[str] | None = None
-    block_sizes: tuple[int, int] | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        query: Array,
-        key: Array | None = None,
-        value: Array | None = None,
-        *,
-        query_mask: BoolMask | None = None,
-        key_mask: BoolMask | None = None,
-        mask: BoolMask | Mask | None = None,
-        bias: Bias | None = None,
-        is_causal: bool = False,
-        deterministic: bool | None = None,
-        dropout_rng: Rng | None = None,
-        return_weights: bool = False,
-        sow_weights: bool = False,
-    ) -> Any:
-        """Applies the layer; arguments and results as in `AdditiveAttention`."""
-        key, value = layers.default_operands(query, key, value)
-        results = layers.single_head_attention(
-            self._score(), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
-            key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
-            return_weights=return_weights or sow_weights, precision=self.precision,
-            implementation=self.implementation, block_sizes=self.block_sizes,
-            **self._dropout(deterministic, dropout_rng),
-        )  # fmt: skip
-        return self._finish(results, return_weights, sow_weights)
-
-    def _score(self) -> Score:
-        if self.score_mode not in ("dot", "concat"):
-            raise ValueError(f'score_mode must be "dot" or "concat"; got {self.score_mode!r}.')
-        ones = nn.initializers.ones
-        scale = self.param("scale", ones, (), self.param_dtype) if self.use_scale else None
-        if self.score_mode == "dot":
-            return Dot(1.0 if scale is None else scale)
-        return Concat(self.param("concat_score_weight", ones, (), self.param_dtype), scale)
+    def _empty(self, like: jax.Array, axis: int) -> jax.Array:
+        """A cache for as many tokens as the input has, or as the window shows."""
+        length = like.shape[axis] if self.sliding_window is None else min(like.shape[axis], self.sliding_window)
+        batch = [size for n, size in enumerate(like.shape[:-2]) if n != axis]
+        return jnp.zeros((*batch, length, *like.shape[-2:]), like.dtype)
