@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     {"_types", "_tiles", "_dropout", "_online_softmax", "_linear", "_loops"},
     {"_ruled"},
-    {"_axes", "_positions", "_dimensions", "_additive", "_product"},
+    {"_axes", "_positions", "_dimensions", "_additive", "_product", "_cost"},
     {"_mask", "positions"},
     {"masks", "scores"},
     {"_problem"},
