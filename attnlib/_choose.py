@@ -72,6 +72,12 @@ class Explanation:
       block_sizes: (queries, keys) of its tiles; None where it has none.
       tiles: (tiles it computes, all tiles), those that the mask empties being left out; None where it has none.
       memory: estimated bytes of temporaries of a forward pass.
+      flops: operations of a forward pass, as XLA counts them: two for each multiplication of a product, which is added
+        up, and one for each number that anything else computes, be it a comparison or a `tanh`. Whole tiles count where
+        the mask leaves out a part of them, nothing where it leaves out all. It is no measure of time: a `tanh` takes
+        many times longer than a sum.
+      bytes: of the arrays that are passed, each read once, and of the results, each written once: the least that any
+        implementation must move. Tiles read some again, and temporaries are written and read.
       refusals: for each other implementation, why it would not run.
     """
 
@@ -79,6 +85,8 @@ class Explanation:
     block_sizes: tuple[int, int] | None
     tiles: tuple[int, int] | None
     memory: int
+    flops: int
+    bytes: int
     refusals: dict[str, str]
 
     def __str__(self) -> str:
@@ -87,7 +95,15 @@ class Explanation:
             size, tiles = self.block_sizes, self.tiles
             lines.append(f"tiles: {size[0]} queries x {size[1]} keys, {tiles[0]} of {tiles[1]} computed")
         lines.append(f"memory: about {self.memory / 1e6:.1f} MB of temporaries in a forward pass")
+        lines.append(f"cost: about {_short(self.flops)}FLOP, {_short(self.bytes)}B read and written")
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.refusals.items()])
+
+
+def _short(number: int) -> str:
+    """Three digits and the prefix of a unit."""
+    rounded = float(f"{number:.3g}")
+    power = next((n for n in range(5) if rounded < 1000 ** (n + 1)), 5)
+    return f"{rounded / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
 def explain(problem: Problem, asked: str | tuple[str, ...] | None) -> Explanation:
@@ -102,4 +118,6 @@ def explain(problem: Problem, asked: str | tuple[str, ...] | None) -> Explanatio
 
     refusals = {other.name: other.unsupported(problem) or reason(other) for other in others}
     estimate = chosen.estimate(problem)
-    return Explanation(chosen.name, estimate.block_sizes, estimate.tiles, estimate.memory, refusals)
+    return Explanation(
+        chosen.name, estimate.block_sizes, estimate.tiles, estimate.memory, estimate.flops, problem.traffic, refusals
+    )

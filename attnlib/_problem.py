@@ -89,6 +89,13 @@ class Problem:
         """The dtype of logits and softmax statistics: float32 at least."""
         return compute_dtype(self.query, self.key, self.value)
 
+    @property
+    def traffic(self) -> int:
+        """Bytes of the arrays that go in and of the results that come out."""
+        size = self.value.shape[-1] * self.value.dtype.itemsize
+        size += (self.return_lse + self.return_weights * self.key_length) * jnp.dtype(self.dtype).itemsize
+        return self.rows * size + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
 
 class Result(NamedTuple):
     """What an implementation gives, in the dtype of `Problem.dtype` and with full batch axes."""
@@ -102,6 +109,7 @@ class Estimate(NamedTuple):
     """What a forward pass of an implementation would need."""
 
     memory: int  # bytes of temporaries
+    flops: int  # operations, as `_cost` counts them
     block_sizes: tuple[int, int] | None = None  # (queries, keys) of a tile, where there are tiles
     tiles: tuple[int, int] | None = None  # (tiles computed, all tiles)
 

@@ -37,6 +37,14 @@ def tangent_of(
     return linear_map(Bound(forward, (active,)), Bound(transpose, (active,)), residuals, changes)
 
 
+def program_of(equation: Any) -> Any:
+    """The jaxpr that an equation of a jaxpr runs if it is one of `ruled`, else None."""
+    if equation.primitive is not _ruled:
+        return None
+    function = equation.params["function"]
+    return jax.make_jaxpr(lambda *args: called(function, *args))(*(atom.aval for atom in equation.invars)).jaxpr
+
+
 _ruled = Primitive("attnlib_ruled")
 _ruled.multiple_results = True
 

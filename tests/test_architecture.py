@@ -17,9 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     {"_types", "_tiles", "_dropout", "_online_softmax", "_linear", "_loops", "_hoist"},
     {"_ruled"},
-    {"_axes", "_positions", "_additive", "_product"},
-    {"_mask", "_modifier", "modifiers", "positions"},
-    {"masks", "scores"},
+    {"_axes", "_positions", "_additive", "_product", "_cost"},
+    {"_mask", "_modifier", "positions"},
+    {"masks", "scores", "modifiers"},
     {"_problem", "_dimensions"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
     {"_impl._tile"},

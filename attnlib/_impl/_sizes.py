@@ -67,15 +67,16 @@ def _narrowed(problem: Problem, queries: int, keys: int) -> tuple[int, int]:
     """Smaller tiles, down to 128, where a static mask (a window, say) then leaves a good part of the work out."""
     while problem.mask is not None and max(queries, keys) >= 256:
         smaller = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
-        if _work(problem, *smaller) >= 0.85 * _work(problem, queries, keys):
+        if pairs_computed(problem, *smaller) >= 0.85 * pairs_computed(problem, queries, keys):
             break
         queries, keys = smaller
     return queries, keys
 
 
-def _work(problem: Problem, queries: int, keys: int) -> int:
-    """Pairs in the tiles that the mask does not empty."""
-    assert problem.mask is not None
+def pairs_computed(problem: Problem, queries: int, keys: int) -> int:
+    """Pairs of a head in the tiles that the mask does not empty."""
+    if problem.mask is None:
+        return problem.query_length * problem.key_length
     query, key = Ranges.of(problem.query_shape, queries, "query"), Ranges.of(problem.key_shape, keys, "key")
     kinds = np.broadcast_to(problem.mask.tile(query, key), (query.first.size, key.first.size))
     sizes = (query.last - query.first + 1) * (key.last - key.first + 1)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _online_softmax
+from attnlib._cost import operations
 from attnlib._impl._sizes import heads_in_turn, rows_at_once, tile_sizes
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
 from attnlib._linear import Bound, unbroadcast
@@ -208,14 +209,14 @@ def _unsupported(problem: Problem) -> str | None:
 def _estimate(problem: Problem) -> Estimate:
     """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
     if problem.query_length == 0 or problem.key_length == 0:
-        return Estimate(memory=0)
+        return Estimate(memory=0, flops=0)
     tile = tile_sizes(problem)
     kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
     whole = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
     whole += problem.key.size + problem.value.size
     itemsize = jnp.dtype(problem.dtype).itemsize
     memory = (whole + 2 * rows_at_once(problem) * tile[0] * tile[1]) * itemsize
-    return Estimate(memory, tile, (int((kinds != EMPTY).sum()), kinds.size))
+    return Estimate(memory, operations(_run, problem), tile, (int((kinds != EMPTY).sum()), kinds.size))
 
 
 blockwise = Implementation("blockwise", _unsupported, _run, _estimate)

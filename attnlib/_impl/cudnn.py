@@ -29,10 +29,14 @@ import jax.numpy as jnp
 
 from attnlib._impl._borrowed import output_of
 from attnlib._impl._cudnn_kernel import Static, call, kernel
+from attnlib._impl._sizes import pairs_computed
 from attnlib._mask import And, Mask
 from attnlib._problem import Estimate, Implementation, Problem, Result
 from attnlib.masks import Causal, Lengths, Prefix, SlidingWindow
 from attnlib.scores import Dot
+
+# (queries, keys) of what its kernels compute at once, or near it: they choose among several, out of our sight.
+_TILE = 128, 128
 
 
 def cudnn(general: Implementation, elsewhere: bool) -> Implementation:
@@ -55,7 +59,10 @@ def _estimate(problem: Problem) -> Estimate:
     """The output, and cleaned copies of the operands where there is a mask."""
     operands = (problem.query, problem.key, problem.value) if problem.mask is not None else ()
     numbers = sum(operand.size for operand in operands) + problem.rows * problem.value.shape[-1]
-    return Estimate(numbers * problem.value.dtype.itemsize)
+    # Of a pair two products, and for the softmax a maximum, a difference, an exponential, a sum and a rounding.
+    of_a_pair = 2 * problem.query.shape[-1] + 2 * problem.value.shape[-1] + 5
+    heads = math.prod(problem.batch) * problem.kv_heads * problem.groups
+    return Estimate(numbers * problem.value.dtype.itemsize, heads * pairs_computed(problem, *_TILE) * of_a_pair)
 
 
 # What is refused. Facts of the call come first, so that the reason is the same on every machine; jax.nn has the last

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _dropout
+from attnlib._cost import operations
 from attnlib._problem import Estimate, Implementation, Problem, Result
 
 
@@ -100,7 +101,8 @@ def _keep(problem: Problem) -> jax.Array:
 
 def _estimate(problem: Problem) -> Estimate:
     """Logits and weights of all pairs."""
-    return Estimate(memory=2 * problem.rows * problem.key_length * jnp.dtype(problem.dtype).itemsize)
+    memory = 2 * problem.rows * problem.key_length * jnp.dtype(problem.dtype).itemsize
+    return Estimate(memory, operations(_run, problem))
 
 
 reference = Implementation("reference", _unsupported, _run, _estimate)
