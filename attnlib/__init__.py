@@ -10,6 +10,7 @@ from attnlib.attention import (
     merge_attention,
 )
 from attnlib.attention_fn import attention_fn
+from attnlib.cache import KVCache
 from attnlib.layers import init_multi_head_attention, multi_head_attention
 from attnlib.linen import AdditiveAttention, DotProductAttention, MultiHeadAttention
 from attnlib.regularization import apply_constraints, constrain, parameter_penalty, regularization_loss
@@ -18,6 +19,7 @@ __all__ = [
     "AdditiveAttention",
     "DotProductAttention",
     "Explanation",
+    "KVCache",
     "MultiHeadAttention",
     "additive_attention",
     "apply_constraints",
