@@ -10,6 +10,7 @@ from attnlib.attention import (
     merge_attention,
 )
 from attnlib.attention_fn import attention_fn
+from attnlib.cache import KVCache
 from attnlib.layers import init_multi_head_attention, multi_head_attention
 from attnlib.linen import (
     AdditiveAttention,
@@ -25,6 +26,7 @@ __all__ = [
     "BucketedPositionBias",
     "DotProductAttention",
     "Explanation",
+    "KVCache",
     "MultiHeadAttention",
     "RelativePositionBias",
     "additive_attention",

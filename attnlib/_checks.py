@@ -35,6 +35,21 @@ def arrays(**operands: Any) -> None:
             )
 
 
+def known(value: Any) -> bool:
+    """Whether a value can be looked at: it is not traced, and this process has all of it."""
+    return not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
+
+
+def size(value: Any, name: str, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError as error:  # floats, and tracers, whose value is not known
+        raise TypeError(f"{name} must be an int, known when the program is compiled; got {value!r}.") from error
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}; got {number}.")
+    return number
+
+
 def static_axes(attention_axes: Any) -> int | tuple[int, ...] | None:
     """`attention_axes` as a hashable value; out of range is `_axes.normalize`'s to say."""
     if attention_axes is None:

@@ -248,7 +248,14 @@ class MultiHeadAttention(Attention):
         return index.value + jnp.arange(query.shape[axes.attention[0]], dtype=jnp.int32)
 
     def _decode(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, *, query_positions: Any, key_positions: Any, **options
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        query_positions: Any,
+        key_positions: Any,
+        **options: Any,
     ) -> Any:
         """In place of `attention`."""
         del key_positions
