@@ -61,7 +61,7 @@ def arguments(
         dtype, positions = compute_dtype(query, key, value), (query_positions, key_positions)
         score_mod = Modifier.of(score_mod, len(axes.batch), len(axes.attention), query.shape[-2], dtype, positions)
     arrays = Arrays(
-        query, key, value, score, mask, bias, score_mod, sink, query_positions, key_positions,
+        query, key, value, score, mask, bias, score_mod, _checks.sink(sink), query_positions, key_positions,
         dropout_rng if rate else None,
     )  # fmt: skip
     return arrays, static
@@ -105,7 +105,7 @@ def fold(
     if mask is not None:
         mask.check(shapes)
     _checks.bias(bias, shapes)
-    _checks.sink(arrays.sink, heads)
+    _checks.sink_shape(arrays.sink, heads)
     if is_causal:
         mask = Causal() if mask is None else mask & Causal()
     positions = arrays.query_positions, arrays.key_positions

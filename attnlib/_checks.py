@@ -142,13 +142,17 @@ def explicit_positions(query: Any, key: Any, shapes: Shapes) -> None:
             check_positions(value, f"{name}_positions", shapes.batch, length, name)
 
 
-def sink(value: Any, heads: int) -> None:
-    if value is None:
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number and not (is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)):
-        raise TypeError(f"sink must be a number, an array of floating-point numbers or None; got {value!r}.")
-    if np.shape(value) not in ((), (heads,)):
+def sink(value: Any) -> Any:
+    """A number as a float; arrays of floating-point numbers and None pass."""
+    if value is None or (is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"sink must be a number, an array of floating-point numbers or None; got {value!r}.")
+
+
+def sink_shape(value: Any, heads: int) -> None:
+    if value is not None and np.shape(value) not in ((), (heads,)):
         raise ValueError(f"sink must have shape () or ({heads},), one for each query head; got {np.shape(value)}.")
 
 

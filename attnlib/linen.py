@@ -226,13 +226,13 @@ class MultiHeadAttention(Attention):
     def _check_decoding(self, key: Any, value: Any, key_mask: Any, query_positions: Any, key_positions: Any) -> None:
         if key is not None or value is not None:
             raise ValueError(
-                "decode=True is for self-attention: pass the query alone. Attend to the fixed keys of an encoder with a "
-                "layer that has decode=False."
+                "decode=True is for self-attention: pass the query alone. Attend to the fixed keys of an encoder with "
+                "a layer that has decode=False."
             )
         if key_mask is not None:
             raise ValueError(
-                "decode=True takes no key_mask: the cache has keys that it says nothing of. Pass a mask of the slots of "
-                "the cache, mask=attnlib.masks.KeyPadding(real)."
+                "decode=True takes no key_mask: the cache has keys that it says nothing of. Pass a mask of the slots "
+                "of the cache, mask=attnlib.masks.KeyPadding(real)."
             )
         if query_positions is not None or key_positions is not None:
             raise ValueError("decode=True takes no positions: they are those of the tokens in the cache.")
@@ -258,18 +258,19 @@ class MultiHeadAttention(Attention):
         **options: Any,
     ) -> Any:
         """In place of `attention`."""
-        del key_positions
-        exists = self.has_variable("cache", "cached_key")
+        del key_positions  # and the query's, which both are told by the cache
         (axis,) = options["attention_axes"]
-        held = [self.variable("cache", f"cached_{name}", self._empty, array, axis)
-                for name, array in (("key", key), ("value", value))]  # fmt: skip
-        if not exists:
-            return attention(query, key, value, **options)
-        index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
-        window = None if self.sliding_window is None else min(self.sliding_window, held[0].value.shape[-3])
-        cache = KVCache(held[0].value, held[1].value, index.value, window=window)
+        names = ("cached_key", "cached_value", "cache_index")
+        if not self.has_variable("cache", names[0]):
+            for name, array in zip(names, (key, value), strict=False):
+                self.put_variable("cache", name, self._empty(array, axis))
+            return attention(query, key, value, query_positions=query_positions, **options)
+        keys, values, length = map(jnp.asarray, (self.get_variable("cache", name) for name in names))
+        window = None if self.sliding_window is None else min(self.sliding_window, keys.shape[-3])
+        cache = KVCache(keys, values, length, window=window)
         results, cache = cache.decode(query, key, value, **{**options, "is_causal": True})
-        held[0].value, held[1].value, index.value = cache.key, cache.value, cache.length
+        for name, array in zip(names, (cache.key, cache.value, cache.length), strict=True):
+            self.put_variable("cache", name, array)
         return results
 
     def _empty(self, like: jax.Array, axis: int) -> jax.Array:

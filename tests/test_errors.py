@@ -284,8 +284,8 @@ def test_traced_options_are_refused(name):
 
 
 def test_explain_refuses_what_it_does_not_know():
-    with pytest.raises(TypeError, match=r"unknown options \['sink'\]; known are \['attention_axes'"):
-        attnlib.explain(QUERY, KEY, KEY, sink=1)
+    with pytest.raises(TypeError, match=r"unknown options \['temperature'\]; known are \['attention_axes'"):
+        attnlib.explain(QUERY, KEY, KEY, temperature=1)
     with pytest.raises(TypeError, match=r"scale inside the score: score=attnlib.scores.Dot\(scale\)"):
         attnlib.explain(QUERY, KEY, KEY, scale=1.0)
 

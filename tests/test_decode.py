@@ -1,0 +1,143 @@
+"""`MultiHeadAttention(decode=True)`: tokens in any split through the cache are the whole pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, assert_same
+from flax import linen as nn
+from quick_jit import quick_jit
+
+import attnlib
+from attnlib import masks, modifiers
+
+HEADS, LENGTH, WIDTH = 4, 12, 16
+LAYERS = {
+    "plain": dict(),
+    "grouped, rotary, norms, sink, gate": dict(
+        num_kv_heads=2, rotary=True, normalize_qk="rms", use_sink=True, use_gate=True, value_dim=3
+    ),
+    "window": dict(sliding_window=4, rotary=True),
+    "window beyond the input": dict(sliding_window=40),
+    "additive": dict(score="additive"),
+    "alibi": dict(score_mod=modifiers.ALiBi(modifiers.alibi_slopes(HEADS))),
+    "buckets": dict(score_mod=attnlib.BucketedPositionBias(num_buckets=8, bidirectional=False, max_distance=6)),
+    "bfloat16": dict(dtype=jnp.bfloat16),
+    "tiled": dict(implementation="blockwise", block_sizes=(3, 4)),
+}
+SPLITS = [[1] * LENGTH, [5, 1, 1, 5], [LENGTH], [7, 4, 1]]
+
+
+def in_parts(layer, variables, x, split, axis=1, **options):
+    """(output, cache) of the tokens in parts."""
+    step = quick_jit(lambda cache, part: layer.apply(
+        {"params": variables["params"], "cache": cache}, part, mutable=["cache"], **options
+    ))  # fmt: skip
+    cache, parts = variables["cache"], []
+    for part in jnp.split(x, np.cumsum(split)[:-1], axis):
+        output, changed = step(cache, part)
+        cache = changed["cache"]
+        parts.append(output)
+    return jnp.concatenate(parts, axis), cache
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_any_split_is_the_whole_pass(name, split, keys):
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS, **LAYERS[name])
+    x = keys.normal(2, LENGTH, WIDTH)
+    decoding = layer.copy(decode=True)
+    variables = decoding.init(next(keys), x)
+    made, cache = in_parts(decoding, variables, x, split)
+    whole = layer.apply({"params": variables["params"]}, x, is_causal=True)
+    assert_close(made, whole, length=LENGTH)
+    kept = min(LENGTH, LAYERS[name].get("sliding_window", LENGTH))
+    assert cache["cached_key"].shape == (2, kept, LAYERS[name].get("num_kv_heads", HEADS), WIDTH // HEADS)
+    assert cache["cached_key"].dtype == made.dtype
+    assert cache["cache_index"] == LENGTH
+
+
+def test_along_a_middle_axis(keys):
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS, attention_axes=1, rotary=True)
+    x = keys.normal(2, LENGTH, 3, WIDTH)
+    decoding = layer.copy(decode=True)
+    variables = decoding.init(next(keys), x)
+    made, _ = in_parts(decoding, variables, x, [5, 1, 6])
+    assert_close(made, layer.apply({"params": variables["params"]}, x, is_causal=True), length=LENGTH)
+
+
+def test_a_mask_speaks_of_slots(keys):
+    """Left padding: the first tokens of a row are none, at every step."""
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS)
+    x, real = keys.normal(2, LENGTH, WIDTH), jnp.arange(LENGTH) >= jnp.array([[3], [0]])
+    decoding = layer.copy(decode=True)
+    variables = decoding.init(next(keys), x)
+    made, _ = in_parts(decoding, variables, x, [6, 1, 5], mask=masks.KeyPadding(real))
+    whole = layer.apply({"params": variables["params"]}, x, is_causal=True, mask=masks.KeyPadding(real))
+    assert_close(made, whole, length=LENGTH)
+
+
+def test_init_makes_an_empty_cache_and_the_usual_output(keys):
+    x = keys.normal(2, LENGTH, WIDTH)
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS)
+    output, variables = layer.copy(decode=True).init_with_output(next(keys), x, is_causal=True)
+    assert_same(output, layer.apply({"params": variables["params"]}, x, is_causal=True))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(variables["cache"]))
+    plain = layer.init(next(keys), x)["params"]
+    assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, variables["params"])
+
+
+def test_as_the_layer_of_flax_decodes(keys):
+    """The same parameters, one token at a time: what the layer of Flax gives, and its names in the cache."""
+    theirs = nn.MultiHeadDotProductAttention(num_heads=HEADS, qkv_features=WIDTH, decode=True)
+    ours = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True)
+    x = keys.normal(2, LENGTH, WIDTH)
+    variables = theirs.init(next(keys), x)
+    expected, cache = in_parts(theirs, variables, x, [1] * LENGTH)
+    made, held = in_parts(ours, {**ours.init(next(keys), x), "params": variables["params"]}, x, [1] * LENGTH)
+    assert_close(made, expected, length=LENGTH)
+    assert set(held) == set(cache)
+    assert_close(held["cached_value"], cache["cached_value"])
+
+
+def test_generation_in_a_scan_compiles_once(keys):
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True, rotary=True)
+    x = keys.normal(2, LENGTH, WIDTH)
+    variables = layer.init(next(keys), x)
+
+    @jax.jit
+    def generate(params, cache, first):
+        def step(carry, _):
+            cache, token = carry
+            output, changed = layer.apply({"params": params, "cache": cache}, token, mutable=["cache"])
+            return (changed["cache"], jnp.tanh(output)), output
+
+        return jax.lax.scan(step, (cache, first), length=LENGTH)[1]
+
+    made = generate(variables["params"], variables["cache"], x[:, :1])[:, :, 0].swapaxes(0, 1)
+    fed = jnp.concatenate([x[:, :1], jnp.tanh(made[:, :-1])], 1)
+    whole = layer.copy(decode=False).apply({"params": variables["params"]}, fed, is_causal=True)
+    assert_close(made, whole, length=LENGTH)
+
+
+def test_beyond_the_cache_is_nan_and_never_wrong(keys):
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True)
+    x = keys.normal(2, 5, WIDTH)
+    variables = layer.init(next(keys), x[:, :4])
+    made, _ = in_parts(layer, variables, x, [4, 1])
+    assert np.all(np.isfinite(made[:, :4])) and np.all(np.isnan(made[:, 4:]))
+
+
+REFUSED = [
+    (dict(key=jnp.ones((2, 5, WIDTH))), {}, "decode=True is for self-attention"),
+    (dict(key_mask=jnp.ones((2, 5), bool)), {}, "decode=True takes no key_mask"),
+    (dict(query_positions=jnp.arange(5)), {}, "decode=True takes no positions"),
+    ({}, dict(attention_axes=(0, 1)), "decode=True needs one attention axis; there are 2"),
+]
+
+
+@pytest.mark.parametrize(("options", "fields", "text"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_cannot_be_decoded_is_refused(options, fields, text, keys):
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True, **fields)
+    with pytest.raises(ValueError, match=text):
+        layer.init(next(keys), jnp.ones((2, 5, WIDTH)), **options)
