@@ -55,10 +55,12 @@ def arguments(
     _checks.arrays(query=query, key=key, value=value)
     for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
         _checks.integers(positions, name)
+    dtype = compute_dtype(query, key, value)
+    score = score.hoisted(*(jax.ShapeDtypeStruct(x.shape[-1:], dtype) for x in (query, key)))
     if score_mod is not None:
         _checks.rank(query, "query")
         axes = _axes.normalize(static["attention_axes"], query.ndim, trailing=2)
-        dtype, positions = compute_dtype(query, key, value), (query_positions, key_positions)
+        positions = query_positions, key_positions
         score_mod = Modifier.of(score_mod, len(axes.batch), len(axes.attention), query.shape[-2], dtype, positions)
     arrays = Arrays(
         query, key, value, score, mask, bias, score_mod, _checks.sink(sink), query_positions, key_positions,

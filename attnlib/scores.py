@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._additive import additive_logits
+from attnlib._hoist import Hoisted, hoisted
 from attnlib._product import over_features
 
 __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
@@ -41,6 +42,11 @@ class Score:
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         """Logits `(*batch, K, G, T, S)` of query `(*batch, K, G, T, D)` and key `(*batch, K, S, D)`."""
         raise NotImplementedError
+
+    def hoisted(self, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> Score:
+        """The same score for one such query and key, with all its arrays where JAX finds them: it is a pytree."""
+        del query, key
+        return self
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         """Raises ValueError where the parameters or features do not fit; by default features must be equal."""
@@ -211,8 +217,8 @@ class Custom(Score):
     """Any function of one query vector and one key vector; the library batches it.
 
     Args:
-      fn: `fn(query (D,), key (D_key,), *params) -> scalar`. Static: pass the same function object again to avoid
-        recompilation, and its arrays as `params`.
+      fn: `fn(query (D,), key (D_key,), *params) -> scalar`. Arrays that it captures are traced and differentiable, as
+        `params` are; otherwise pass the same function object again to avoid recompilation.
       *params: arrays or pytrees of arrays, shared by all heads; differentiable.
 
     >>> import jax.numpy as jnp
@@ -229,6 +235,13 @@ class Custom(Score):
         del precision  # the function's own business
         pairwise = jnp.vectorize(lambda q, k: self.fn(q, k, *self.params), signature="(d),(e)->()")
         return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
+
+    def hoisted(self, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> Score:
+        leaves, tree = jax.tree_util.tree_flatten(self.params)
+        program, result = hoisted(lambda q, k, *leaves: self.fn(q, k, *tree.unflatten(leaves)), query, key, *leaves)
+        if not program.captured or getattr(result, "shape", None) != ():  # `check` says what is wrong
+            return self
+        return Custom(_of_program, program, leaves)
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         del heads
@@ -251,6 +264,10 @@ class Custom(Score):
         score = object.__new__(cls)
         score.fn, score.params = fn, tuple(params)
         return score
+
+
+def _of_program(query: jax.Array, key: jax.Array, program: Hoisted, params: Sequence[jax.Array]) -> jax.Array:
+    return program(query, key, *params)
 
 
 def _cast(parameter: Any, like: jax.Array) -> jax.Array:

@@ -339,17 +339,14 @@ print(refused, "of", len(calls))
     assert done.stdout.strip() == "9 of 9", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("options", [
-    lambda b: dict(score=attnlib.scores.Custom(lambda q, k: b * jnp.sum(q * k))),
-    lambda b: dict(score=attnlib.scores.Dot(), mask=attnlib.masks.Predicate(lambda q, k: q <= k + b)),
-])  # fmt: skip
-def test_functions_that_capture_traced_arrays(options):
+def test_predicates_that_capture_traced_arrays():
     """Tiles refuse them with the remedy; the reference takes them."""
     x = jnp.ones((1, 6, 2, 4))
 
     def run(b, implementation):
-        return attnlib.attention(x, x, x, **options(b), implementation=implementation)
+        mask = attnlib.masks.Predicate(lambda q, k: q <= k + b)
+        return attnlib.dot_product_attention(x, x, x, mask=mask, implementation=implementation)
 
     assert jax.jit(run, static_argnums=1)(2, "reference").shape == x.shape
-    with pytest.raises(TypeError, match=r"captures a traced array.*Custom\(fn, \*params\).*implementation='reference'"):
+    with pytest.raises(TypeError, match=r"Predicate captures a traced array.*masks.Dense.*implementation='reference'"):
         jax.jit(run, static_argnums=1)(2, "blockwise")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import NAMES, by_name, unsupported
+from cases import COMPLETE, NAMES, by_name, unsupported
 from conftest import assert_close, assert_finite, x64
 from quick_jit import quick_jit
 
@@ -206,3 +206,26 @@ def test_no_features():
     for score in (scores.Dot(), scores.Additive()):
         output = attnlib.attention(jnp.zeros((1, 2, 1, 0)), jnp.zeros((1, 3, 1, 0)), value, score=score)
         assert_close(output, jnp.broadcast_to(value.mean(1, keepdims=True), (1, 2, 1, 2)))
+
+
+@pytest.mark.parametrize("implementation", COMPLETE)
+def test_custom_functions_may_capture_arrays(implementation, keys):
+    """What they capture is as good as a parameter: traced, differentiated twice, not recompiled for."""
+    query, key, value = keys.normal(2, 5, 3, 4), keys.normal(2, 7, 3, 4), keys.normal(2, 7, 3, 2)
+    matrix, offset = keys.normal(4, 4), keys.normal(4)
+
+    def capturing(matrix, offset):
+        return scores.Custom(lambda q, k, shift: jnp.tanh(q @ matrix @ (k + shift["key"])), {"key": offset})
+
+    def explicit(matrix, offset):
+        return scores.Custom(lambda q, k, matrix, shift: jnp.tanh(q @ matrix @ (k + shift)), matrix, offset)
+
+    def derivatives(make):
+        def loss(*params):
+            output = attnlib.attention(query, key, value, score=make(*params), **by_name(implementation))
+            return jnp.sum(jnp.sin(output))
+
+        params = matrix, offset
+        return quick_jit(lambda *args: (loss(*args), jax.jvp(jax.grad(loss, (0, 1)), args, params)))(*params)
+
+    assert_close(derivatives(capturing), derivatives(explicit), length=7)

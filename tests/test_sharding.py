@@ -19,7 +19,9 @@ SCORES = {"dot": lambda: scores.Dot(), "additive": lambda: scores.Additive(jnp.o
 OPTIONS = {
     "plain": dict,
     "alibi, sink": lambda: dict(
-        score_mod=modifiers.ALiBi(modifiers.alibi_slopes(8)), sink=np.linspace(-1, 1, 8, dtype=np.float32), is_causal=True
+        score_mod=modifiers.ALiBi(modifiers.alibi_slopes(8)),
+        sink=np.linspace(-1, 1, 8, dtype=np.float32),
+        is_causal=True,
     ),
     "causal, dropout, segments": lambda: dict(
         mask=masks.Causal() & masks.Segments(jnp.arange(96) // 40),
