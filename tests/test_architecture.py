@@ -19,6 +19,7 @@ ROOMS = [
     {"_ruled"},
     {"_axes", "_positions", "_dimensions", "_additive", "_product"},
     {"_mask", "positions"},
+    {"_sparse_masks"},
     {"masks", "scores"},
     {"_problem"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
