@@ -29,6 +29,7 @@ OVERLAY_COLOR = "#e66100"  # an orange that stays apart from every grey of an im
 QUERY_COLOR = "#1a85ff"  # the blue that colour-blind readers tell from that orange
 CELL_INCHES = 0.24
 MOST_LABELS = 80  # more tick labels than this cannot be read
+MOST_TILE_LABELS = 12  # beyond so many tiles round positions say more than where each begins
 MOST_PANELS_IN_A_ROW = 4
 
 
@@ -317,6 +318,9 @@ def _draw_grid_lines(ax: Axes, shape: tuple[int, ...], block_sizes: tuple[int, i
         return
     steps = (1, 1) if block_sizes is None else block_sizes
     for axis, size, step in ((ax.yaxis, shape[0], steps[0]), (ax.xaxis, shape[1], steps[1])):
-        axis.set_ticks(np.append(np.arange(0, size, step), size) - 0.5, minor=True)
+        starts = np.arange(0, size, step)
+        axis.set_ticks(np.append(starts, size) - 0.5, minor=True)
+        if block_sizes is not None and len(starts) <= MOST_TILE_LABELS:
+            axis.set_ticks(starts)
     ax.grid(which="minor", color="lightgrey" if block_sizes is None else "grey", linewidth=0.5)
     ax.tick_params(which="minor", length=0)

@@ -131,6 +131,7 @@ def test_mask_with_tiles_shows_those_that_are_skipped():
     np.testing.assert_array_equal(np.isfinite(np.ma.filled(ax.images[1].get_array(), np.nan)), skipped)
     assert ax.yaxis.get_minorticklocs().tolist() == [-0.5, 1.5, 3.5, 5.5, 6.5]
     assert ax.xaxis.get_minorticklocs().tolist() == [-0.5, 2.5, 5.5, 7.5]
+    assert ax.yaxis.get_majorticklocs().tolist() == [0, 2, 4, 6]
     assert len(masks.BlockLocal(3).plot(7, 8).images) == 1
 
 
