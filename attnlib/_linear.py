@@ -47,8 +47,8 @@ def out_avals(function: Callable[..., Any], *avals: Any) -> list[Any]:
     program = jax.make_jaxpr(_jitted, static_argnums=0)(function, *avals)
     if any(isinstance(const, jax.core.Tracer) for const in program.consts):
         raise TypeError(
-            "a masks.Predicate captures a traced array, or a Score of your own holds one that is no field; tiles cannot "
-            "take it: use a mask with arrays (masks.Dense, masks.Lengths...) or implementation='reference'."
+            "a masks.Predicate captures a traced array, or a Score of your own holds one that is no field; tiles "
+            "cannot take it: use a mask with arrays (masks.Dense, masks.Lengths...) or implementation='reference'."
         )
     return list(program.out_avals)
 

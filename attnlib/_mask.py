@@ -75,11 +75,21 @@ class Mask:
         block = jnp.broadcast_to(block, (*block.shape[:-2], query.total, key.total))
         return block.reshape(*block.shape[:-2], *query_shape, *key_shape)
 
-    def plot(self, query_shape: int | Sequence[int], key_shape: int | Sequence[int], *, ax: Any = None) -> Any:
-        """Draws the mask on matplotlib axes (needs the `notebooks` extra) and returns them."""
+    def plot(
+        self,
+        query_shape: int | Sequence[int],
+        key_shape: int | Sequence[int],
+        *,
+        block_sizes: tuple[int, int] | None = None,
+        ax: Any = None,
+    ) -> Any:
+        """Draws the mask on matplotlib axes, with tiles of `block_sizes` where given, and returns the axes.
+
+        It needs the `notebooks` extra; `attnlib.plot.mask` describes the arguments.
+        """
         from attnlib import plot
 
-        return plot.mask(self, query_shape, key_shape, ax=ax)
+        return plot.mask(self, query_shape, key_shape, block_sizes=block_sizes, ax=ax)
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, _as_mask(other, "&"))
@@ -310,6 +320,18 @@ def check_positions(
         raise ValueError(
             f"{name} must have shape (*batch, *{side} axes) = {(*batch, *positions)} or {positions}; got {shape}."
         )
+
+
+def each(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """One value for each attention axis."""
+    return value if isinstance(value, tuple) else (value,) * axes
+
+
+def check_each(value: int | tuple[int, ...], name: str, shapes: Shapes) -> None:
+    """A tuple has one value for each attention axis."""
+    axes = len(shapes.key)
+    if isinstance(value, tuple) and len(value) != axes:
+        raise ValueError(f"{name} must be an int or one int for each of the {axes} attention axes; got {value}.")
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

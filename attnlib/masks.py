@@ -21,8 +21,10 @@ from attnlib._mask import (
     Mask,
     Shapes,
     boolean,
+    check_each,
     check_per_batch,
     check_positions,
+    each,
     integer,
     integers,
     per_batch,
@@ -32,12 +34,16 @@ from attnlib._mask import (
     static_ints,
 )
 from attnlib._positions import Positions
+from attnlib._sparse_masks import BlockLocal, BlockSparse, Dilated
 from attnlib._tiles import Kinds, Ranges, before, kinds
 from attnlib._types import Array
 
 __all__ = [
+    "BlockLocal",
+    "BlockSparse",
     "Causal",
     "Dense",
+    "Dilated",
     "KeyPadding",
     "Lengths",
     "Mask",
@@ -164,7 +170,7 @@ class Neighborhood(Mask):
     def at(self, query: Positions, key: Positions) -> jax.Array:
         axes = len(key.shape)
         near = jnp.ones((1, 1), bool)
-        for axis, (size, dilation) in enumerate(zip(_each(self.size, axes), _each(self.dilation, axes), strict=True)):
+        for axis, (size, dilation) in enumerate(zip(each(self.size, axes), each(self.dilation, axes), strict=True)):
             place, key_place = query.coordinates[axis], key.coordinates[axis]
             first = self._first(place, key.shape[axis], size, dilation)
             inside = (key_place // dilation >= first) & (key_place // dilation < first + size)
@@ -184,7 +190,7 @@ class Neighborhood(Mask):
         axes = len(key.shape)
         empty: Any = np.False_
         full: Any = np.True_
-        for axis, (size, dilation) in enumerate(zip(_each(self.size, axes), _each(self.dilation, axes), strict=True)):
+        for axis, (size, dilation) in enumerate(zip(each(self.size, axes), each(self.dilation, axes), strict=True)):
             first = self._first(np.arange(query.shape[axis]), key.shape[axis], size, dilation)
             least, greatest = first * dilation, (first + size) * dilation - 1  # keys that a query coordinate can reach
             (query_first, query_last), (key_first, key_last) = query.along(axis), key.along(axis)
@@ -198,12 +204,8 @@ class Neighborhood(Mask):
         return kinds(empty, full)
 
     def check(self, shapes: Shapes) -> None:
-        axes = len(shapes.key)
-        for name, value in (("size", self.size), ("dilation", self.dilation)):
-            if isinstance(value, tuple) and len(value) != axes:
-                raise ValueError(
-                    f"Neighborhood {name} must be an int or one int for each of the {axes} attention axes; got {value}."
-                )
+        check_each(self.size, "Neighborhood size", shapes)
+        check_each(self.dilation, "Neighborhood dilation", shapes)
 
 
 @register
@@ -392,7 +394,3 @@ class Predicate(Mask):
                 f"Predicate fn must return an array that broadcasts to (*batch, heads, queries, keys) = {whole}; got "
                 f"shape {shape}."
             )
-
-
-def _each(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,) * axes

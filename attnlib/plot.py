@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnlib import _checks
+from attnlib._tiles import EMPTY, Ranges
+
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from matplotlib.axes import Axes
@@ -21,10 +24,12 @@ if TYPE_CHECKING:
 # One hue from light to dark: the order survives colour blindness and a grey printer, and no weight is no ink.
 WEIGHT_COLORS = "Blues"
 INK = "#08306b"  # the dark end of it, for masks
+SKIPPED = "#d5d5d5"  # tiles that are never computed: neither ink nor paper
 OVERLAY_COLOR = "#e66100"  # an orange that stays apart from every grey of an image, for every kind of colour vision
 QUERY_COLOR = "#1a85ff"  # the blue that colour-blind readers tell from that orange
 CELL_INCHES = 0.24
 MOST_LABELS = 80  # more tick labels than this cannot be read
+MOST_TILE_LABELS = 12  # beyond so many tiles round positions say more than where each begins
 MOST_PANELS_IN_A_ROW = 4
 
 
@@ -133,6 +138,7 @@ def mask(
     query_shape: int | Sequence[int],
     key_shape: int | Sequence[int],
     *,
+    block_sizes: tuple[int, int] | None = None,
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
 ) -> Axes | np.ndarray:
     """Draws which keys each query may attend to: filled where attention is allowed.
@@ -141,6 +147,8 @@ def mask(
       mask: anything with `as_array(query_shape, key_shape)`, such as `attnlib.masks.Causal()`.
       query_shape: the sizes of the query axes; one integer for one axis.
       key_shape: the sizes of the key axes; one integer for one axis.
+      block_sizes: (queries, keys) of tiles to draw as well, grey where `implementation="blockwise"` with these
+        `block_sizes` leaves them out.
       ax: the Axes to draw into, or one for each panel; default: a new figure.
 
     Returns:
@@ -148,7 +156,7 @@ def mask(
       for each entry of those axes.
 
     Raises:
-      ValueError: the mask has no entries, or Axes do not match in number.
+      ValueError: the mask has no entries, block sizes that are not two positive ints, or Axes do not match in number.
       ImportError: matplotlib is not installed.
 
     Example:
@@ -166,11 +174,15 @@ def mask(
     panels = allowed.reshape(-1, np.prod(query_sizes), np.prod(key_sizes))
     count, queries, keys = panels.shape
     axes = _panels(ax, count, size=(_inches(keys, count), _inches(queries, count)))
+    block_sizes = _checks.block_sizes(block_sizes)
+    skipped = None if block_sizes is None else _skipped(mask, query_sizes, key_sizes, block_sizes)
     for panel, one_ax, place in zip(panels, axes, np.ndindex(leading), strict=True):
         one_ax.imshow(panel, cmap=_mask_colors(), vmin=0, vmax=1, interpolation="nearest")
+        if skipped is not None:
+            one_ax.imshow(np.where(skipped, 1.0, np.nan), cmap=_skipped_colors(), interpolation="nearest")
         _label_axis(one_ax.xaxis, None, "key" + _order(key_sizes))
         _label_axis(one_ax.yaxis, None, "query" + _order(query_sizes))
-        _draw_grid_lines(one_ax, panel.shape)
+        _draw_grid_lines(one_ax, panel.shape, block_sizes)
         if count > 1:
             one_ax.set_title(_place_name(place, leading), fontsize="medium")
     return axes if count > 1 else axes[0]
@@ -270,6 +282,10 @@ def _mask_colors() -> Any:
     return _matplotlib("colors").ListedColormap(["white", INK])
 
 
+def _skipped_colors() -> Any:
+    return _matplotlib("colors").ListedColormap([SKIPPED])
+
+
 def _frame(query: tuple[int, int], cell: tuple[float, float]) -> Any:
     """Returns the outline of one cell of the query grid, in pixels of the image."""
     corner = (query[1] * cell[1] - 0.5, query[0] * cell[0] - 0.5)
@@ -286,11 +302,25 @@ def _order(sizes: tuple[int, ...]) -> str:
     return "" if len(sizes) == 1 else f" ({' × '.join(map(str, sizes))}, row-major)"
 
 
-def _draw_grid_lines(ax: Axes, shape: tuple[int, ...]) -> None:
-    """Separates the cells of a small mask, so that positions can be counted."""
-    if max(shape) > 32:
+def _skipped(
+    mask: Any, query_sizes: tuple[int, ...], key_sizes: tuple[int, ...], block_sizes: tuple[int, int]
+) -> np.ndarray:
+    """For each pair of positions, whether it is in a tile that the mask empties."""
+    query, key = Ranges.of(query_sizes, block_sizes[0], "query"), Ranges.of(key_sizes, block_sizes[1], "key")
+    empty = np.broadcast_to(mask.tile(query, key) == EMPTY, (query.first.size, key.first.size))
+    every_query = empty.repeat(query.last.ravel() - query.first.ravel() + 1, 0)
+    return every_query.repeat(key.last.ravel() - key.first.ravel() + 1, 1)
+
+
+def _draw_grid_lines(ax: Axes, shape: tuple[int, ...], block_sizes: tuple[int, int] | None) -> None:
+    """Separates the tiles, or the cells of a small mask, so that they can be counted."""
+    if block_sizes is None and max(shape) > 32:
         return
-    ax.set_xticks(np.arange(shape[1] + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(shape[0] + 1) - 0.5, minor=True)
-    ax.grid(which="minor", color="lightgrey", linewidth=0.5)
+    steps = (1, 1) if block_sizes is None else block_sizes
+    for axis, size, step in ((ax.yaxis, shape[0], steps[0]), (ax.xaxis, shape[1], steps[1])):
+        starts = np.arange(0, size, step)
+        axis.set_ticks(np.append(starts, size) - 0.5, minor=True)
+        if block_sizes is not None and len(starts) <= MOST_TILE_LABELS:
+            axis.set_ticks(starts)
+    ax.grid(which="minor", color="lightgrey" if block_sizes is None else "grey", linewidth=0.5)
     ax.tick_params(which="minor", length=0)

@@ -237,8 +237,12 @@ class Custom(Score):
         return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
 
     def hoisted(self, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> Score:
-        leaves, tree = jax.tree_util.tree_flatten(self.params)
-        program, result = hoisted(lambda q, k, *leaves: self.fn(q, k, *tree.unflatten(leaves)), query, key, *leaves)
+        leaves, tree = jax.tree.flatten(self.params)
+
+        def flat(q: jax.Array, k: jax.Array, *leaves: jax.Array) -> Any:
+            return self.fn(q, k, *jax.tree.unflatten(tree, leaves))
+
+        program, result = hoisted(flat, query, key, *leaves)
         if not program.captured or getattr(result, "shape", None) != ():  # `check` says what is wrong
             return self
         return Custom(_of_program, program, leaves)

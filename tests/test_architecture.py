@@ -19,6 +19,7 @@ ROOMS = [
     {"_ruled"},
     {"_axes", "_positions", "_additive", "_product", "_cost"},
     {"_mask", "_modifier", "positions"},
+    {"_sparse_masks"},
     {"masks", "scores", "modifiers"},
     {"_problem", "_dimensions"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},

@@ -1,5 +1,6 @@
 """Masks: each kind against a definition in plain loops, the algebra, traced parameters, and masks as pytrees."""
 
+import dataclasses
 import itertools
 import math
 
@@ -39,6 +40,7 @@ def draw(*shape, rate=0.5, seed=0):
 IDS = np.array([1, 1, 2, 0, 2, 3, 0])
 QUERY_IDS = np.array([2, 0, 1, 3, 9])
 REAL = draw(7)
+TABLE = ["1010", "0111", "1001"]
 
 # name: (mask, rule on flat positions), over 5 queries and 7 keys
 ONE_AXIS = {
@@ -52,6 +54,15 @@ ONE_AXIS = {
     "window open on the left": (masks.SlidingWindow(None, 1), lambda q, k: k <= q + 1),
     "window open on the right": (masks.SlidingWindow(1, None), lambda q, k: q - 1 <= k),
     "window open": (masks.SlidingWindow(None, None), lambda q, k: True),
+    "blocks": (masks.BlockLocal(3), lambda q, k: k // 3 == q // 3),
+    "blocks and neighbours": (masks.BlockLocal(2, 1, 1), lambda q, k: abs(k // 2 - q // 2) <= 1),
+    "blocks, causal": (masks.BlockLocal(2, before=None), lambda q, k: k // 2 <= q // 2),
+    "blocks, later ones": (masks.BlockLocal(2, after=None), lambda q, k: k // 2 >= q // 2),
+    "blocks of one": (masks.BlockLocal(1), lambda q, k: k == q),
+    "blocks by a table": (masks.BlockSparse(TABLE, 2), lambda q, k: TABLE[q // 2][k // 2] == "1"),
+    "blocks by a bool table": (masks.BlockSparse(draw(2, 3), 3), lambda q, k: draw(2, 3)[q // 3, k // 3]),
+    "dilated": (masks.Dilated(3), lambda q, k: (k - q) % 3 == 0),
+    "dilated by one": (masks.Dilated(1), lambda q, k: True),
     "prefix": (masks.Prefix(3), lambda q, k: k < 3),
     "prefix of nothing": (masks.Prefix(0), lambda q, k: False),
     "lengths": (masks.Lengths(query=3, key=5), lambda q, k: q < 3 and k < 5),
@@ -97,6 +108,13 @@ SEVERAL_AXES = {
     "causal along the last": (masks.Causal(1, axis=-1), lambda q, k: k[1] <= q[1] + 1),
     "window": (masks.SlidingWindow(2, 1),
                lambda q, k: flat(q, GRID_QUERY) - 2 <= flat(k, GRID_KEY) <= flat(q, GRID_QUERY) + 1),
+    "boxes": (masks.BlockLocal((1, 2)), lambda q, k: k[0] == q[0] and k[1] // 2 == q[1] // 2),
+    "boxes of one size": (masks.BlockLocal(2, before=1),
+                          lambda q, k: all(0 <= q[axis] // 2 - k[axis] // 2 <= 1 for axis in (0, 1))),
+    "blocks by a table": (masks.BlockSparse(["101", "010"], 3),
+                          lambda q, k: (flat(q, GRID_QUERY) // 3 + flat(k, GRID_KEY) // 3) % 2 == 0),
+    "dilated": (masks.Dilated((2, 1)), lambda q, k: (k[0] - q[0]) % 2 == 0),
+    "dilated along all": (masks.Dilated(2), lambda q, k: (k[0] - q[0]) % 2 == 0 and (k[1] - q[1]) % 2 == 0),
     "lengths": (masks.Lengths(key=5), lambda q, k: flat(k, GRID_KEY) < 5),
     "key padding": (masks.KeyPadding(GRID_REAL), lambda q, k: GRID_REAL[k]),
     "predicate": (masks.Predicate(lambda q, k: (q[0] == k[0]) | (q[1] == k[1])),
@@ -169,6 +187,23 @@ def test_neighborhood_of_other_lengths():
     array = masks.Neighborhood(3).as_array(9, 5)
     assert (array.sum(-1) == 3).all()
     assert array[8, 2:].all()
+
+
+# Blocks by a table
+
+
+def test_a_table_is_the_same_however_it_is_written():
+    tables = [draw(2, 3), jnp.asarray(draw(2, 3)), draw(2, 3).tolist()]
+    made = [masks.BlockSparse(table, 4) for table in tables]
+    made.append(dataclasses.replace(made[0], size=4))
+    assert len({jax.tree.structure(mask) for mask in made}) == 1
+    assert jax.tree.leaves(made) == []
+    assert jax.tree.structure(made[0]) != jax.tree.structure(masks.BlockSparse(~draw(2, 3), 4))
+
+
+def test_nothing_attends_beyond_a_table():
+    array = masks.BlockSparse(["11", "11"], 2).as_array(5, 6)
+    np.testing.assert_array_equal(array, np.pad(np.ones((4, 4), bool), ((0, 1), (0, 2))))
 
 
 # Per batch

@@ -119,6 +119,22 @@ def test_mask_over_several_axes_is_row_major():
     assert ax.get_ylabel() == "query (3 \N{MULTIPLICATION SIGN} 5, row-major)"
 
 
+def test_mask_with_tiles_shows_those_that_are_skipped():
+    """Overlaid where the tile is left out, and nowhere else; lines at the borders of tiles."""
+    ax = rendered(masks.BlockLocal(3).plot(7, 8, block_sizes=(2, 3)))
+    skipped = np.zeros((7, 8), bool)
+    for row in range(0, 7, 2):
+        for column in range(0, 8, 3):
+            tile = slice(row, row + 2), slice(column, column + 3)
+            skipped[tile] = not np.asarray(masks.BlockLocal(3).as_array(7, 8))[tile].any()
+    assert skipped.any() and not skipped.all()
+    np.testing.assert_array_equal(np.isfinite(np.ma.filled(ax.images[1].get_array(), np.nan)), skipped)
+    assert ax.yaxis.get_minorticklocs().tolist() == [-0.5, 1.5, 3.5, 5.5, 6.5]
+    assert ax.xaxis.get_minorticklocs().tolist() == [-0.5, 2.5, 5.5, 7.5]
+    assert ax.yaxis.get_majorticklocs().tolist() == [0, 2, 4, 6]
+    assert len(masks.BlockLocal(3).plot(7, 8).images) == 1
+
+
 def test_mask_with_a_batch_axis_has_a_panel_for_each():
     mask = masks.Lengths(key=np.array([1, 3]))
     axes = plot.mask(mask, 2, 4)
@@ -147,6 +163,7 @@ def test_mask_with_a_batch_axis_has_a_panel_for_each():
             lambda: plot.attention_over_image(np.ones((4, 4)), np.ones((2, 2, 4, 4)), query=(0, 2)),
             r"query: expected row and column inside \(2, 2\), got \(0, 2\)",
         ),
+        (lambda: plot.mask(masks.Causal(), 3, 3, block_sizes=(0, 2)), "block_sizes must be"),
         (lambda: plot.mask(masks.Causal(), 0, 3), r"mask: nothing to draw for query_shape \(0,\) and key_shape \(3,\)"),
     ],
 )

@@ -13,6 +13,9 @@ from attnlib._tiles import EMPTY, FULL, PARTIAL, Ranges
 lengths = st.integers(1, 23)
 offsets = st.integers(-9, 9)
 reaches = st.none() | st.integers(0, 9)
+tables = st.integers(1, 6).flatmap(
+    lambda columns: st.lists(st.lists(st.booleans(), min_size=columns, max_size=columns), min_size=1, max_size=6)
+)
 
 
 def leaves(axes):
@@ -22,6 +25,9 @@ def leaves(axes):
         st.builds(masks.Causal, offsets, st.none() | st.integers(0, axes - 1)),
         st.builds(masks.SlidingWindow, reaches, reaches),
         st.builds(masks.Neighborhood, sizes, sizes, st.sampled_from(["shift", "clip"])),
+        st.builds(masks.BlockLocal, sizes, reaches, reaches),
+        st.builds(masks.BlockSparse, tables, st.integers(1, 9)),
+        st.builds(masks.Dilated, sizes),
         st.builds(masks.Prefix, st.integers(0, 25)),
         st.builds(masks.Lengths, st.none() | st.integers(0, 25), st.none() | st.integers(0, 25)),
         st.just(masks.Predicate(lambda q, k: (sum(q) if isinstance(q, tuple) else q) % 3 != 1)),
@@ -72,16 +78,19 @@ def test_tile_never_contradicts_at(problem):
     "mask",
     [masks.Causal(), masks.Causal(3), masks.SlidingWindow(7, 2), masks.Prefix(19), masks.Lengths(11, 29),
      masks.Neighborhood(7), masks.Causal() & masks.SlidingWindow(5, None), ~masks.Causal(2),
-     masks.Causal() | masks.Prefix(9)],
+     masks.Causal() | masks.Prefix(9), masks.BlockLocal(8), masks.BlockLocal(5, 1, 0), masks.BlockLocal(7, None),
+     masks.BlockSparse(["1001000", "0110000", "1111000", "0000111", "0100000", "1100000", "0111001"], 5),
+     masks.Dilated(1), masks.Dilated(11), masks.Dilated(16)],
     ids=repr,
 )  # fmt: skip
 def test_tile_is_exact_along_one_axis(mask):
     """For masks along one axis nothing is left to be asked that could be known."""
     dense = np.asarray(mask.as_array(32, 32))
-    kinds = tile_kinds(mask, (32,), (32,), (4, 8))
-    for place, block in blocks(dense, (4, 8)):
-        expected = EMPTY if not block.any() else FULL if block.all() else PARTIAL
-        assert kinds[place] == expected, (place, block)
+    for tile in ((4, 8), (1, 2), (1, 1)):
+        kinds = tile_kinds(mask, (32,), (32,), tile)
+        for place, block in blocks(dense, tile):
+            expected = EMPTY if not block.any() else FULL if block.all() else PARTIAL
+            assert kinds[place] == expected, (place, block)
 
 
 def test_neighborhood_of_an_image_skips_most_tiles():

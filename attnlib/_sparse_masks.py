@@ -1,0 +1,218 @@
+"""Masks made of blocks and of steps, which know every tile that they empty or fill. Public in `attnlib.masks`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlib._mask import Mask, Shapes, check_each, each, register, set_fields, static_int, static_ints
+from attnlib._positions import Positions
+from attnlib._tiles import Kinds, Ranges, kinds
+from attnlib._types import Array
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockLocal(Mask):
+    """Positions are cut into blocks of `size`; a query sees its own block and some before and after it.
+
+    Over several attention axes the blocks are boxes, as the windows of Swin (Liu et al. 2021); `before` and `after`
+    then count along each axis.
+
+    Args:
+      size: positions in a block, an int or one for each attention axis. The last block may be shorter.
+      before: how many earlier blocks a query sees; None: all of them, which is causal from block to block.
+      after: how many later blocks a query sees; None: all of them.
+
+    Example:
+      >>> from attnlib import masks
+      >>> masks.BlockLocal(2, before=1).as_array(5, 5).astype(int)
+      Array([[1, 1, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 1, 1, 0],
+             [0, 0, 1, 1, 1]], dtype=int32)
+    """
+
+    size: int | tuple[int, ...]
+    before: int | None = 0
+    after: int | None = 0
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self,
+            size=static_ints(self.size, "BlockLocal size"),
+            before=static_int(self.before, "BlockLocal before", least=0),
+            after=static_int(self.after, "BlockLocal after", least=0),
+        )
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        near = jnp.ones((1, 1), bool)
+        for axis, size in enumerate(each(self.size, len(key.shape))):
+            block, key_block = query.coordinates[axis] // size, key.coordinates[axis] // size
+            if self.before is not None:
+                near = near & (key_block >= block - self.before)
+            if self.after is not None:
+                near = near & (key_block <= block + self.after)
+        return near
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        empty: Any = np.False_
+        full: Any = np.True_
+        for axis, size in enumerate(each(self.size, len(key.shape))):
+            first, last = (place // size for place in query.along(axis))
+            key_first, key_last = (place // size for place in key.along(axis))
+            if self.before is not None:
+                empty = empty | (key_last < first - self.before)
+                full = full & (key_first >= last - self.before)
+            if self.after is not None:
+                empty = empty | (key_first > last + self.after)
+                full = full & (key_last <= first + self.after)
+        return kinds(empty, full)
+
+    def check(self, shapes: Shapes) -> None:
+        check_each(self.size, "BlockLocal size", shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dilated(Mask):
+    """A query sees the keys that are a multiple of `step` away from it, along every attention axis.
+
+    With a window it is a dilated window (Longformer, Beltagy et al. 2020), `Causal() & (SlidingWindow(step, 0) |
+    Dilated(step))` is the strided pattern of the Sparse Transformer (Child et al. 2019), and with `BlockLocal` it is a
+    part of LongNet's (Ding et al. 2023). Tiles are skipped only where they are shorter than the step; `Neighborhood`
+    with a dilation, too, counts its keys in steps.
+
+    Args:
+      step: an int or one for each attention axis.
+
+    Example:
+      >>> from attnlib import masks
+      >>> (masks.Dilated(2) & masks.Causal()).as_array(4, 4).astype(int)
+      Array([[1, 0, 0, 0],
+             [0, 1, 0, 0],
+             [1, 0, 1, 0],
+             [0, 1, 0, 1]], dtype=int32)
+    """
+
+    step: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        set_fields(self, step=static_ints(self.step, "Dilated step"))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        same = jnp.ones((1, 1), bool)
+        for axis, step in enumerate(each(self.step, len(key.shape))):
+            same = same & (query.coordinates[axis] % step == key.coordinates[axis] % step)
+        return same
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        empty: Any = np.False_
+        full: Any = np.True_
+        for axis, step in enumerate(each(self.step, len(key.shape))):
+            (first, last), (key_first, key_last) = query.along(axis), key.along(axis)
+            nearest, farthest = key_first - last, key_last - first  # all distances between occur
+            none = farthest // step * step < nearest
+            empty = empty | none
+            full = full & ((step == 1) | ((nearest == farthest) & ~none))
+        return kinds(empty, full)
+
+    def check(self, shapes: Shapes) -> None:
+        check_each(self.step, "Dilated step", shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockSparse(Mask):
+    """A table says which blocks of keys each block of queries sees: any pattern of blocks, random ones as in BigBird
+    (Zaheer et al. 2020) among them. Blocks are of flat row-major positions.
+
+    The table is static, since it decides which tiles are skipped: another table is another program. Of a traced one
+    make `Dense(jnp.repeat(jnp.repeat(table, size, 0), size, 1)[:T, :S])`.
+
+    Args:
+      blocks: a bool array `(ceil(T / size), ceil(S / size))`, or nested sequences, or rows of text such as "1001"; True
+        or 1: all pairs of the block attend. It is kept as rows of text.
+      size: positions in a block; the last one may be shorter.
+
+    Example:
+      >>> from attnlib import masks
+      >>> masks.BlockSparse(["10", "11"], 2).as_array(3, 4).astype(int)
+      Array([[1, 1, 0, 0],
+             [1, 1, 0, 0],
+             [1, 1, 1, 1]], dtype=int32)
+    """
+
+    blocks: Sequence[str] | Sequence[Sequence[bool]] | Array
+    size: int
+
+    def __post_init__(self) -> None:
+        size = static_int(self.size, "BlockSparse size", least=1)
+        if size is None:
+            raise TypeError("BlockSparse size must be an int; got None.")
+        set_fields(self, blocks=_rows(self.blocks), size=size)
+
+    @property
+    def _table(self) -> np.ndarray:
+        return _table(tuple(self.blocks))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        place = query.index // self.size, key.index // self.size
+        return jnp.asarray(self._table).at[place].get(mode="fill", fill_value=False)  # nothing attends beyond the table
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        table = self._table
+        sums = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # how many blocks are True before a row and a column
+        (first, end), (key_first, key_end) = (
+            (run.first // self.size, run.last // self.size + 1) for run in (query, key)
+        )
+        (top, bottom), (left, right) = (
+            (np.minimum(start, count), np.minimum(stop, count))
+            for start, stop, count in ((first, end, table.shape[0]), (key_first, key_end, table.shape[1]))
+        )
+        true = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+        return kinds(empty=true == 0, full=true == (end - first) * (key_end - key_first))
+
+    def check(self, shapes: Shapes) -> None:
+        expected = tuple(max(-(-math.prod(axes) // self.size), 1) for axes in (shapes.query, shapes.key))
+        if self._table.shape != expected:
+            raise ValueError(
+                f"BlockSparse blocks must have shape {expected} for query axes {shapes.query} and key axes "
+                f"{shapes.key} in blocks of {self.size}; got {self._table.shape}."
+            )
+
+
+def _rows(blocks: Any) -> tuple[str, ...]:
+    """A table as rows of text: hashable, and hashed once."""
+    listed = isinstance(blocks, Sequence) and not isinstance(blocks, str)
+    if listed and all(isinstance(row, str) and set(row) <= {"0", "1"} for row in blocks):
+        rows = tuple(blocks)
+    else:
+        if isinstance(blocks, jax.core.Tracer):
+            raise TypeError(
+                "BlockSparse blocks must be known when the program is made, since it decides which tiles are skipped; "
+                f"got {blocks}. Make it of a NumPy array outside jit, or use masks.Dense."
+            )
+        table = np.asarray(blocks)
+        if table.dtype != np.bool_ or table.ndim != 2:
+            raise TypeError(
+                "BlockSparse blocks must be a bool array of rank 2, or rows of text of 0 and 1; got "
+                f"{table.dtype}{list(table.shape)}."
+            )
+        rows = tuple("".join("01"[int(entry)] for entry in row) for row in table)
+    if not rows or not rows[0] or len(set(map(len, rows))) != 1:
+        raise ValueError(f"BlockSparse blocks must have rows of one length, at least one; got {rows!r}.")
+    return rows
+
+
+@functools.lru_cache(maxsize=16)
+def _table(rows: tuple[Any, ...]) -> np.ndarray:
+    return np.array([[entry == "1" for entry in row] for row in rows])

@@ -1,0 +1,254 @@
+"""The sparse shapes of the literature as named examples of the mask algebra, each against loops over all pairs.
+
+`notebooks/masks.ipynb` draws them. Lengths are odd and blocks are not those of the tiles.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import COMPLETE, like
+from conftest import assert_close
+from quick_jit import quick_jit
+
+import attnlib
+from attnlib import masks, positions
+
+LENGTH, TILE, BATCH = 37, 8, 2  # 5 x 5 tiles
+GRID = (5, 7)  # two axes, 35 positions, 5 x 5 tiles too
+TABLE = np.random.default_rng(0).random((7, 7)) < 0.15  # which blocks of 6 see which, besides the others of BigBird
+IDS = np.repeat([[1, 2, 3, 0], [5, 5, 7, 8]], [14, 9, 12, 2], axis=1)
+REAL = np.random.default_rng(1).random((BATCH, LENGTH)) < 0.7
+LENGTHS = np.array([17, 36])
+OPERANDS = {"query": 4, "key": 4, "value": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A mask, the rule on a query and a key position that it shall be, and how many of 25 tiles are computed."""
+
+    mask: masks.Mask
+    rule: Callable[..., bool]  # of query and key; or of batch index, query and key; tuples where there are two axes
+    tiles: int
+    axes: tuple[int, ...] = (LENGTH,)
+    exact: bool = True  # no tile without a pair is computed
+
+    @functools.cached_property
+    def allowed(self):
+        """`(batch or 1, positions, positions)`."""
+        places = [place[0] if len(self.axes) == 1 else place for place in np.ndindex(self.axes)]
+        if self.rule.__code__.co_argcount == 2:
+            return np.array([[[self.rule(q, k) for k in places] for q in places]])
+        return np.array([[[self.rule(b, q, k) for k in places] for q in places] for b in range(BATCH)])
+
+
+def one_of_nearest(place, key, length, size):
+    """Whether a key is in the window of an odd size that is nearest to a place on a line."""
+    start = min(max(place - size // 2, 0), length - size)
+    return key in range(start, start + size)
+
+
+SHAPES = {
+    "prefix LM": Shape(masks.Causal() | masks.Prefix(9), lambda q, k: k <= q or k < 9, 16),
+    "block-local": Shape(masks.BlockLocal(6), lambda q, k: q // 6 == k // 6, 11),
+    "block-local and one before": Shape(masks.BlockLocal(6, before=1), lambda q, k: q // 6 - k // 6 in (0, 1), 13),
+    "causal from block to block": Shape(masks.BlockLocal(6, before=None), lambda q, k: k // 6 <= q // 6, 18),
+    "dilated window": Shape(
+        masks.SlidingWindow(8, 8) & masks.Dilated(4), lambda q, k: k - q in (-8, -4, 0, 4, 8), 13
+    ),
+    "strided (Sparse Transformer)": Shape(
+        masks.Causal() & (masks.SlidingWindow(6, 0) | masks.Dilated(6)),
+        lambda q, k: 0 <= q - k <= 6 or (q > k and (q - k) % 6 == 0), 15
+    ),
+    "fixed (Sparse Transformer)": Shape(
+        masks.Causal() & (masks.BlockLocal(6) | masks.Predicate(lambda q, k: k % 6 >= 4)),
+        lambda q, k: k <= q and (k // 6 == q // 6 or k % 6 in (4, 5)), 15
+    ),
+    "dilated blocks (LongNet)": Shape(
+        masks.BlockLocal(12) & masks.Dilated(3), lambda q, k: q // 12 == k // 12 and abs(q - k) in (0, 3, 6, 9), 11
+    ),
+    "window and global tokens (Longformer)": Shape(
+        masks.SlidingWindow(3, 3) | masks.Prefix(2) | masks.Lengths(query=2),
+        lambda q, k: abs(q - k) <= 3 or q < 2 or k < 2, 19
+    ),
+    "BigBird": Shape(
+        masks.BlockLocal(6, 1, 1) | masks.Prefix(6) | masks.Lengths(query=6) | masks.BlockSparse(TABLE, 6),
+        lambda q, k: abs(q // 6 - k // 6) <= 1 or q < 6 or k < 6 or bool(TABLE[q // 6][k // 6]), 22
+    ),
+    "random blocks": Shape(masks.BlockSparse(TABLE, 6), lambda q, k: bool(TABLE[q // 6][k // 6]), 10),
+    "sinks (StreamingLLM)": Shape(
+        masks.Causal() & (masks.SlidingWindow(5, 0) | masks.Prefix(4)),
+        lambda q, k: k <= q and (q - k <= 5 or k < 4), 12
+    ),
+    "checkerboard": Shape(masks.Predicate(lambda q, k: (q + k) % 2 == 0), lambda q, k: (q + k) % 2 == 0, 25),
+    "half of the keys": Shape(masks.Lengths(key=20), lambda q, k: k < 20, 15),
+    # traced values skip no tile
+    "documents": Shape(
+        masks.Segments(IDS, padding_id=0), lambda b, q, k: IDS[b, q] == IDS[b, k] and IDS[b, q] != 0, 25, exact=False
+    ),
+    "padding": Shape(masks.KeyPadding(REAL), lambda b, q, k: bool(REAL[b, k]), 25),
+    "lengths": Shape(
+        masks.Lengths(LENGTHS, LENGTHS), lambda b, q, k: max(q, k) < LENGTHS[b], 25
+    ),
+    # two axes; a tile that ends in the middle of a row of the grid is known by whole rows
+    "neighborhood": Shape(
+        masks.Neighborhood((3, 5)),
+        lambda q, k: one_of_nearest(q[0], k[0], 5, 3) and one_of_nearest(q[1], k[1], 7, 5), 20, GRID, exact=False
+    ),
+    "own row and own column": Shape(
+        masks.BlockLocal((1, 7)) | masks.BlockLocal((5, 1)), lambda q, k: q[0] == k[0] or q[1] == k[1], 25, GRID
+    ),
+    "windows of an image (Swin)": Shape(
+        masks.BlockLocal((2, 3)), lambda q, k: q[0] // 2 == k[0] // 2 and q[1] // 3 == k[1] // 3, 15, GRID, exact=False
+    ),
+    "causal in time": Shape(masks.Causal(axis=0), lambda q, k: k[0] <= q[0], 19, GRID),
+}  # fmt: skip
+
+
+def operands(axes, keys):
+    return {name: keys.normal(BATCH, *axes, 2, size) for name, size in OPERANDS.items()}
+
+
+def attend(score, query, key, value, **options):
+    function = attnlib.dot_product_attention if score == "dot" else attnlib.additive_attention
+    return function(query, key, value, **options)
+
+
+@quick_jit
+def plain(operands, allowed, cotangents):
+    """Outputs and gradients of both scores from all pairs at once, written down here."""
+
+    def outputs(operands):
+        query, key, value = (operands[name].reshape(BATCH, -1, *operands[name].shape[-2:]) for name in OPERANDS)
+        every = query[:, :, None], key[:, None]  # (B, T, 1, N, D), (B, 1, S, N, D)
+        dot = jnp.sum(every[0] * every[1], -1) / jnp.sqrt(jnp.float32(4))
+        additive = jnp.sum(jnp.tanh(every[0] + every[1]), -1)
+        made = []
+        for logits in (dot, additive):
+            powers = jnp.where(allowed[..., None], jnp.exp(logits), 0)  # (B, T, S, N); small numbers: no maximum needed
+            total = jnp.sum(powers, 2)
+            output = jnp.einsum("btsn,bsne->btne", powers, value) / jnp.where(total == 0, 1, total)[..., None]
+            made.append(output.reshape(operands["value"].shape))
+        return made
+
+    made, pullback = jax.vjp(outputs, operands)
+    return made, pullback(cotangents)[0]
+
+
+@pytest.mark.parametrize("implementation", COMPLETE)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_attention_over_the_pairs_of_its_rule(name, implementation, keys):
+    """Outputs and gradients of dot and of additive scores."""
+    shape = SHAPES[name]
+    blocks = (TILE, TILE) if implementation == "blockwise" else None
+
+    @quick_jit
+    def run(operands, mask, cotangents):
+        def outputs(operands):
+            return [
+                attend(score, **operands, mask=mask, implementation=implementation, block_sizes=blocks)
+                for score in ("dot", "additive")
+            ]
+
+        made, pullback = jax.vjp(outputs, operands)
+        return made, pullback(cotangents)[0]
+
+    given = operands(shape.axes, keys)
+    cotangents = like([given["value"]] * 2, 0)
+    expected = plain(given, np.broadcast_to(shape.allowed, (BATCH, *shape.allowed.shape[1:])), cotangents)
+    assert_close(run(given, shape.mask, cotangents), expected, length=LENGTH)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tiles_that_a_shape_skips(name):
+    """As many as there are tiles without a pair, where the shape is static and known by tile."""
+    shape = SHAPES[name]
+    like_all = jax.ShapeDtypeStruct((BATCH, *shape.axes, 2, 4), jnp.float32)
+    explained = attnlib.explain(
+        like_all, like_all, like_all, mask=shape.mask, implementation="blockwise", block_sizes=(TILE, TILE)
+    )
+    assert explained.tiles == (shape.tiles, 25)
+    starts = range(0, shape.allowed.shape[1], TILE)
+    with_pairs = sum(shape.allowed[:, i : i + TILE, j : j + TILE].any() for i in starts for j in starts)
+    if shape.exact:
+        assert shape.tiles == with_pairs
+    else:
+        assert shape.tiles > with_pairs, "exact=False is out of date"
+
+
+def test_a_dilated_window_is_a_clipped_neighborhood():
+    window = masks.SlidingWindow(8, 8) & masks.Dilated(4)
+    np.testing.assert_array_equal(window.as_array(37, 37), masks.Neighborhood(5, 4, "clip").as_array(37, 37))
+
+
+# Shapes that are better folded than masked
+
+
+def test_strided_attention_is_attention_along_an_axis(keys):
+    """Steps of 6 from rows of 6: `Dilated(6)` without a mask; joined with a window it is the strided pattern."""
+    given = operands((36,), keys)
+    rows = {name: x.reshape(BATCH, 6, 6, *x.shape[-2:]) for name, x in given.items()}
+
+    def flat(x):
+        return x.reshape(BATCH, 36, *x.shape[3:])
+
+    masked = attend("dot", **given, mask=masks.Causal() & masks.Dilated(6))
+    assert_close(flat(attend("dot", **rows, attention_axes=1, is_causal=True)), masked, length=36)
+
+    near = attend("dot", **given, mask=masks.SlidingWindow(5, 0), return_lse=True)
+    output, lse = attend("dot", **rows, attention_axes=1, mask=masks.Causal(-1), return_lse=True)
+    far = flat(output), jnp.moveaxis(lse, 1, 3).reshape(BATCH, 2, 36)  # (B, column, N, row) to (B, N, T)
+    joined, _ = attnlib.merge_attention(*zip(near, far, strict=True))
+    strided = masks.Causal() & (masks.SlidingWindow(6, 0) | masks.Dilated(6))
+    assert_close(joined, attend("dot", **given, mask=strided), length=36)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_axial_attention_is_masked_attention_step_by_step(score, keys):
+    """Attention along some axes is attention over all under a mask of boxes. One after the other is not one softmax."""
+    size = (3, 4, 5)
+    query, key, value = (keys.normal(BATCH, *size, 2, 4) for _ in range(3))
+    in_frame, in_time = masks.BlockLocal((1, 4, 5)), masks.BlockLocal((3, 1, 1))
+
+    def axial(value):
+        space = attend(score, query, key, value, attention_axes=(2, 3))
+        return attend(score, query, key, space, attention_axes=1)
+
+    def masked(value):
+        space = attend(score, query, key, value, mask=in_frame)
+        return attend(score, query, key, space, mask=in_time)
+
+    assert_close(axial(value), masked(value), length=60)
+    at_once = attend(score, query, key, value, mask=in_frame | in_time)
+    everywhere = attend(score, query, key, value)
+    for other in (at_once, everywhere):
+        assert jnp.max(jnp.abs(axial(value) - other)) > 0.1
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_packed_documents_are_the_documents_one_by_one(score, keys):
+    """Segments keep them apart, and positions that start anew keep their rotation."""
+    lengths = [14, 9, 12]
+    packed = operands((LENGTH,), keys)  # two positions of padding at the end
+    ids = np.repeat([1, 2, 3, 0], [*lengths, 2])
+    place = np.concatenate([np.arange(length) for length in [*lengths, 2]])
+
+    def rotated(query, key, value, place, **options):
+        turned = (positions.rotary_embedding(x, place) for x in (query, key))
+        return attend(score, *turned, value, **options)
+
+    mask = masks.Causal() & masks.Segments(ids, padding_id=0)
+    together = rotated(**packed, place=jnp.asarray(place), mask=mask)
+    starts = np.cumsum([0, *lengths])
+    for first, last in itertools.pairwise(starts):
+        alone = rotated(*(x[:, first:last] for x in packed.values()), place=None, is_causal=True)
+        assert_close(together[:, first:last], alone, length=LENGTH)
+    assert (together[:, starts[-1] :] == 0).all()
+    if score == "additive":  # dot products know distances alone, so there the place of a document does not matter
+        elsewhere = rotated(**packed, place=jnp.arange(LENGTH), mask=mask)
+        assert jnp.max(jnp.abs(elsewhere - together)) > 0.1
