@@ -9,6 +9,7 @@ import numpy as np
 
 from attnlib._problem import Problem
 from attnlib._tiles import EMPTY, Ranges
+from attnlib.scores import Bilinear, Dot, Product
 
 # Numbers in the largest array of a tile, and how long and wide one is at most. Measured on 2 CPU cores, 64 features of
 # 2048 positions: of 8 heads 512 x 256 was fastest forward and in training, of one head 2048 x 512. Of scores whose
@@ -18,10 +19,19 @@ _LONGEST = 2048, 512
 # From this many pairs of a key head on, heads are computed in turn. Measured likewise, all at once / in turn, forward
 # and training of 8 heads: 1.13, 0.94 at 8 x 128 positions; 1.31, 1.66 at 8 x 256; 2.0, 2.1 at 4 x 512.
 _PAIRS_IN_TURN = 2**16
+# Up to so many rows of a batch index, its heads are computed side by side, from so many keys on.
+_ROWS_SIDE_BY_SIDE, _KEYS_SIDE_BY_SIDE = 64, 128
 
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) of a tile: what the user asked for, or what suits the cache."""
+    lengths = problem.query_length, problem.key_length
+    if side_by_side(problem):
+        return lengths
+    return _tile_sizes(problem)
+
+
+def _tile_sizes(problem: Problem) -> tuple[int, int]:
     lengths = problem.query_length, problem.key_length
     if problem.block_sizes is not None:
         return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
@@ -46,7 +56,23 @@ def heads_in_turn(problem: Problem) -> bool:
     a score's own arrays are not cut.
     """
     pairs = problem.groups * problem.query_length * problem.key_length
-    return _alone() and pairs >= _PAIRS_IN_TURN and not jax.tree.leaves(problem.score)
+    long = pairs >= _PAIRS_IN_TURN and not side_by_side(problem)
+    return _alone() and long and not jax.tree.leaves(problem.score)
+
+
+def side_by_side(problem: Problem) -> bool:
+    """Whether the forward pass has all heads in one product, with keys and values as they lie, and one tile.
+
+    Faster on a CPU for few queries and many keys; it would gather what is sharded, so there may be one device only.
+    Not where the user asks for several tiles, or a static mask (a window, say) leaves most of the keys out.
+    """
+    rows, lengths = problem.kv_heads * problem.groups * problem.query_length, (problem.query_length, problem.key_length)
+    few = 0 < rows <= _ROWS_SIDE_BY_SIDE and lengths[1] >= _KEYS_SIDE_BY_SIDE
+    if not (_alone() and few and isinstance(problem.score, (Dot, Bilinear, Product))):
+        return False
+    if problem.block_sizes is not None:
+        return problem.block_sizes[0] >= lengths[0] and problem.block_sizes[1] >= lengths[1]
+    return problem.mask is None or 2 * _work(problem, lengths[0], 128) > lengths[0] * lengths[1]
 
 
 def _alone() -> bool:

@@ -96,6 +96,7 @@ class Plan:
     axes: tuple[tuple[int | None, int | None], ...]  # how those are cut
     tile: tuple[int, int]
     in_turn: bool  # one batch index and key head after another
+    side_by_side: bool  # all heads in one product, forward
     heads: tuple[int, ...]  # (*batch, K, G)
     query_shape: tuple[int, ...]
     key_shape: tuple[int, ...]
@@ -104,14 +105,14 @@ class Plan:
     precision: Any
 
     @classmethod
-    def of(cls, problem: Problem, tile: tuple[int, int], in_turn: bool, arrays: Arrays) -> Plan:
+    def of(cls, problem: Problem, tile: tuple[int, int], in_turn: bool, side_by_side: bool, arrays: Arrays) -> Plan:
         leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
         heads = (*problem.batch, problem.kv_heads, problem.groups)
         return cls(
-            tree, floating, axes, tile, in_turn, heads, problem.query_shape, problem.key_shape, problem.dropout_rate,
-            problem.logits_soft_cap, problem.precision,
+            tree, floating, axes, tile, in_turn, side_by_side, heads, problem.query_shape, problem.key_shape,
+            problem.dropout_rate, problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
 
     def split(self, arrays: Arrays) -> tuple[list[Any], list[Any]]:

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _online_softmax
-from attnlib._impl._sizes import heads_in_turn, rows_at_once, tile_sizes
+from attnlib._impl import _side_by_side
+from attnlib._impl._sizes import heads_in_turn, rows_at_once, side_by_side, tile_sizes
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
 from attnlib._linear import Bound, unbroadcast
 from attnlib._loops import nought
@@ -45,7 +46,7 @@ def _run(problem: Problem) -> Result:
     problem = _prepared(problem)
     tile = tile_sizes(problem)
     arrays = _padded(problem, tile)
-    plan = Plan.of(problem, tile, heads_in_turn(problem), arrays)
+    plan = Plan.of(problem, tile, heads_in_turn(problem), side_by_side(problem), arrays)
     moving, fixed = plan.split(arrays)
     output, lse = _attend(plan, moving, fixed)
     output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
@@ -152,6 +153,8 @@ def _forward(plan: Plan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     rows = jnp.sum(nought(arrays.query[..., :1]), -1)
     start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
+    if plan.side_by_side:
+        return _online_softmax.finish(_side_by_side.attend(plan, arrays, start, body))
     return _online_softmax.finish(loop.run(body, start, checkpoint=False))
 
 
