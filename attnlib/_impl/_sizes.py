@@ -19,8 +19,8 @@ _LONGEST = 2048, 512
 # From this many pairs of a key head on, heads are computed in turn. Measured likewise, all at once / in turn, forward
 # and training of 8 heads: 1.13, 0.94 at 8 x 128 positions; 1.31, 1.66 at 8 x 256; 2.0, 2.1 at 4 x 512.
 _PAIRS_IN_TURN = 2**16
-# Up to so many rows of a batch index, its heads are computed side by side, from so many keys on.
-_ROWS_SIDE_BY_SIDE, _KEYS_SIDE_BY_SIDE = 64, 128
+# Up to so many rows of a batch index and of a key head, heads are computed side by side, from so many keys on.
+_ROWS_SIDE_BY_SIDE, _ROWS_OF_A_KEY_HEAD, _KEYS_SIDE_BY_SIDE = 64, 8, 512
 
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
@@ -66,8 +66,9 @@ def side_by_side(problem: Problem) -> bool:
     Faster on a CPU for few queries and many keys; it would gather what is sharded, so there may be one device only.
     Not where the user asks for several tiles, or a static mask (a window, say) leaves most of the keys out.
     """
-    rows, lengths = problem.kv_heads * problem.groups * problem.query_length, (problem.query_length, problem.key_length)
-    few = 0 < rows <= _ROWS_SIDE_BY_SIDE and lengths[1] >= _KEYS_SIDE_BY_SIDE
+    lengths, rows = (problem.query_length, problem.key_length), problem.groups * problem.query_length
+    few = rows <= _ROWS_OF_A_KEY_HEAD and problem.kv_heads * rows <= _ROWS_SIDE_BY_SIDE
+    few = few and min(problem.rows, problem.query_length) > 0 and problem.key_length >= _KEYS_SIDE_BY_SIDE
     if not (_alone() and few and isinstance(problem.score, (Dot, Bilinear, Product))):
         return False
     if problem.block_sizes is not None:
