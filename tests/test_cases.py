@@ -113,3 +113,15 @@ def test_heads_are_side_by_side(name, wide):
         operands, traced, options = build(case)
         program = jax.jit(lambda *args: run(*args, options, name)).lower(operands, traced).as_text()
     assert bool(re.search(r"dot_general.*tensor<2x7x8xf32>, tensor<2x30x8xf32>", program)) == wide
+
+
+def test_a_batch_of_heads_side_by_side_branches_once():
+    """Under vmap too, what is computed again where something is not finite is a branch: else both would run."""
+    case = BY_NAME["grouped"]
+    with context(case, SIDE_BY_SIDE):
+        operands, _, options = build(case)
+        batch = jax.tree.map(lambda x: jnp.stack([x, x + 1]), operands)
+        program = jax.jit(jax.vmap(lambda operands: run(operands, {}, options, SIDE_BY_SIDE)[0]))
+        assert "stablehlo.case" in program.lower(batch).as_text()
+        apart = [run(jax.tree.map(lambda x, n=n: x[n], batch), {}, options, SIDE_BY_SIDE)[0] for n in range(2)]
+        assert_close(program(batch), jnp.stack(apart), length=7)

@@ -19,7 +19,12 @@ _LONGEST = 2048, 512
 # From this many pairs of a key head on, heads are computed in turn. Measured likewise, all at once / in turn, forward
 # and training of 8 heads: 1.13, 0.94 at 8 x 128 positions; 1.31, 1.66 at 8 x 256; 2.0, 2.1 at 4 x 512.
 _PAIRS_IN_TURN = 2**16
-# Up to so many rows of a batch index and of a key head, heads are computed side by side, from so many keys on.
+# Up to so many rows of a batch index and of a key head, heads are computed side by side, from so many keys on. Measured
+# on 2 shared CPU cores, 64 features, 4096 keys, the faster of dense and tiled / side by side, forward and training: 8
+# heads, 1 query 3.2, 1.5 (with lengths 4.3, 4.0), 8 queries 1.5, 1.03, 16 queries 0.87, 0.86; 8 heads on 2 key heads, 1
+# query 1.9, 1.4, 2 queries 1.3, 1.3, 4 queries 0.99, 0.56; on 1 key head, where nothing has to be moved, 1 query 0.92,
+# 0.80, but with lengths 1.7, 1.4; 32 heads, 1 query 3.6; 32 on 8 of 128 features 5.1. 8 heads, 1 query, 256 keys 0.99,
+# 0.96; 512 keys 1.3, 0.98; 32768 keys 7.3. With bfloat16, whose keys have to be converted: 1.4.
 _ROWS_SIDE_BY_SIDE, _ROWS_OF_A_KEY_HEAD, _KEYS_SIDE_BY_SIDE = 64, 8, 512
 
 
@@ -69,6 +74,7 @@ def side_by_side(problem: Problem) -> bool:
     lengths, rows = (problem.query_length, problem.key_length), problem.groups * problem.query_length
     few = rows <= _ROWS_OF_A_KEY_HEAD and problem.kv_heads * rows <= _ROWS_SIDE_BY_SIDE
     few = few and min(problem.rows, problem.query_length) > 0 and problem.key_length >= _KEYS_SIDE_BY_SIDE
+    few = few and (problem.kv_heads > 1 or problem.mask is not None)
     if not (_alone() and few and isinstance(problem.score, (Dot, Bilinear, Product))):
         return False
     if problem.block_sizes is not None:

@@ -96,7 +96,7 @@ GROUPS = {
     "masks": [square(2, 2048, mask="lengths"), square(1, 2048, mask="dense")],
     "decode": [
         *[Row(1, 1, 4096), Row(8, 1, 4096), Row(1, 1, 32768)],
-        *[Row(1, 1, 4096, kv_heads=2), Row(1, 1, 4096, mask="lengths"), Row(8, 1, 4096, mask="lengths")],
+        *[Row(1, 1, 4096, kv_heads=2), Row(1, 1, 4096, mask="lengths"), Row(2, 1, 4096, mask="lengths")],
     ],
 }
 # What each group is to reach, forward and training, over PyTorch and over the fastest JAX peer; None: no target.
