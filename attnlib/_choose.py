@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from attnlib._impl._sizes import heads_in_turn
+from attnlib._impl._sizes import heads_in_turn, side_by_side
 from attnlib._impl.blockwise import blockwise
 from attnlib._impl.cudnn import cudnn
 from attnlib._impl.reference import reference
@@ -51,6 +51,8 @@ def preferred(problem: Problem) -> tuple[Implementation, ...]:
     features = problem.query.shape[-1]
     pair_size = problem.score.pair_size(features)
     if problem.score.prepared_pair_size(features) < pair_size:  # additive scores: tiled, the faster one at every size
+        return blockwise, reference
+    if side_by_side(problem) and not problem.return_weights:
         return blockwise, reference
     limit = DENSE_NUMBERS_IN_TURN if heads_in_turn(problem) else DENSE_NUMBERS
     limit = limit if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES

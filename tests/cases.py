@@ -21,7 +21,7 @@ from quick_jit import quick_jit
 import attnlib
 from attnlib import masks, modifiers, scores
 from attnlib._choose import NAMES as NAMES
-from attnlib._impl import _sizes
+from attnlib._impl import _side_by_side, _sizes
 
 # Those that take every call; the others have tests of their own, and are skipped with their reason where they refuse.
 COMPLETE = tuple(name for name in NAMES if name != "cudnn")
@@ -29,9 +29,13 @@ COMPLETE = tuple(name for name in NAMES if name != "cudnn")
 # What blockwise does with long operands on a CPU with one device, which the tests do not have.
 IN_TURN = "blockwise, heads in turn"
 
-# Block sizes that cut the small operands here into several tiles, the last ones incomplete. Those of the two must
-# differ: JAX keeps what it has traced for the same arguments.
-BLOCK_SIZES = {"blockwise": (3, 4), IN_TURN: (4, 3)}
+# What it does there with few queries against many keys.
+SIDE_BY_SIDE = "blockwise, heads side by side"
+
+# Block sizes that cut the small operands here into several tiles, the last ones incomplete; or, with heads side by
+# side, into none. They must differ: JAX keeps what it has traced for the same arguments.
+BLOCK_SIZES = {"blockwise": (3, 4), IN_TURN: (4, 3), SIDE_BY_SIDE: (64, 64)}
+ANY_ROWS = dict(_ROWS_SIDE_BY_SIDE=10**9, _ROWS_OF_A_KEY_HEAD=10**9, _KEYS_SIDE_BY_SIDE=1)
 
 
 class Draw:
@@ -233,8 +237,19 @@ assert len(BY_NAME) == len(CASES), "two cases share a name"
 def context(case: Case, name: str | None = None):
     with contextlib.ExitStack() as stack:
         stack.enter_context(x64(case.dtype == "float64"))
+        stack.enter_context(variant(name))
+        yield
+
+
+@contextlib.contextmanager
+def variant(name: str | None):
+    """Where a named variant of an implementation is what that implementation does."""
+    with contextlib.ExitStack() as stack:
         if name == IN_TURN:
             stack.enter_context(mock.patch.multiple(_sizes, _alone=lambda: True, _PAIRS_IN_TURN=1))
+        if name == SIDE_BY_SIDE:
+            stack.enter_context(mock.patch.multiple(_sizes, _alone=lambda: True, **ANY_ROWS))
+            stack.enter_context(mock.patch.object(_side_by_side, "_TILE", 3))  # 7 keys: two tiles and a rest
         yield
 
 
@@ -267,7 +282,7 @@ def run(operands: dict[str, Any], traced: dict[str, Any], options: dict[str, Any
 
 def by_name(implementation: str | None) -> dict[str, Any]:
     """The options that ask for an implementation, in several blocks where it has them."""
-    name = "blockwise" if implementation == IN_TURN else implementation
+    name = "blockwise" if implementation in (IN_TURN, SIDE_BY_SIDE) else implementation
     return dict(implementation=name, block_sizes=BLOCK_SIZES.get(implementation))
 
 
@@ -277,6 +292,8 @@ def refusal(case: Case, name: str) -> str | None:
         operands, traced, options = build(case)
         if name == IN_TURN and jax.tree.leaves(operands["score"]):
             return "the score has arrays, which are not cut"
+        if name == SIDE_BY_SIDE and not isinstance(operands["score"], (scores.Dot, scores.Bilinear)):
+            return "the score is not a product"
         return unsupported(name, **operands, **traced, **options, return_weights=True, return_lse=True)
 
 

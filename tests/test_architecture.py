@@ -24,6 +24,7 @@ ROOMS = [
     {"_problem", "_dimensions"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
     {"_impl._tile"},
+    {"_impl._side_by_side"},
     {"_impl.blockwise", "_impl.reference", "_impl.cudnn"},
     {"_checks", "_choose"},
     {"_operands"},

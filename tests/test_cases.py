@@ -13,6 +13,7 @@ from cases import (
     COMPLETE,
     IN_TURN,
     NAMES,
+    SIDE_BY_SIDE,
     build,
     context,
     derivatives,
@@ -25,7 +26,7 @@ from conftest import assert_close, assert_finite
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN])
+@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN, SIDE_BY_SIDE])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_derivatives(case, implementation):
     """Forward and reverse mode agree with each other, and both with the reference."""
@@ -72,7 +73,7 @@ def inner(a, b):
     return sum(np.sum(term) for term in terms), sum(np.sum(np.abs(term)) for term in terms)
 
 
-@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN])
+@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN, SIDE_BY_SIDE])
 @pytest.mark.parametrize("case", [case for case in CASES if case.second_order], ids=str)
 def test_second_derivatives(case, implementation):
     """Forward over reverse equals reverse over reverse (the second derivative is symmetric), and the reference."""
@@ -86,7 +87,7 @@ def test_second_derivatives(case, implementation):
         assert_close(made, second_derivatives(case, "reference"), length=16)
 
 
-@pytest.mark.parametrize("implementation", [*COMPLETE, IN_TURN])
+@pytest.mark.parametrize("implementation", [*COMPLETE, IN_TURN, SIDE_BY_SIDE])
 def test_enough_cases_ran(implementation):
     """A suite that refuses its way through proves nothing."""
     ran = [case for case in CASES if refusal(case, implementation) is None]
@@ -104,3 +105,25 @@ def test_heads_are_in_turn(name, starts):
         operands, traced, options = build(case)
         program = jax.jit(lambda *args: run(*args, options, name)).lower(operands, traced).as_text()
     assert starts <= set(re.findall(r"tensor<(\d+x\d+)xi32>", program))
+
+
+@pytest.mark.parametrize(("name", "wide"), [("blockwise", False), (SIDE_BY_SIDE, True)])
+def test_heads_are_side_by_side(name, wide):
+    """Likewise: keys of 2 heads x 4 features are one matrix, in a product with the 6 heads of 5 queries."""
+    case = BY_NAME["grouped"]
+    with context(case, name):
+        operands, traced, options = build(case)
+        program = jax.jit(lambda *args: run(*args, options, name)).lower(operands, traced).as_text()
+    assert bool(re.search(r"dot_general.*tensor<2x7x8xf32>, tensor<2x30x8xf32>", program)) == wide
+
+
+def test_a_batch_of_heads_side_by_side_branches_once():
+    """Under vmap too, what is computed again where something is not finite is a branch: else both would run."""
+    case = BY_NAME["grouped"]
+    with context(case, SIDE_BY_SIDE):
+        operands, _, options = build(case)
+        batch = jax.tree.map(lambda x: jnp.stack([x, x + 1]), operands)
+        program = jax.jit(jax.vmap(lambda operands: run(operands, {}, options, SIDE_BY_SIDE)[0]))
+        assert "stablehlo.case" in program.lower(batch).as_text()
+        apart = [run(jax.tree.map(lambda x, n=n: x[n], batch), {}, options, SIDE_BY_SIDE)[0] for n in range(2)]
+        assert_close(program(batch), jnp.stack(apart), length=7)

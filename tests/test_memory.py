@@ -76,6 +76,24 @@ def test_linear_with_heads_in_turn(option, derivative, heads_in_turn):
     test_linear_in_length("dot", option, derivative)
 
 
+@pytest.mark.parametrize("mask", [None, "lengths"])
+@pytest.mark.parametrize("keys", [32768, 32771])
+def test_decoding_copies_no_keys(keys, mask, heads_in_turn):
+    """Not even where the length is no multiple of anything; in megabytes: the keys have 67."""
+    query, key = (jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32) for length in (1, keys))
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def program(query, key, value, lengths):
+        return attnlib.dot_product_attention(query, key, value, mask=masks.Lengths(key=lengths) if mask else None)
+
+    explained = attnlib.explain(query, key, key)
+    assert explained.implementation == "blockwise"
+    compiled = jax.jit(program).lower(query, key, key, lengths).compile()
+    counted = compiled.memory_analysis().temp_size_in_bytes
+    assert counted / 1e6 <= 67 / 3
+    assert counted / 2 <= explained.memory <= counted * 2
+
+
 @pytest.mark.parametrize(("score", "checkpoint"), [("dot", False), ("dot", True), ("additive", False)])
 def test_linear_in_a_loop_of_the_user(score, checkpoint):
     """A model's loop over layers or examples is differentiated as a whole, twice: the tiles in it stay tiles."""

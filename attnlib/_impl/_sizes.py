@@ -9,6 +9,7 @@ import numpy as np
 
 from attnlib._problem import Problem
 from attnlib._tiles import EMPTY, Ranges
+from attnlib.scores import Bilinear, Dot, Product
 
 # Numbers in the largest array of a tile, and how long and wide one is at most. Measured on 2 CPU cores, 64 features of
 # 2048 positions: of 8 heads 512 x 256 was fastest forward and in training, of one head 2048 x 512. Of scores whose
@@ -18,10 +19,24 @@ _LONGEST = 2048, 512
 # From this many pairs of a key head on, heads are computed in turn. Measured likewise, all at once / in turn, forward
 # and training of 8 heads: 1.13, 0.94 at 8 x 128 positions; 1.31, 1.66 at 8 x 256; 2.0, 2.1 at 4 x 512.
 _PAIRS_IN_TURN = 2**16
+# Up to so many rows of a batch index and of a key head, heads are computed side by side, from so many keys on. Measured
+# on 2 shared CPU cores, 64 features, 4096 keys, the faster of dense and tiled / side by side, forward and training: 8
+# heads, 1 query 3.2, 1.5 (with lengths 4.3, 4.0), 8 queries 1.5, 1.03, 16 queries 0.87, 0.86; 8 heads on 2 key heads, 1
+# query 1.9, 1.4, 2 queries 1.3, 1.3, 4 queries 0.99, 0.56; on 1 key head, where nothing has to be moved, 1 query 0.92,
+# 0.80, but with lengths 1.7, 1.4; 32 heads, 1 query 3.6; 32 on 8 of 128 features 5.1. 8 heads, 1 query, 256 keys 0.99,
+# 0.96; 512 keys 1.3, 0.98; 32768 keys 7.3. With bfloat16, whose keys have to be converted: 1.4.
+_ROWS_SIDE_BY_SIDE, _ROWS_OF_A_KEY_HEAD, _KEYS_SIDE_BY_SIDE = 64, 8, 512
 
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) of a tile: what the user asked for, or what suits the cache."""
+    lengths = problem.query_length, problem.key_length
+    if side_by_side(problem):
+        return lengths
+    return _tile_sizes(problem)
+
+
+def _tile_sizes(problem: Problem) -> tuple[int, int]:
     lengths = problem.query_length, problem.key_length
     if problem.block_sizes is not None:
         return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
@@ -46,7 +61,25 @@ def heads_in_turn(problem: Problem) -> bool:
     a score's own arrays are not cut.
     """
     pairs = problem.groups * problem.query_length * problem.key_length
-    return _alone() and pairs >= _PAIRS_IN_TURN and not jax.tree.leaves(problem.score)
+    long = pairs >= _PAIRS_IN_TURN and not side_by_side(problem)
+    return _alone() and long and not jax.tree.leaves(problem.score)
+
+
+def side_by_side(problem: Problem) -> bool:
+    """Whether the forward pass has all heads in one product, with keys and values as they lie, and one tile.
+
+    Faster on a CPU for few queries and many keys; it would gather what is sharded, so there may be one device only.
+    Not where the user asks for several tiles, or a static mask (a window, say) leaves most of the keys out.
+    """
+    lengths, rows = (problem.query_length, problem.key_length), problem.groups * problem.query_length
+    few = rows <= _ROWS_OF_A_KEY_HEAD and problem.kv_heads * rows <= _ROWS_SIDE_BY_SIDE
+    few = few and min(problem.rows, problem.query_length) > 0 and problem.key_length >= _KEYS_SIDE_BY_SIDE
+    few = few and (problem.kv_heads > 1 or problem.mask is not None)
+    if not (_alone() and few and isinstance(problem.score, (Dot, Bilinear, Product))):
+        return False
+    if problem.block_sizes is not None:
+        return problem.block_sizes[0] >= lengths[0] and problem.block_sizes[1] >= lengths[1]
+    return problem.mask is None or 2 * pairs_computed(problem, lengths[0], 128) > lengths[0] * lengths[1]
 
 
 def _alone() -> bool:
@@ -64,13 +97,20 @@ def _up_to(length: int) -> int:
 
 
 def _narrowed(problem: Problem, queries: int, keys: int) -> tuple[int, int]:
-    """Smaller tiles, down to 128, where a static mask (a window, say) then leaves a good part of the work out."""
-    while problem.mask is not None and max(queries, keys) >= 256:
-        smaller = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
-        if pairs_computed(problem, *smaller) >= 0.85 * pairs_computed(problem, queries, keys):
-            break
-        queries, keys = smaller
-    return queries, keys
+    """Smaller tiles, down to 128, where a static mask (a window, say) then leaves a good part of the work out.
+
+    All sizes are looked at: scattered blocks leave nothing out until tiles are as small as they are.
+    """
+    best, price = (queries, keys), 1.0
+    if problem.mask is None or max(best) < 256:
+        return best
+    least: float = pairs_computed(problem, queries, keys)
+    while max(queries, keys) >= 256:
+        queries, keys = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
+        price /= 0.85  # a halving has to pay
+        if (cost := price * pairs_computed(problem, queries, keys)) < least:
+            best, least = (queries, keys), cost
+    return best
 
 
 def pairs_computed(problem: Problem, queries: int, keys: int) -> int:

@@ -105,6 +105,7 @@ class Plan:
     axes: tuple[Cut, ...]  # how those are cut
     tile: tuple[int, int]
     in_turn: bool  # one batch index and key head after another
+    side_by_side: bool  # all heads in one product, forward
     heads: tuple[int, ...]  # (*batch, K, G)
     query_shape: tuple[int, ...]
     key_shape: tuple[int, ...]
@@ -113,12 +114,12 @@ class Plan:
     precision: Any
 
     @classmethod
-    def of(cls, problem: Problem, tile: tuple[int, int], in_turn: bool, arrays: Arrays) -> Plan:
+    def of(cls, problem: Problem, tile: tuple[int, int], in_turn: bool, side_by_side: bool, arrays: Arrays) -> Plan:
         leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
         return cls(
-            tree, floating, axes, tile, in_turn, problem.heads, problem.query_shape, problem.key_shape,
+            tree, floating, axes, tile, in_turn, side_by_side, problem.heads, problem.query_shape, problem.key_shape,
             problem.dropout_rate, problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
 

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 
 from attnlib import _axes, _online_softmax
 from attnlib._cost import operations
-from attnlib._impl._sizes import heads_in_turn, rows_at_once, tile_sizes
+from attnlib._impl import _side_by_side
+from attnlib._impl._sizes import heads_in_turn, rows_at_once, side_by_side, tile_sizes
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
 from attnlib._linear import Bound, unbroadcast
 from attnlib._loops import nought
@@ -38,6 +39,8 @@ Leaves = Sequence[jax.Array]
 # The axes of queries and of keys, as `Place.cut` takes them, of numbers a row, of the output, and of all of `Running`.
 _OF_ROWS, _OUTPUT = (-1, None), (-2, None)
 _RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
+# Query, key and value among the leaves that can have derivatives.
+_OPERANDS = 0, 1, 2
 
 
 def _run(problem: Problem) -> Result:
@@ -46,7 +49,7 @@ def _run(problem: Problem) -> Result:
     problem = _prepared(problem)
     tile = tile_sizes(problem)
     arrays = _padded(problem, tile)
-    plan = Plan.of(problem, tile, heads_in_turn(problem), arrays)
+    plan = Plan.of(problem, tile, heads_in_turn(problem), side_by_side(problem), arrays)
     moving, fixed = plan.split(arrays)
     output, lse = _attend(plan, moving, fixed)
     output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
@@ -154,6 +157,8 @@ def _forward(plan: Plan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     rows = jnp.sum(nought(arrays.query[..., :1]), -1)
     start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
+    if plan.side_by_side:
+        return _online_softmax.finish(_side_by_side.attend(plan, arrays, start, body))
     return _online_softmax.finish(loop.run(body, start, checkpoint=False))
 
 
@@ -178,6 +183,39 @@ def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: L
 
 def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
     """Cotangents of the active leaves from those of (output, lse)."""
+    if not plan.side_by_side or not set(active) <= set(_OPERANDS):
+        return _transpose_tiles(plan, active, residuals, cotangents)
+    bound = plan, active, len(residuals)
+    return ruled(Bound(_transpose_at_once, bound), Bound(_transpose_rule, bound), (*residuals, *cotangents))
+
+
+def _transpose_at_once(plan: Plan, active: tuple[int, ...], count: int, *args: jax.Array) -> list[jax.Array]:
+    *leaves, output, lse = args[:count]
+    whole = sum(plan.floating)
+    arrays = plan.join(leaves[:whole], leaves[whole:])
+
+    def tiled(arrays: Arrays) -> list[jax.Array]:
+        moving, fixed = plan.split(arrays)
+        return _transpose_tiles(plan, _OPERANDS, (*moving, *fixed, output, lse), args[count:])
+
+    bars = _side_by_side.transpose(plan, arrays, output, lse, args[count:], tiled)
+    return [bars[n] for n in active]
+
+
+def _transpose_rule(plan: Plan, active: tuple[int, ...], count: int, moving: Any, args: Any, changes: Any) -> Any:
+    """The tangents of the same by tiles."""
+
+    def tiled(*values: jax.Array) -> list[jax.Array]:
+        whole = list(args)
+        for n, value in zip(moving, values, strict=True):
+            whole[n] = value
+        return _transpose_tiles(plan, active, whole[:count], whole[count:])
+
+    _, tangents = jax.jvp(tiled, [args[n] for n in moving], list(changes))
+    return _transpose(plan, active, args[:count], args[count:]), tangents
+
+
+def _transpose_tiles(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
     *leaves, output, lse = residuals
     loop = _Loop(plan, leaves)
     output_bar, lse_bar = cotangents
@@ -216,6 +254,8 @@ def _estimate(problem: Problem) -> Estimate:
     whole += problem.key.size + problem.value.size
     itemsize = jnp.dtype(problem.dtype).itemsize
     memory = (whole + 2 * rows_at_once(problem) * tile[0] * tile[1]) * itemsize
+    if side_by_side(problem):
+        memory = _side_by_side.numbers(problem) * itemsize
     return Estimate(memory, operations(_run, problem), tile, (int((kinds != EMPTY).sum()), kinds.size))
 
 

@@ -94,7 +94,10 @@ GROUPS = {
     "features": [square(1, 1024, features=features) for features in (32, 128, 256)],
     "cross": [Row(1, 512, 4096), Row(1, 4096, 512)],
     "masks": [square(2, 2048, mask="lengths"), square(1, 2048, mask="dense")],
-    "decode": [Row(1, 1, 4096), Row(8, 1, 4096)],
+    "decode": [
+        *[Row(1, 1, 4096), Row(8, 1, 4096), Row(1, 1, 32768)],
+        *[Row(1, 1, 4096, kv_heads=2), Row(1, 1, 4096, mask="lengths"), Row(2, 1, 4096, mask="lengths")],
+    ],
 }
 # What each group is to reach, forward and training, over PyTorch and over the fastest JAX peer; None: no target.
 TORCH_TARGETS = {"full": (0.85, 0.85), "causal": (0.75, 0.7)}
