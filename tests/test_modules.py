@@ -330,17 +330,6 @@ def test_a_module_in_setup_and_called_twice():
     assert_same(Model().apply(variables, X), twice)
 
 
-def test_partitioned_parameters():
-    """Kernels may come in boxes of partitioning metadata, as flax's own layers allow."""
-    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "heads", None))
-    layer = attnlib.MultiHeadAttention(num_heads=2, kernel_init=init)
-    variables = layer.init(RNG, X)
-    kernel = variables["params"]["query"]["kernel"]
-    assert isinstance(kernel, nn.Partitioned)
-    assert kernel.value.shape == (12, 2, 6)
-    assert_same(layer.apply(variables, X), layer.apply(nn.meta.unbox(variables), X))
-
-
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
