@@ -19,6 +19,7 @@ from flax import struct
 
 from attnlib import _axes, _checks, _held
 from attnlib._held import Held
+from attnlib._problem import compute_dtype
 from attnlib._types import Array, BoolMask, Key, Query, Value
 from attnlib.attention import attention
 from attnlib.masks import Mask, SlidingWindow
@@ -283,7 +284,8 @@ class KVCache:
             near = SlidingWindow(self.window - 1, None)
             mask = near if mask is None else mask & near
         key, value = _held.loaded(held.key, held.key_scale), _held.loaded(held.value, held.value_scale)
-        value = value.astype(jnp.promote_types(value.dtype, query.dtype))  # the output is not to be rounded twice
+        if value.dtype != query.dtype:  # the output, which has the value's dtype, is not to be rounded twice
+            value = value.astype(compute_dtype(query, value))
         results = attention(
             query, key, value, score=Dot() if score is None else score, is_causal=is_causal, mask=mask,
             attention_axes=-3, query_positions=at[0], key_positions=at[1], **options,

@@ -84,6 +84,18 @@ def turned(how, x):
     return attnlib.dot_product_attention(x, x, x, **how)
 
 
+def decoded(how, query, key, lengths):
+    """A cache of each kind: prefilled, then a token."""
+    forms = dict(ragged=True), dict(window=3, ragged=True, dtype=jnp.int8)
+    results = []
+    for form in forms:
+        cache = attnlib.KVCache.create((2,), 8, num_kv_heads=2, key_dim=8, **form)
+        first, cache = cache.decode(query[:, :4], key[:, :4], key[:, :4], lengths, **how)
+        cache = cache.append(key[:, 4:5], key[:, 4:5])
+        results += [first, cache.attend(query[:, 4:], sink=0.0, **how), cache.length.astype(jnp.float32)]
+    return results
+
+
 def drop_in(how, x):
     layer = flax.linen.MultiHeadDotProductAttention(
         num_heads=2, attention_fn=functools.partial(attnlib.attention_fn, implementation=how["implementation"])
@@ -120,6 +132,7 @@ PROGRAMS = {
     "training step": (training_step, (X,)),
     "rotary_embedding": (turned, (QUERY,)),
     "attention_fn": (drop_in, (X,)),
+    "KVCache": (decoded, (QUERY, KEY, np.array([4, 2], np.int32))),
 }  # fmt: skip
 
 
@@ -138,9 +151,9 @@ def test_the_whole_api_is_exported_here():
     """A new public function must join the programs above, or the list of those that run on the host."""
     host = {"Explanation", "explain", "masks", "positions", "scores", "constrain"}
     traced = {
-        "AdditiveAttention", "DotProductAttention", "MultiHeadAttention", "additive_attention", "apply_constraints",
-        "attention", "attention_fn", "dot_product_attention", "init_multi_head_attention", "merge_attention",
-        "multi_head_attention", "parameter_penalty", "regularization_loss",
+        "AdditiveAttention", "DotProductAttention", "KVCache", "MultiHeadAttention", "additive_attention",
+        "apply_constraints", "attention", "attention_fn", "dot_product_attention", "init_multi_head_attention",
+        "merge_attention", "multi_head_attention", "parameter_penalty", "regularization_loss",
     }  # fmt: skip
     assert set(attnlib.__all__) == host | traced
     used = {name for function, _ in PROGRAMS.values() for name in names_of(function)}
