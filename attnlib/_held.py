@@ -65,7 +65,7 @@ def write_run(start: jax.Array, held: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def write_slots(slots: jax.Array, held: jax.Array, new: jax.Array) -> jax.Array:
-    """Slots `(n,)`, or of each sequence its own, `(*batch, n)`."""
+    """Writes to the slots `(*batch, n)`; those beyond the end are dropped."""
     if slots.ndim == 1:
-        return held.at[..., slots, :, :].set(new, mode="drop", unique_indices=True)
+        return held.at[slots].set(new, mode="drop", unique_indices=True)
     return jax.vmap(write_slots)(slots, held, new)

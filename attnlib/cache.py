@@ -33,7 +33,7 @@ class KVCache:
 
     Make one with `KVCache.create`. All methods work under `jax.jit`, where the cache should be donated, in
     `jax.lax.scan` and under `jax.vmap`. Which tokens it holds depends on `length` alone: what the other slots hold, NaN
-    included, cannot matter.
+    included, cannot matter. A query costs by the capacity, whether it is filled or not.
 
     Attributes:
       key: `(*batch, capacity, K, D)`.
@@ -357,8 +357,9 @@ class KVCache:
             real = place < count_
             if self.window is not None:  # of more than it holds, the newest
                 slots, real = slots % capacity, real & (place >= count_ - capacity)
-            # What is not to be written goes beyond the end, each to a slot of its own, and is dropped.
-            slots = jnp.where(real, slots, capacity + place)
+            # What is not to be written goes beyond the end, each to a slot of its own, and is dropped. The slots are
+            # those of each sequence even where all are the same: XLA of jax 0.8 copies the cache otherwise.
+            slots = jnp.broadcast_to(jnp.where(real, slots, capacity + place), (*self.batch_shape, new))
             held = jax.tree.map(partial(_held.write_slots, slots), self._arrays, stored)
         return dataclasses.replace(self, **held._asdict(), length=jnp.asarray(length + count, jnp.int32))
 
