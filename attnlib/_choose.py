@@ -52,7 +52,10 @@ def preferred(problem: Problem) -> tuple[Implementation, ...]:
     pair_size = problem.score.pair_size(features)
     if problem.score.prepared_pair_size(features) < pair_size:  # additive scores: tiled, the faster one at every size
         return blockwise, reference
-    if side_by_side(problem) and not problem.return_weights:
+    # In half precision, keys and values have to be converted first, which the dense path does while it moves them:
+    # dense / side by side 0.33 of a query against 4096 keys, with lengths 0.82, training 0.61, 0.80.
+    stored = problem.key.dtype == problem.value.dtype == problem.dtype
+    if side_by_side(problem) and stored and not problem.return_weights:
         return blockwise, reference
     limit = DENSE_NUMBERS_IN_TURN if heads_in_turn(problem) else DENSE_NUMBERS
     limit = limit if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES

@@ -88,6 +88,8 @@ def test_decoding_copies_no_keys(keys, mask, heads_in_turn):
 
     explained = attnlib.explain(query, key, key)
     assert explained.implementation == "blockwise"
+    half = jax.ShapeDtypeStruct(key.shape, jnp.bfloat16)
+    assert attnlib.explain(query, half, half).implementation == "reference"  # converting copies them anyhow
     compiled = jax.jit(program).lower(query, key, key, lengths).compile()
     counted = compiled.memory_analysis().temp_size_in_bytes
     assert counted / 1e6 <= 67 / 3

@@ -24,7 +24,7 @@ _PAIRS_IN_TURN = 2**16
 # heads, 1 query 3.2, 1.5 (with lengths 4.3, 4.0), 8 queries 1.5, 1.03, 16 queries 0.87, 0.86; 8 heads on 2 key heads, 1
 # query 1.9, 1.4, 2 queries 1.3, 1.3, 4 queries 0.99, 0.56; on 1 key head, where nothing has to be moved, 1 query 0.92,
 # 0.80, but with lengths 1.7, 1.4; 32 heads, 1 query 3.6; 32 on 8 of 128 features 5.1. 8 heads, 1 query, 256 keys 0.99,
-# 0.96; 512 keys 1.3, 0.98; 32768 keys 7.3. With bfloat16, whose keys have to be converted: 1.4.
+# 0.96; 512 keys 1.3, 0.98; 32768 keys 7.3.
 _ROWS_SIDE_BY_SIDE, _ROWS_OF_A_KEY_HEAD, _KEYS_SIDE_BY_SIDE = 64, 8, 512
 
 
