@@ -40,6 +40,11 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, num_heads: int) -> RelativeBias:
+        """The modifier for a layer with these heads.
+
+        Args:
+          num_heads: query heads N.
+        """
         sizes = self.sizes if isinstance(self.sizes, Sequence) else (self.sizes,)
         shape = (*(2 * positive(size, "sizes") - 1 for size in sizes), num_heads)
         return RelativeBias(self.param("table", self.table_init, shape, self.param_dtype))
@@ -73,6 +78,11 @@ class BucketedPositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, num_heads: int) -> BucketedBias:
+        """The modifier for a layer with these heads.
+
+        Args:
+          num_heads: query heads N.
+        """
         shape = (positive(self.num_buckets, "num_buckets"), num_heads)
         table = self.param("table", self.table_init, shape, self.param_dtype)
         return BucketedBias(table, self.bidirectional, self.max_distance)

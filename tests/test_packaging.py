@@ -36,7 +36,8 @@ def test_public_names_are_sorted_and_unique(space):
 
 
 def test_the_kinds_of_public_things_are_all_found():
-    assert MODULES.keys() == {f"attnlib.{name}Attention" for name in ("Additive", "DotProduct", "MultiHead")}
+    layers = {f"attnlib.{name}Attention" for name in ("Additive", "DotProduct", "MultiHead")}
+    assert MODULES.keys() == layers | {f"attnlib.{name}PositionBias" for name in ("Bucketed", "Relative")}
     assert {"attnlib.attention", "attnlib.explain", "attnlib.multi_head_attention"} <= FUNCTIONS.keys()
 
 
