@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import assert_close, assert_same
 from flax import linen as nn
@@ -118,6 +119,28 @@ def test_generation_in_a_scan_compiles_once(keys):
     fed = jnp.concatenate([x[:, :1], jnp.tanh(made[:, :-1])], 1)
     whole = layer.copy(decode=False).apply({"params": variables["params"]}, fed, is_causal=True)
     assert_close(made, whole, length=LENGTH)
+
+
+def test_checkpoints_give_caches_back(keys, tmp_path):
+    """Decoding goes on from what Orbax has saved, to the bit: of a module, and a ragged int8 cache."""
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True, sliding_window=6)
+    x = keys.normal(2, LENGTH, WIDTH)
+    variables = layer.init(next(keys), x)
+    _, cache = in_parts(layer, variables, x[:, :7], [7])
+    tokens = keys.normal(2, 5, HEADS, 8)
+    held = attnlib.KVCache.create((2,), 12, HEADS, 8, dtype=jnp.int8, ragged=True)
+    held = held.append(tokens, tokens, jnp.array([5, 2]))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "caches", (cache, held))
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, (cache, held))
+        restored, restored_held = checkpointer.restore(tmp_path / "caches", like)
+    assert_same((restored, restored_held), (cache, held))
+    further = [
+        in_parts(layer, {**variables, "cache": each}, x[:, 7:], [4, 1])[0] for each in (restored, cache)
+    ]
+    assert_same(*further)
+    assert_same(restored_held.decode(tokens, tokens, tokens)[0], held.decode(tokens, tokens, tokens)[0])
 
 
 def test_beyond_the_cache_is_nan_and_never_wrong(keys):
