@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from attnlib import _axes, _checks, _choose, _dropout
 from attnlib._mask import Mask, Placed, Shapes
 from attnlib._modifier import Modifier
-from attnlib._problem import Problem, Result, compute_dtype
+from attnlib._problem import Problem, compute_dtype
+from attnlib._sink import with_sink
 from attnlib._types import Array
 from attnlib.masks import Causal
 from attnlib.scores import Score
@@ -78,8 +79,7 @@ def arguments(
 )  # fmt: skip
 def attend(arrays: Arrays, *, return_lse, implementation, **static):
     problem, axes = fold(arrays, return_lse=return_lse, **static)
-    result = _choose.choose(problem, implementation).run(problem)
-    output, lse, weights = result if arrays.sink is None else _with_sink(result, arrays.sink, problem)
+    output, lse, weights = with_sink(_choose.choose(problem, implementation).run(problem), problem)
 
     lead = (*problem.batch, problem.kv_heads * problem.groups)
     output = output.reshape(*lead, *output.shape[-2:]).astype(arrays.value.dtype)
@@ -134,24 +134,7 @@ def fold(
         return_weights=return_weights,
         block_sizes=block_sizes,
         precision=precision,
-        return_lse=return_lse or arrays.sink is not None,
+        return_lse=return_lse,
+        sink=arrays.sink,
     )
     return problem, axes
-
-
-def _with_sink(result: Result, sink: Any, problem: Problem) -> Result:
-    """The result where softmax has one more term, exp(sink), of no value: it takes a share of each row's weight.
-
-    With l the lse without it, that of a row is sigmoid(l - sink), and the new lse is log(exp(l) + exp(sink)).
-    """
-    output, lse, weights = result
-    assert lse is not None
-    sink = jnp.asarray(sink, lse.dtype)
-    sink = jnp.broadcast_to(sink.reshape(*problem.heads[-2:], 1) if sink.ndim else sink, lse.shape)
-    empty = lse == -jnp.inf
-    over = jnp.where(empty, 0, lse) - sink
-    share = jnp.where(empty, 0, jax.nn.sigmoid(over))
-    joined = jnp.where(empty, sink, sink + jax.nn.softplus(over))
-    # A row that attends nothing keeps its zeros, and NaN stays in its own row.
-    weights = None if weights is None else weights * share[..., None]
-    return Result(output * share[..., None], joined, weights)

@@ -6,11 +6,13 @@ import dataclasses
 
 import jax
 
+from attnlib._cost import operations
 from attnlib._impl._sizes import heads_in_turn, side_by_side
 from attnlib._impl.blockwise import blockwise
 from attnlib._impl.cudnn import cudnn
 from attnlib._impl.reference import reference
 from attnlib._problem import Implementation, Problem
+from attnlib._sink import with_sink
 
 # Implementations never import each other, so the derivatives that cuDNN lacks are handed to it here.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise, reference, cudnn(blockwise, elsewhere=False))
@@ -123,6 +125,9 @@ def explain(problem: Problem, asked: str | tuple[str, ...] | None) -> Explanatio
 
     refusals = {other.name: other.unsupported(problem) or reason(other) for other in others}
     estimate = chosen.estimate(problem)
+    flops = estimate.flops
+    if problem.sink is not None:
+        flops += operations(with_sink, jax.eval_shape(chosen.run, problem), problem)
     return Explanation(
-        chosen.name, estimate.block_sizes, estimate.tiles, estimate.memory, estimate.flops, problem.traffic, refusals
+        chosen.name, estimate.block_sizes, estimate.tiles, estimate.memory, flops, problem.traffic, refusals
     )

@@ -33,6 +33,7 @@ class Problem:
       dropout_seeds: `(4,)` words for `_dropout.keep_block`, or None for no dropout.
       batch: sizes of the batch axes after broadcasting.
       query_shape, key_shape: sizes of the attention axes, whose products are T and S.
+      sink: `()` or `(N,)`, or None; not an implementation's business, but that of `_sink`.
     """
 
     query: jax.Array
@@ -52,6 +53,7 @@ class Problem:
     block_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
     precision: Any = dataclasses.field(metadata={"static": True})
     return_lse: bool = dataclasses.field(default=True, metadata={"static": True})
+    sink: Any = None
 
     @property
     def kv_heads(self) -> int:
@@ -73,6 +75,11 @@ class Problem:
     def rows(self) -> int:
         """How many softmax rows: one for each batch index, head and query position."""
         return math.prod(self.batch) * self.kv_heads * self.groups * self.query_length
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether an implementation has to give the lse."""
+        return self.return_lse or self.sink is not None
 
     @property
     def heads(self) -> tuple[int, ...]:

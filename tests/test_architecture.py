@@ -22,6 +22,7 @@ ROOMS = [
     {"_sparse_masks"},
     {"masks", "scores", "modifiers"},
     {"_problem", "_dimensions"},
+    {"_sink"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
     {"_impl._tile"},
     {"_impl._side_by_side"},

@@ -90,8 +90,8 @@ def _unsupported_options(problem: Problem) -> str | None:
         return "it has no soft cap; leave logits_soft_cap=None"
     if problem.return_weights:
         return "it never holds the weights; set return_weights=False"
-    if problem.return_lse:
-        return "jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False"
+    if problem.needs_lse:
+        return "jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False and sink=None"
     if problem.block_sizes is not None:
         return "it chooses its own blocks; leave block_sizes=None"
     if problem.precision not in (None, "default", jax.lax.Precision.DEFAULT):
