@@ -54,15 +54,18 @@ def arguments(
     )
     mask = _checks.mask(mask)
     _checks.arrays(query=query, key=key, value=value)
-    for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
-        _checks.integers(positions, name)
-    dtype = compute_dtype(query, key, value)
-    score = score.hoisted(*(jax.ShapeDtypeStruct(x.shape[-1:], dtype) for x in (query, key)))
-    if score_mod is not None:
+    if query_positions is not None or key_positions is not None:
+        _checks.integers(query_positions, "query_positions")
+        _checks.integers(key_positions, "key_positions")
+    if score.may_capture or score_mod is not None:
         _checks.rank(query, "query")
+        _checks.rank(key, "key")
         axes = _axes.normalize(static["attention_axes"], query.ndim, trailing=2)
-        positions = query_positions, key_positions
-        score_mod = Modifier.of(score_mod, len(axes.batch), len(axes.attention), query.shape[-2], dtype, positions)
+        dtype = compute_dtype(query, key, value)
+        score = score.hoisted(query.shape[-1], key.shape[-1], dtype)
+        if score_mod is not None:
+            positions, heads = (query_positions, key_positions), query.shape[-2]
+            score_mod = Modifier.of(score_mod, len(axes.batch), len(axes.attention), heads, dtype, positions)
     arrays = Arrays(
         query, key, value, score, mask, bias, score_mod, _checks.sink(sink), query_positions, key_positions,
         dropout_rng if rate else None,

@@ -17,6 +17,8 @@ from attnlib._mask import Mask, Shapes, check_positions
 from attnlib.masks import Dense
 from attnlib.scores import Score
 
+_USUAL = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+
 
 def is_array(value: Any) -> bool:
     known = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
@@ -26,6 +28,8 @@ def is_array(value: Any) -> bool:
 def arrays(**operands: Any) -> None:
     """Raises TypeError unless every operand is an array of real floating-point numbers."""
     for name, value in operands.items():
+        if isinstance(value, jax.Array) and value.dtype in _USUAL:
+            continue  # most calls: this is on the way of each
         if not is_array(value):
             raise TypeError(f"{name} must be an array; got {type(value).__name__}. Convert it with jnp.asarray.")
         if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -104,6 +108,8 @@ def dropout_rate(value: Any) -> float:
 
 def dropout(rate: Any, rng: Any) -> float:
     """The dropout rate as a float in [0, 1), with a key where it is not 0."""
+    if rng is None and type(rate) is float and rate == 0.0:
+        return rate
     rate = dropout_rate(rate)
     if rng is None:
         if rate > 0.0:

@@ -26,6 +26,8 @@ __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
 class Score:
     """How well a query and a key match; abstract. A kind of score implements `block` and `check`."""
 
+    may_capture = False  # whether `hoisted` has to be asked
+
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         """(query, key, score) with the same logits, work on single positions being done once, outside the tiles."""
         del precision
@@ -43,9 +45,9 @@ class Score:
         """Logits `(*batch, K, G, T, S)` of query `(*batch, K, G, T, D)` and key `(*batch, K, S, D)`."""
         raise NotImplementedError
 
-    def hoisted(self, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> Score:
-        """The same score for one such query and key, with all its arrays where JAX finds them: it is a pytree."""
-        del query, key
+    def hoisted(self, query_features: int, key_features: int, dtype: Any) -> Score:
+        """The same score for such queries and keys, with all its arrays where JAX finds them: it is a pytree."""
+        del query_features, key_features, dtype
         return self
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
@@ -226,6 +228,8 @@ class Custom(Score):
     >>> euclidean = scores.Custom(lambda q, k, sharpness: -sharpness * jnp.sum((q - k) ** 2), jnp.float32(0.5))
     """
 
+    may_capture = True
+
     def __init__(self, fn: Callable[..., Any], *params: Any):
         if not callable(fn):
             raise TypeError(f"Custom fn must be a function of (query, key, *params); got {fn!r}.")
@@ -236,7 +240,8 @@ class Custom(Score):
         pairwise = jnp.vectorize(lambda q, k: self.fn(q, k, *self.params), signature="(d),(e)->()")
         return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
 
-    def hoisted(self, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> Score:
+    def hoisted(self, query_features: int, key_features: int, dtype: Any) -> Score:
+        query, key = (jax.ShapeDtypeStruct((size,), dtype) for size in (query_features, key_features))
         leaves, tree = jax.tree.flatten(self.params)
 
         def flat(q: jax.Array, k: jax.Array, *leaves: jax.Array) -> Any:
