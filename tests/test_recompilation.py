@@ -38,7 +38,7 @@ TRACED = {
     "query padding": lambda n: dict(mask=masks.QueryPadding(np.arange(LENGTH) <= n)),
     "segments": lambda n: dict(mask=masks.Segments(np.arange(LENGTH) // (n + 1), padding_id=np.array(n))),
     "composed": lambda n: dict(mask=~masks.Dense(np.full((1, LENGTH), n > 1)) | masks.Causal(np.array(n))),
-    "captured table": lambda n: dict(score_mod=tilted_by(np.full(2, n, np.float32))),
+    "captured table": lambda n: dict(score_mod=tilted_by(jnp.full(2, n, jnp.float32))),
     "slopes": lambda n: dict(score_mod=modifiers.ALiBi(np.full(2, n, np.float32))),
     "sink": lambda n: dict(sink=float(n)),
     "positions": lambda n: dict(mask=masks.Causal(), query_positions=np.arange(LENGTH) // n),
