@@ -221,6 +221,9 @@ class KVCache:
     ) -> tuple[Any, KVCache]:
         """`append` and `attend` in one, for any number of tokens; with a window too.
 
+        It takes time as n * capacity, the length being traced. A long prompt into an empty cache is faster by the whole
+        pass, `attnlib.attention(query, key, value, is_causal=True, ...)`, and `append`.
+
         Args:
           query: `(*batch, n, N, D)`.
           key: `(*batch, n, K, D)`.
