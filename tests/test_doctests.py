@@ -20,7 +20,8 @@ WITH_EXAMPLES = (
     "_convert", "attention", "attention_fn", "cache", "layers", "linen", "masks", "positions", "regularization",
     "scores",
 )  # fmt: skip
-NEEDS = {"attnlib._convert.equinox": "equinox"}  # examples of modules that only some users have
+# Examples that only some users can run.
+NEEDS = {"attnlib._convert.equinox": "equinox", "attnlib._convert.keras": "h5py"}
 PUBLIC = [f"attnlib.{name}" for name in WITH_EXAMPLES]
 
 
