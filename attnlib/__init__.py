@@ -1,6 +1,6 @@
 """attnlib: attention for JAX, any score, any mask, any axes, in one engine."""
 
-from attnlib import masks, modifiers, positions, scores
+from attnlib import convert, masks, modifiers, positions, scores
 from attnlib.attention import (
     Explanation,
     additive_attention,
@@ -34,6 +34,7 @@ __all__ = [
     "attention",
     "attention_fn",
     "constrain",
+    "convert",
     "dot_product_attention",
     "explain",
     "init_multi_head_attention",

@@ -23,6 +23,11 @@ ROOMS = [
     {"masks", "scores", "modifiers"},
     {"_problem", "_dimensions"},
     {"_sink"},
+    {"_convert._shapes", "_convert._arrays"},
+    {"_convert._fields"},
+    {"_convert.equinox", "_convert.flax", "_convert.keras", "_convert.torch"},
+    {"_convert.state_dict"},
+    {"convert"},
     {"_impl._sizes", "_impl._borrowed", "_impl._cudnn_kernel"},
     {"_impl._tile"},
     {"_impl._side_by_side"},
@@ -43,6 +48,7 @@ ROOMS = [
 # Imported inside a function, when it is called: optional, or upwards on purpose.
 LATE = {("_mask", "plot")}
 OPTIONAL = {"matplotlib", "babel", "sklearn", "tqdm", "keras", "torch", "tokamax", "nbformat"}
+OPTIONAL |= {"equinox", "h5py", "safetensors"}  # what files and modules of other libraries need
 REQUIRED = {"jax", "flax", "numpy", "optax", "jaxtyping"}
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 import attnlib
-from attnlib import masks, plot, positions, scores
+from attnlib import convert, masks, plot, positions, scores
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAMESPACES = {"attnlib": attnlib, "masks": masks, "positions": positions, "scores": scores}
+NAMESPACES = {"attnlib": attnlib, "convert": convert, "masks": masks, "positions": positions, "scores": scores}
 PUBLIC = {f"{space}.{name}": getattr(module, name) for space, module in NAMESPACES.items() for name in module.__all__}
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
 FUNCTIONS |= {f"plot.{name}": getattr(plot, name) for name in ("attention_map", "attention_over_image", "mask")}
 CLASSES = {name: thing for name, thing in PUBLIC.items() if inspect.isclass(thing)}
 MODULES = {name: thing for name, thing in CLASSES.items() if hasattr(thing, "apply")}
-OPTIONAL = ("babel", "beartype", "keras", "matplotlib", "pytest", "sklearn", "tqdm")
+OPTIONAL = ("babel", "beartype", "equinox", "h5py", "keras", "matplotlib", "pytest", "safetensors", "sklearn", "tqdm")
 
 
 def of_each(table):

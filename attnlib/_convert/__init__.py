@@ -1,0 +1,1 @@
+"""Parameters of other libraries' attention layers: one room a library."""
