@@ -16,6 +16,24 @@ from attnlib._types import Array
 from attnlib.masks import Causal
 from attnlib.scores import Score
 
+# What every public function takes beside its operands and score, and the default of each.
+DEFAULTS: dict[str, Any] = dict(
+    mask=None, bias=None, is_causal=False, attention_axes=None, dropout_rate=0.0, dropout_rng=None,
+    logits_soft_cap=None, score_mod=None, sink=None, query_positions=None, key_positions=None,
+    return_weights=False, return_lse=False, implementation=None, block_sizes=None, precision=None,
+)  # fmt: skip
+
+
+def options(caller: str, given: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options of a call with their defaults; TypeError for one that `caller` does not take."""
+    if "scale" in given:
+        raise TypeError(f"{caller} takes the scale inside the score: score=attnlib.scores.Dot(scale).")
+    known = DEFAULTS.keys() - set(without)
+    unknown = given.keys() - known
+    if unknown:
+        raise TypeError(f"{caller} got unknown options {sorted(unknown)}; known are {sorted(known)}.")
+    return {**DEFAULTS, **given}
+
 
 class Arrays(NamedTuple):
     """What of a call may be traced."""
@@ -69,17 +87,16 @@ def arguments(
     return arrays, static
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "is_causal", "attention_axes", "dropout_rate", "logits_soft_cap", "return_weights", "return_lse",
-        "implementation", "block_sizes", "precision",
-    ),
+STATIC = (
+    "is_causal", "attention_axes", "dropout_rate", "logits_soft_cap", "return_weights", "return_lse",
+    "implementation", "block_sizes", "precision",
 )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=STATIC)
 def attend(arrays: Arrays, *, return_lse, implementation, **static):
     problem, axes = fold(arrays, return_lse=return_lse, **static)
-    result = _choose.choose(problem, implementation).run(problem)
-    output, lse, weights = result if arrays.sink is None else _with_sink(result, arrays.sink, problem)
+    output, lse, weights = solve(problem, arrays.sink, implementation)
 
     lead = (*problem.batch, problem.kv_heads * problem.groups)
     output = output.reshape(*lead, *output.shape[-2:]).astype(arrays.value.dtype)
@@ -90,6 +107,12 @@ def attend(arrays: Arrays, *, return_lse, implementation, **static):
         assert lse is not None
         results.append(lse.reshape(*lead, *problem.query_shape))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def solve(problem: Problem, sink: Any, implementation: str | tuple[str, ...] | None) -> Result:
+    """What the chosen implementation gives, with the sink."""
+    result = _choose.choose(problem, implementation).run(problem)
+    return result if sink is None else _with_sink(result, sink, problem)
 
 
 def fold(

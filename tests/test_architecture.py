@@ -30,7 +30,7 @@ ROOMS = [
     {"_operands"},
     {"_call", "_merge"},
     {"attention"},
-    {"layers", "attention_fn", "cache"},
+    {"layers", "attention_fn", "cache", "inspect"},
     {"_linen_base", "_linen_bias", "plot", "regularization"},
     {"_linen_single"},
     {"linen"},
@@ -166,7 +166,7 @@ def test_annotations_hold_at_run_time():
         import warnings
         warnings.simplefilter("ignore")  # beartype's, about annotations of others
         from jaxtyping import install_import_hook
-        public = ["attention", "cache", "masks", "positions", "scores", "layers", "linen", "regularization"]
+        public = ["attention", "cache", "inspect", "masks", "positions", "scores", "layers", "linen", "regularization"]
         with install_import_hook([f"attnlib.{name}" for name in public], "beartype.beartype"):
             import attnlib
         import jax, jax.numpy as jnp, numpy as np

@@ -16,7 +16,8 @@ MODULES = sorted(
     info.name for info in pkgutil.walk_packages(attnlib.__path__, "attnlib.") if not info.name.endswith("__main__")
 )
 WITH_EXAMPLES = (
-    "attention", "attention_fn", "cache", "layers", "linen", "masks", "positions", "regularization", "scores",
+    "attention", "attention_fn", "cache", "inspect", "layers", "linen", "masks", "positions", "regularization",
+    "scores",
 )  # fmt: skip
 PUBLIC = [f"attnlib.{name}" for name in WITH_EXAMPLES]
 
