@@ -16,10 +16,13 @@ from attnlib import masks, plot, positions, scores
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAMESPACES = {"attnlib": attnlib, "masks": masks, "positions": positions, "scores": scores}
+NAMESPACES = {
+    "attnlib": attnlib, "inspect": attnlib.inspect, "masks": masks, "positions": positions, "scores": scores
+}  # fmt: skip
 PUBLIC = {f"{space}.{name}": getattr(module, name) for space, module in NAMESPACES.items() for name in module.__all__}
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
-FUNCTIONS |= {f"plot.{name}": getattr(plot, name) for name in ("attention_map", "attention_over_image", "mask")}
+PICTURES = "attention_map", "attention_over_frames", "attention_over_image", "costs", "mask"
+FUNCTIONS |= {f"plot.{name}": getattr(plot, name) for name in PICTURES}
 CLASSES = {name: thing for name, thing in PUBLIC.items() if inspect.isclass(thing)}
 MODULES = {name: thing for name, thing in CLASSES.items() if hasattr(thing, "apply")}
 OPTIONAL = ("babel", "beartype", "keras", "matplotlib", "pytest", "sklearn", "tqdm")
