@@ -1,6 +1,6 @@
 """attnlib: attention for JAX, any score, any mask, any axes, in one engine."""
 
-from attnlib import convert, masks, modifiers, positions, scores
+from attnlib import convert, inspect, masks, modifiers, positions, scores
 from attnlib.attention import (
     Explanation,
     additive_attention,
@@ -38,6 +38,7 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "init_multi_head_attention",
+    "inspect",
     "masks",
     "merge_attention",
     "modifiers",

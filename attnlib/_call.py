@@ -11,11 +11,29 @@ import jax.numpy as jnp
 from attnlib import _axes, _checks, _choose, _dropout
 from attnlib._mask import Mask, Placed, Shapes
 from attnlib._modifier import Modifier
-from attnlib._problem import Problem, compute_dtype
+from attnlib._problem import Problem, Result, compute_dtype
 from attnlib._sink import with_sink
 from attnlib._types import Array
 from attnlib.masks import Causal
 from attnlib.scores import Score
+
+# What every public function takes beside its operands and score, and the default of each.
+DEFAULTS: dict[str, Any] = dict(
+    mask=None, bias=None, is_causal=False, attention_axes=None, dropout_rate=0.0, dropout_rng=None,
+    logits_soft_cap=None, score_mod=None, sink=None, query_positions=None, key_positions=None,
+    return_weights=False, return_lse=False, implementation=None, block_sizes=None, precision=None,
+)  # fmt: skip
+
+
+def options(caller: str, given: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options of a call with their defaults; TypeError for one that `caller` does not take."""
+    if "scale" in given:
+        raise TypeError(f"{caller} takes the scale inside the score: score=attnlib.scores.Dot(scale).")
+    known = DEFAULTS.keys() - set(without)
+    unknown = given.keys() - known
+    if unknown:
+        raise TypeError(f"{caller} got unknown options {sorted(unknown)}; known are {sorted(known)}.")
+    return {**DEFAULTS, **given}
 
 
 class Arrays(NamedTuple):
@@ -73,16 +91,16 @@ def arguments(
     return arrays, static
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "is_causal", "attention_axes", "dropout_rate", "logits_soft_cap", "return_weights", "return_lse",
-        "implementation", "block_sizes", "precision",
-    ),
+STATIC = (
+    "is_causal", "attention_axes", "dropout_rate", "logits_soft_cap", "return_weights", "return_lse",
+    "implementation", "block_sizes", "precision",
 )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=STATIC)
 def attend(arrays: Arrays, *, return_lse, implementation, **static):
     problem, axes = fold(arrays, return_lse=return_lse, **static)
-    output, lse, weights = with_sink(_choose.choose(problem, implementation).run(problem), problem)
+    output, lse, weights = solve(problem, implementation)
 
     lead = (*problem.batch, problem.kv_heads * problem.groups)
     output = output.reshape(*lead, *output.shape[-2:]).astype(arrays.value.dtype)
@@ -93,6 +111,11 @@ def attend(arrays: Arrays, *, return_lse, implementation, **static):
         assert lse is not None
         results.append(lse.reshape(*lead, *problem.query_shape))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def solve(problem: Problem, implementation: str | tuple[str, ...] | None) -> Result:
+    """What the chosen implementation gives, with the sink."""
+    return with_sink(_choose.choose(problem, implementation).run(problem), problem)
 
 
 def fold(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib._positions import Positions
+from attnlib._positions import Positions, Run
 from attnlib._tiles import FULL, Kinds, Ranges, kinds
 from attnlib._types import Array
 
@@ -239,6 +239,22 @@ class Placed(Mask):
     def check(self, shapes: Shapes) -> None:
         if self.mask is not None:
             self.mask.check(shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Along(Mask):
+    """A mask where the queries are a run of those that it speaks of."""
+
+    mask: Mask
+    run: Run
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return self.mask.at(self.run.of(query), key)
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        query = self.run.of(query)  # the run's last tile may reach so far beyond the last query
+        return Along(self.mask.padded(query, key, (query.total + sizes[0], sizes[1])), self.run)
 
 
 def set_fields(mask: Mask, /, **values: Any) -> None:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes
-from attnlib._hoist import Hoisted, hoisted
-from attnlib._positions import Positions
+from attnlib._hoist import hoisted
+from attnlib._positions import Positions, Run
 from attnlib._types import Array
 
 
@@ -32,11 +32,13 @@ class Modifier:
       function: of (logit, batch index along each batch axis..., head, query position along each attention axis..., key
         position along each...), all scalars.
       query_positions, key_positions: explicit positions, or None.
+      run: where the queries stand among those of the explicit positions, or None where they are all.
     """
 
-    function: Hoisted
+    function: Any
     query_positions: Array | None
     key_positions: Array | None
+    run: Run | None = None
 
     @classmethod
     def of(
@@ -89,6 +91,7 @@ class Modifier:
           query, key: the block's positions.
           cut: takes the block's part along the batch axes and of the key heads.
         """
+        query = query if self.run is None else self.run.of(query)
         places = _coordinates(query.placed(self.query_positions)), _coordinates(key.placed(self.key_positions))
         indices = [*_lead_indices(heads), *places[0], *places[1]]
         return jnp.vectorize(self.function)(logits, *map(cut, indices)).astype(logits.dtype)

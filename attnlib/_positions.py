@@ -81,3 +81,16 @@ class Positions:
         if array.shape[axis] == 1 or self.length == array.shape[axis]:
             return array
         return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Where queries that are looked at alone stand among all queries: a run of them from `start`."""
+
+    start: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def of(self, query: Positions) -> Positions:
+        """Positions along the run as positions among all queries."""
+        return Positions(self.shape, "query", self.start + query.start, query.length)

@@ -253,18 +253,9 @@ def explain(
       not reference: blockwise is likely faster at this size
       not cudnn: query, key and value must all be float16 or all bfloat16; they are float32, float32, float32
     """
-    if "scale" in options:
-        raise TypeError("explain takes the scale inside the score: score=attnlib.scores.Dot(scale).")
-    defaults: dict[str, Any] = dict(
-        mask=None, bias=None, is_causal=False, attention_axes=None, dropout_rate=0.0, dropout_rng=None,
-        logits_soft_cap=None, score_mod=None, sink=None, query_positions=None, key_positions=None,
-        return_weights=False, return_lse=False, implementation=None, block_sizes=None, precision=None,
-    )  # fmt: skip
-    unknown = options.keys() - defaults.keys()
-    if unknown:
-        raise TypeError(f"explain got unknown options {sorted(unknown)}; known are {sorted(defaults)}.")
+    options = _call.options("explain", options)
     score = Dot() if score is None else score
-    arrays, static = _call.arguments(query, key, value, score, **{**defaults, **options})
+    arrays, static = _call.arguments(query, key, value, score, **options)
     asked = static.pop("implementation")
     problem = jax.eval_shape(lambda arrays: _call.fold(arrays, **static)[0], arrays)
     return _choose.explain(problem, asked)

@@ -1,4 +1,4 @@
-"""Pictures of attention: weights between tokens, weights over an image, and masks.
+"""Pictures of attention: weights between tokens, weights over images, masks, and curves of what it costs.
 
 matplotlib is imported when a picture is drawn, never before, so that attnlib itself does not need it. Every function
 draws into the Axes it is given or into a new pyplot figure, and returns the Axes.
@@ -6,14 +6,12 @@ draws into the Axes it is given or into a new pyplot figure, and returns the Axe
 
 from __future__ import annotations
 
-import importlib
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlib import _checks
+from attnlib import _checks, _panels
 from attnlib._tiles import EMPTY, Ranges
 
 if TYPE_CHECKING:
@@ -27,10 +25,13 @@ INK = "#08306b"  # the dark end of it, for masks
 SKIPPED = "#d5d5d5"  # tiles that are never computed: neither ink nor paper
 OVERLAY_COLOR = "#e66100"  # an orange that stays apart from every grey of an image, for every kind of colour vision
 QUERY_COLOR = "#1a85ff"  # the blue that colour-blind readers tell from that orange
-CELL_INCHES = 0.24
-MOST_LABELS = 80  # more tick labels than this cannot be read
+# Curves apart from each other for every kind of colour vision, by their markers too, and from white and from black.
+CURVES = (
+    ("#1a85ff", "o"), ("#d95f02", "s"), ("#0a9a74", "^"), ("#c565a9", "D"), ("#9a8400", "v"), ("#808080", "P"),
+)  # fmt: skip
+GRID = "#9a9a9a"
+MOST_SIZES = 10  # more sizes than this get the ticks of a logarithmic axis
 MOST_TILE_LABELS = 12  # beyond so many tiles round positions say more than where each begins
-MOST_PANELS_IN_A_ROW = 4
 
 
 def attention_map(
@@ -63,17 +64,19 @@ def attention_map(
       >>> axes.get_xlabel()
       'key'
     """
-    grid = _weights(weights, ranks=(2, 3), wanted="(queries, keys) or (heads, queries, keys)")
+    grid = _panels.weights(weights, ranks=(2, 3), wanted="(queries, keys) or (heads, queries, keys)")
     queries, keys = grid.shape[-2:]
-    _check_tokens("query_tokens", query_tokens, queries)
-    _check_tokens("key_tokens", key_tokens, keys)
+    _panels.check_tokens("query_tokens", query_tokens, queries)
+    _panels.check_tokens("key_tokens", key_tokens, keys)
     panels = grid.reshape(-1, queries, keys)
-    axes = _panels(ax, len(panels), size=(_inches(keys, len(panels)), _inches(queries, len(panels))))
+    named = (keys, key_tokens), (queries, query_tokens)
+    size = [_panels.inches(count, len(panels), tokens is not None) for count, tokens in named]
+    axes = _panels.panels(ax, len(panels), size=(size[0], size[1]))
     for panel, one_ax in zip(panels, axes, strict=True):
-        drawn = one_ax.imshow(panel, cmap=WEIGHT_COLORS, aspect="auto", **_scale(grid))
-        _label_axis(one_ax.xaxis, key_tokens, "key")
-        _label_axis(one_ax.yaxis, query_tokens, "query")
-    return _finish(axes, drawn, has_heads=grid.ndim == 3, title=title)
+        drawn = one_ax.imshow(panel, cmap=WEIGHT_COLORS, aspect="auto", **_panels.scale(grid))
+        _panels.label_axis(one_ax.xaxis, key_tokens, "key")
+        _panels.label_axis(one_ax.yaxis, query_tokens, "query")
+    return _panels.finish(axes, drawn, panel_name="head" if grid.ndim == 3 else None, title=title)
 
 
 def attention_over_image(
@@ -89,8 +92,10 @@ def attention_over_image(
     Args:
       image: `(H, W)` in any range, or `(H, W, 3)` colours as matplotlib takes them.
       weights: weights over the image `(h, w)`, or `(N, h, w)` for one panel for each head. A grid coarser than the
-        image (patches) is stretched over it. With `query`, all queries: `(qh, qw, h, w)` or `(N, qh, qw, h, w)`.
-      query: row and column of the query whose weights are drawn; it is framed in blue.
+        image (patches) is stretched over it. With `query` also those of all queries: `(qh, qw, h, w)` or
+        `(N, qh, qw, h, w)`.
+      query: row and column of the query whose weights are drawn; it is framed in blue. Where the weights are its own
+        alone, as `attnlib.inspect.attention_rows` gives them, its grid is that of the keys.
       ax: the Axes to draw into, or N of them for N heads; default: a new figure.
       title: a title for the Axes, or for the figure where there are heads.
 
@@ -111,26 +116,133 @@ def attention_over_image(
     picture = np.asarray(image)
     if picture.ndim not in (2, 3) or 0 in picture.shape:
         raise ValueError(f"image: expected (H, W) or (H, W, colours), got shape {picture.shape}; pick one of a batch")
-    if query is None:
-        wanted = "(h, w) or (heads, h, w), or those of all queries together with query=(row, column)"
-        grid = _weights(weights, ranks=(2, 3), wanted=wanted)
-    else:
-        grid = _weights(weights, ranks=(4, 5), wanted="(qh, qw, h, w) or (heads, qh, qw, h, w), since query is given")
-        query_grid = grid.shape[-4:-2]
-        if not all(0 <= place < size for place, size in zip(query, query_grid, strict=True)):
-            raise ValueError(f"query: expected row and column inside {query_grid}, got {query}")
-        grid = grid[..., query[0], query[1], :, :]
+    wanted = "(h, w) or (heads, h, w), or those of all queries together with query=(row, column)"
+    grid = _panels.weights(weights, ranks=(2, 3) if query is None else (2, 3, 4, 5), wanted=wanted)
+    query_grid = grid.shape[-2:] if grid.ndim < 4 else grid.shape[-4:-2]
+    grid = _of_query(grid, query, query_grid, "row and column")
     height, width = picture.shape[:2]
-    whole = (-0.5, width - 0.5, height - 0.5, -0.5)
     panels = grid.reshape(-1, *grid.shape[-2:])
-    axes = _panels(ax, len(panels), size=(3.0, 3.0 * min(height / width, 2)))
+    axes = _panels.panels(ax, len(panels), size=(3.0, 3.0 * min(height / width, 2)))
     for panel, one_ax in zip(panels, axes, strict=True):
-        one_ax.imshow(picture, cmap=_image_colors(), interpolation="nearest")
-        drawn = one_ax.imshow(panel, cmap=_overlay_colors(), extent=whole, **_scale(grid))
+        drawn = _draw_over(one_ax, picture, panel, _panels.scale(grid), {})
         if query is not None:
             one_ax.add_patch(_frame(query, (height / query_grid[0], width / query_grid[1])))
-        one_ax.set(xlabel="column", ylabel="row")
-    return _finish(axes, drawn, has_heads=grid.ndim == 3, title=title)
+    return _panels.finish(axes, drawn, panel_name="head" if grid.ndim == 3 else None, title=title)
+
+
+def attention_over_frames(
+    frames: ArrayLike,
+    weights: ArrayLike,
+    *,
+    query: tuple[int, int, int] | None = None,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    title: str | None = None,
+) -> np.ndarray:
+    """Draws weights over frame, row and column on the frames of a video, a panel for each, all on one colour scale.
+
+    Args:
+      frames: `(F, H, W)` in any range, or `(F, H, W, 3)` colours as matplotlib takes them.
+      weights: weights of one head over the frames `(F, h, w)`, coarser than these perhaps. With `query` also those of
+        all queries: `(qf, qh, qw, F, h, w)`.
+      query: frame, row and column of the query whose weights are drawn, framed in blue in its frame; otherwise as in
+        `attention_over_image`.
+      ax: F Axes to draw into; default: a new figure.
+      title: a title for the figure.
+
+    Returns:
+      An array of F Axes.
+
+    Raises:
+      ValueError: frames or weights have another rank or no entries, they are not equally many, the query is outside, or
+        Axes do not match in number.
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> weights = np.full((3, 4, 4), 1 / 48)
+      >>> attention_over_frames(np.zeros((3, 8, 8)), weights, query=(1, 0, 2)).shape
+      (3,)
+    """
+    pictures = np.asarray(frames)
+    if pictures.ndim not in (3, 4) or 0 in pictures.shape:
+        raise ValueError(f"frames: expected (F, H, W) or (F, H, W, colours), got shape {pictures.shape}")
+    wanted = "(frames, h, w), or those of all queries together with query=(frame, row, column)"
+    grid = _panels.weights(weights, ranks=(3,) if query is None else (3, 6), wanted=wanted)
+    query_grid = grid.shape[:3]
+    grid = _of_query(grid, query, query_grid, "frame, row and column")
+    if len(grid) != len(pictures):
+        raise ValueError(f"weights: expected {len(pictures)} frames as in frames, got {len(grid)}")
+    height, width = pictures.shape[1:3]
+    axes = _panels.panels(ax, len(pictures), size=(2.4, 2.4 * min(height / width, 2)))
+    for frame, (one_ax, picture, panel) in enumerate(zip(axes, pictures, grid, strict=True)):
+        # One range for all frames, or a dark one would look like a bright one.
+        shades = {} if picture.ndim == 3 else dict(vmin=pictures.min(), vmax=pictures.max())
+        drawn = _draw_over(one_ax, picture, panel, _panels.scale(grid), shades)
+        if query is not None and query[0] == frame:
+            one_ax.add_patch(_frame(query[1:], (height / query_grid[1], width / query_grid[2])))
+    _panels.finish(axes, drawn, panel_name="frame", title=title)
+    return axes
+
+
+def costs(
+    measured: Mapping[str, Mapping[float, float]],
+    *,
+    unit: str = "s",
+    x_label: str = "length",
+    y_label: str | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draws what was measured against a size, a curve for each contestant, both axes logarithmic.
+
+    Args:
+      measured: for each name, what was measured at each size: `{"attnlib": {1024: 0.03, 2048: 0.12}, ...}`, positive
+        numbers in seconds or bytes. Sizes need not be the same ones.
+      unit: "s" or "B"; ticks say ms, MB and so on.
+      x_label: what the sizes are.
+      y_label: what was measured; default: "time" or "memory".
+      ax: the Axes to draw into; default: a new figure.
+      title: a title for the Axes.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: nothing was measured, more contestants than can be told apart, numbers that are not positive, or an
+        unknown unit.
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> axes = costs({"tiled": {1024: 3e6, 2048: 6e6}, "dense": {1024: 8e6, 2048: 32e6}}, unit="B")
+      >>> axes.get_ylabel()
+      'memory'
+    """
+    if unit not in ("s", "B"):
+        raise ValueError(f'unit: expected "s" or "B", got {unit!r}')
+    if not measured or len(measured) > len(CURVES):
+        raise ValueError(f"measured: expected 1 to {len(CURVES)} names, got {len(measured)}")
+    for name, points in measured.items():
+        if not points or not all(x > 0 and y > 0 and np.isfinite([x, y]).all() for x, y in points.items()):
+            raise ValueError(f"measured[{name!r}]: expected positive numbers by positive sizes, got {dict(points)}")
+    (one_ax,) = _panels.panels(ax, 1, size=(5.2, 3.4))
+    for (name, points), (color, marker) in zip(measured.items(), CURVES, strict=False):
+        one_ax.plot(*zip(*sorted(points.items()), strict=True), color=color, marker=marker, label=name)
+    one_ax.set_xscale("log", base=2)
+    one_ax.set_yscale("log")
+    sizes = sorted(set().union(*measured.values()))
+    if len(sizes) <= MOST_SIZES:
+        one_ax.set_xticks(sizes, [f"{size:,g}" if size < 1e6 else f"{size:.3g}" for size in sizes])
+        one_ax.xaxis.set_minor_locator(_panels.matplotlib("ticker").NullLocator())
+    values = [y for points in measured.values() for y in points.values()]
+    between = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
+    one_ax.yaxis.set_major_locator(_panels.matplotlib("ticker").LogLocator(subs=between))
+    one_ax.yaxis.set_major_formatter(_panels.matplotlib("ticker").EngFormatter(unit))
+    one_ax.yaxis.set_minor_locator(_panels.matplotlib("ticker").NullLocator())
+    one_ax.grid(color=GRID, linewidth=0.6, alpha=0.5)
+    one_ax.set(xlabel=x_label, ylabel=y_label or {"s": "time", "B": "memory"}[unit], title=title or "")
+    one_ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, never on one
+    return one_ax
 
 
 def mask(
@@ -173,123 +285,68 @@ def mask(
     leading = allowed.shape[: allowed.ndim - len(query_sizes) - len(key_sizes)]
     panels = allowed.reshape(-1, np.prod(query_sizes), np.prod(key_sizes))
     count, queries, keys = panels.shape
-    axes = _panels(ax, count, size=(_inches(keys, count), _inches(queries, count)))
+    axes = _panels.panels(ax, count, size=(_panels.inches(keys, count), _panels.inches(queries, count)))
     block_sizes = _checks.block_sizes(block_sizes)
     skipped = None if block_sizes is None else _skipped(mask, query_sizes, key_sizes, block_sizes)
     for panel, one_ax, place in zip(panels, axes, np.ndindex(leading), strict=True):
         one_ax.imshow(panel, cmap=_mask_colors(), vmin=0, vmax=1, interpolation="nearest")
         if skipped is not None:
             one_ax.imshow(np.where(skipped, 1.0, np.nan), cmap=_skipped_colors(), interpolation="nearest")
-        _label_axis(one_ax.xaxis, None, "key" + _order(key_sizes))
-        _label_axis(one_ax.yaxis, None, "query" + _order(query_sizes))
+        _panels.label_axis(one_ax.xaxis, None, "key" + _order(key_sizes))
+        _panels.label_axis(one_ax.yaxis, None, "query" + _order(query_sizes))
         _draw_grid_lines(one_ax, panel.shape, block_sizes)
         if count > 1:
             one_ax.set_title(_place_name(place, leading), fontsize="medium")
     return axes if count > 1 else axes[0]
 
 
-def _matplotlib(module: str) -> Any:
-    """Returns a module of matplotlib, or say what to install."""
-    try:
-        return importlib.import_module(f"matplotlib.{module}")
-    except ImportError as error:
-        raise ImportError('attnlib.plot needs matplotlib: pip install "attnlib[notebooks]"') from error
+def _of_query(grid: np.ndarray, query: Any, query_grid: tuple[int, ...], places: str) -> np.ndarray:
+    """The weights of one query, of those of all queries where these were given."""
+    if query is None:
+        return grid
+    if len(query) != len(query_grid) or not all(0 <= n < size for n, size in zip(query, query_grid, strict=True)):
+        raise ValueError(f"query: expected {places} inside {query_grid}, got {query}")
+    axes = len(query_grid)
+    if grid.ndim < 2 * axes:
+        return grid
+    return grid[(..., *query, *(slice(None),) * axes)]
 
 
-def _weights(weights: ArrayLike, *, ranks: tuple[int, ...], wanted: str) -> np.ndarray:
-    """Returns weights as float32 (which holds bfloat16 too) after checking that they can be drawn."""
-    grid = np.asarray(weights).astype(np.float32)
-    if grid.ndim not in ranks or 0 in grid.shape:
-        raise ValueError(f"weights: expected {wanted}; got shape {grid.shape}. One example of a batch: weights[0]")
-    return grid
-
-
-def _check_tokens(name: str, tokens: Sequence[str] | None, expected: int) -> None:
-    if tokens is not None and len(tokens) != expected:
-        raise ValueError(f"{name}: expected {expected} tokens to match the weights, got {len(tokens)}")
-
-
-def _panels(ax: Any, count: int, *, size: tuple[float, float]) -> np.ndarray:
-    """Returns `count` Axes: the given ones, or new ones of about `size` inches each."""
-    if ax is not None:
-        axes = np.ravel(np.asarray(ax, dtype=object))
-        if len(axes) != count:
-            raise ValueError(f"ax: expected {count} Axes, one for each panel, got {len(axes)}")
-        return axes
-    columns = min(count, MOST_PANELS_IN_A_ROW)
-    rows = -(-count // columns)
-    figure, axes = _matplotlib("pyplot").subplots(
-        rows, columns, figsize=(columns * size[0] + 1, rows * size[1] + 0.4), layout="constrained", squeeze=False
-    )
-    for spare in axes.flat[count:]:
-        figure.delaxes(spare)
-    return axes.ravel()[:count]
-
-
-def _inches(cells: int, panels: int) -> float:
-    """Returns a readable extent of a panel for that many rows or columns, with room for the labels."""
-    return float(np.clip(CELL_INCHES * cells, 1.5, 10 if panels == 1 else 5)) + 0.9
-
-
-def _scale(grid: np.ndarray) -> dict[str, Any]:
-    """Returns the colour scale of all panels: from zero to the largest weight, or to 1 where all are zero."""
-    return {"vmin": 0.0, "vmax": float(np.nanmax(grid)) or 1.0, "interpolation": "nearest"}
-
-
-def _label_axis(axis: Any, tokens: Sequence[str] | None, name: str) -> None:
-    """Writes the name of an axis and, where they can be read, its tokens; without tokens, whole positions."""
-    axis.set_label_text(name)
-    if tokens is None:
-        axis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
-        return
-    if len(tokens) > MOST_LABELS:
-        return
-    texts = [re.sub(r"\s", "\N{OPEN BOX}", str(token)) for token in tokens]  # a space would be a tick without a label
-    words = axis.axis_name == "x" and max(map(len, texts)) > 2
-    # Tokens are data: a dollar sign in one must not start a formula.
-    axis.set_ticks(range(len(texts)), texts, rotation=90 if words else 0, parse_math=False)
-    size = "medium" if len(texts) <= 20 else "small" if len(texts) <= 40 else "xx-small"
-    axis.set_tick_params(length=0, labelsize=size)
-
-
-def _finish(axes: np.ndarray, drawn: AxesImage, *, has_heads: bool, title: str | None) -> Axes | np.ndarray:
-    """Adds the colour scale, the names of the heads and the title."""
-    figure = axes[0].figure
-    figure.colorbar(drawn, ax=list(axes), label="attention weight", fraction=0.05, pad=0.02)
-    if not has_heads:
-        axes[0].set_title(title or "")
-        return axes[0]
-    for head, one_ax in enumerate(axes):
-        one_ax.set_title(f"head {head}", fontsize="medium")
-    if title is not None:
-        figure.suptitle(title)
-    return axes
+def _draw_over(
+    ax: Axes, picture: np.ndarray, grid: np.ndarray, scale: dict[str, Any], shades: dict[str, Any]
+) -> AxesImage:
+    """Draws an image and weights stretched over it."""
+    height, width = picture.shape[:2]
+    ax.imshow(picture, cmap=_image_colors(), interpolation="nearest", **shades)
+    ax.set(xlabel="column", ylabel="row")
+    return ax.imshow(grid, cmap=_overlay_colors(), extent=(-0.5, width - 0.5, height - 0.5, -0.5), **scale)
 
 
 def _image_colors() -> Any:
     """Returns greys without black, on which an overlay would not show."""
-    return _matplotlib("colors").LinearSegmentedColormap.from_list("image", ["#303030", "white"])
+    return _panels.matplotlib("colors").LinearSegmentedColormap.from_list("image", ["#303030", "white"])
 
 
 def _overlay_colors() -> Any:
     """Returns a colour map from fully transparent to opaque orange."""
-    colors = _matplotlib("colors")
+    colors = _panels.matplotlib("colors")
     ends = [(*colors.to_rgb(OVERLAY_COLOR), opacity) for opacity in (0.0, 0.95)]
     return colors.LinearSegmentedColormap.from_list("overlay", ends)
 
 
 def _mask_colors() -> Any:
-    return _matplotlib("colors").ListedColormap(["white", INK])
+    return _panels.matplotlib("colors").ListedColormap(["white", INK])
 
 
 def _skipped_colors() -> Any:
-    return _matplotlib("colors").ListedColormap([SKIPPED])
+    return _panels.matplotlib("colors").ListedColormap([SKIPPED])
 
 
 def _frame(query: tuple[int, int], cell: tuple[float, float]) -> Any:
     """Returns the outline of one cell of the query grid, in pixels of the image."""
     corner = (query[1] * cell[1] - 0.5, query[0] * cell[0] - 0.5)
-    return _matplotlib("patches").Rectangle(corner, cell[1], cell[0], fill=False, edgecolor=QUERY_COLOR, linewidth=2.5)
+    patches = _panels.matplotlib("patches")
+    return patches.Rectangle(corner, cell[1], cell[0], fill=False, edgecolor=QUERY_COLOR, linewidth=2.5)
 
 
 def _place_name(place: tuple[int, ...], sizes: tuple[int, ...]) -> str:

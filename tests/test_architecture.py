@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up: a file may import files of the lines above its own, never of its own line or below.
 ROOMS = [
-    {"_types", "_tiles", "_dropout", "_online_softmax", "_linear", "_loops", "_hoist", "_held"},
+    {"_types", "_tiles", "_panels", "_dropout", "_online_softmax", "_linear", "_loops", "_hoist", "_held"},
     {"_ruled"},
     {"_axes", "_positions", "_additive", "_product", "_cost"},
     {"_mask", "_modifier", "positions"},
@@ -36,7 +36,7 @@ ROOMS = [
     {"_operands"},
     {"_call", "_merge"},
     {"attention"},
-    {"layers", "attention_fn", "cache"},
+    {"layers", "attention_fn", "cache", "inspect"},
     {"_linen_base", "_linen_bias", "plot", "regularization"},
     {"_linen_single"},
     {"linen"},
@@ -173,7 +173,7 @@ def test_annotations_hold_at_run_time():
         import warnings
         warnings.simplefilter("ignore")  # beartype's, about annotations of others
         from jaxtyping import install_import_hook
-        public = ["attention", "cache", "masks", "positions", "scores", "layers", "linen", "regularization"]
+        public = ["attention", "cache", "inspect", "masks", "positions", "scores", "layers", "linen", "regularization"]
         with install_import_hook([f"attnlib.{name}" for name in public], "beartype.beartype"):
             import attnlib
         import jax, jax.numpy as jnp, numpy as np

@@ -17,7 +17,8 @@ MODULES = sorted(
     info.name for info in pkgutil.walk_packages(attnlib.__path__, "attnlib.") if not info.name.endswith("__main__")
 )
 WITH_EXAMPLES = (
-    "_convert", "attention", "attention_fn", "cache", "layers", "linen", "masks", "positions", "regularization",
+    "_convert", "attention", "attention_fn", "cache", "inspect", "layers", "linen", "masks", "modifiers", "positions",
+    "regularization",
     "scores",
 )  # fmt: skip
 # Examples that only some users can run.

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 import attnlib
-from attnlib import convert, masks, plot, positions, scores
+from attnlib import convert, masks, modifiers, plot, positions, scores
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAMESPACES = {"attnlib": attnlib, "convert": convert, "masks": masks, "positions": positions, "scores": scores}
+SPACES = attnlib, convert, attnlib.inspect, masks, modifiers, positions, scores
+NAMESPACES = {module.__name__.removeprefix("attnlib."): module for module in SPACES}
 PUBLIC = {f"{space}.{name}": getattr(module, name) for space, module in NAMESPACES.items() for name in module.__all__}
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
-FUNCTIONS |= {f"plot.{name}": getattr(plot, name) for name in ("attention_map", "attention_over_image", "mask")}
+PICTURES = "attention_map", "attention_over_frames", "attention_over_image", "costs", "mask"
+FUNCTIONS |= {f"plot.{name}": getattr(plot, name) for name in PICTURES}
 CLASSES = {name: thing for name, thing in PUBLIC.items() if inspect.isclass(thing)}
 MODULES = {name: thing for name, thing in CLASSES.items() if hasattr(thing, "apply")}
 OPTIONAL = ("babel", "beartype", "equinox", "h5py", "keras", "matplotlib", "pytest", "safetensors", "sklearn", "tqdm")

@@ -58,6 +58,7 @@ def test_map_of_heads_shares_one_scale(rng):
     weights = rng.random((5, 2, 3)).astype(np.float16)
     axes = plot.attention_map(weights, title="heads")
     assert axes.shape == (5,)
+    assert len({ax.get_subplotspec().colspan.start for ax in axes}) == 3  # three and two
     for head, ax in enumerate(axes):
         np.testing.assert_array_equal(drawn(rendered(ax)), weights[head])
         assert ax.images[0].get_clim() == (0, weights.max())
@@ -102,6 +103,59 @@ def test_image_of_one_query_of_several_heads(rng):
         np.testing.assert_allclose(drawn(rendered(ax)), weights[head, 2, 1], rtol=1e-6)
         (frame,) = ax.patches
         assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (1.5, 3.5, 2, 2)
+
+
+def test_image_of_one_query_from_its_weights_alone(rng):
+    """As `inspect.attention_rows` gives them: drawn as they are, the query framed in the grid of the keys."""
+    weights = rng.random((2, 3, 4))
+    axes = plot.attention_over_image(rng.random((6, 8)), weights, query=(2, 1))
+    for head, ax in enumerate(axes):
+        np.testing.assert_allclose(drawn(rendered(ax)), weights[head], rtol=1e-6)
+        (frame,) = ax.patches
+        assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (1.5, 3.5, 2, 2)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_frames_of_a_video(rng, alone):
+    frames, weights = rng.random((5, 6, 8)), rng.random((5, 3, 4, 5, 3, 4))
+    axes = plot.attention_over_frames(frames, weights[3, 2, 1] if alone else weights, query=(3, 2, 1), title="video")
+    for number, ax in enumerate(axes):
+        np.testing.assert_array_equal(drawn(rendered(ax), 0), frames[number])
+        np.testing.assert_allclose(drawn(ax, 1), weights[3, 2, 1, number], rtol=1e-6)
+        assert ax.images[0].get_clim() == (frames.min(), frames.max())
+        assert ax.images[1].get_clim() == pytest.approx((0, weights[3, 2, 1].max()))
+        assert ax.get_title() == f"frame {number}"
+        assert [(f.get_x(), f.get_y(), f.get_width(), f.get_height()) for f in ax.patches] == [(1.5, 3.5, 2, 2)] * (
+            number == 3
+        )
+    assert axes[0].figure.get_suptitle() == "video"
+
+
+def test_costs_are_curves_in_the_order_of_sizes():
+    ax = rendered(plot.costs({"ours": {2048: 3e-3, 1024: 1e-3}, "theirs": {1024: 5e-2}}, title="a step"))
+    ours, theirs = ax.get_lines()
+    np.testing.assert_array_equal(ours.get_xydata(), [[1024, 1e-3], [2048, 3e-3]])
+    np.testing.assert_array_equal(theirs.get_xydata(), [[1024, 5e-2]])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ours", "theirs"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("length", "time", "a step")
+    assert labels(ax.xaxis) == ["1,024", "2,048"]
+    assert {"1 ms", "5 ms", "50 ms"} <= set(labels(ax.yaxis))
+    other = Figure().subplots()
+    assert rendered(plot.costs({"a": {1: 2e6, 2: 3e9}}, unit="B", ax=other)) is other
+    assert "10 MB" in labels(other.yaxis)
+
+
+def test_curves_are_apart_from_light_and_dark():
+    """By the contrast that WCAG asks of graphics, 3 : 1, against white and against black."""
+
+    def luminance(color):
+        rgb = np.array(matplotlib.colors.to_rgb(color))
+        return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    for color, _ in plot.CURVES:
+        assert 1.05 / (luminance(color) + 0.05) >= 3, color
+        assert (luminance(color) + 0.05) / 0.05 >= 3, color
+    assert len({marker for _, marker in plot.CURVES}) == len({color for color, _ in plot.CURVES}) == len(plot.CURVES)
 
 
 def test_mask_is_its_definition():
@@ -158,7 +212,21 @@ def test_mask_with_a_batch_axis_has_a_panel_for_each():
             lambda: plot.attention_over_image(np.ones((4, 4)), np.ones((2, 2, 2, 2))),
             r"together with query=\(row, column\)",
         ),
-        (lambda: plot.attention_over_image(np.ones((4, 4)), np.ones((2, 2)), query=(0, 0)), "since query is given"),
+        (
+            lambda: plot.attention_over_image(np.ones((4, 4)), np.ones((2, 2)), query=(0, 0, 0)),
+            r"query: expected row and column inside \(2, 2\), got \(0, 0, 0\)",
+        ),
+        (lambda: plot.attention_over_frames(np.ones((4, 4)), np.ones((2, 2, 2))), r"frames: .*got shape \(4, 4\)"),
+        (lambda: plot.attention_over_frames(np.ones((3, 4, 4)), np.ones((2, 2, 2))), "expected 3 frames .*, got 2"),
+        (
+            lambda: plot.attention_over_frames(np.ones((3, 4, 4)), np.ones((3, 2, 2)), query=(3, 0, 0)),
+            r"query: expected frame, row and column inside \(3, 2, 2\), got \(3, 0, 0\)",
+        ),
+        (lambda: plot.costs({}), "measured: expected 1 to 6 names, got 0"),
+        (lambda: plot.costs({str(n): {1: 1} for n in range(7)}), "measured: expected 1 to 6 names, got 7"),
+        (lambda: plot.costs({"a": {1: 1, 2: 0}}), r"measured\['a'\]: expected positive numbers .*2: 0"),
+        (lambda: plot.costs({"a": {1: np.nan}}), "expected positive numbers"),
+        (lambda: plot.costs({"a": {1: 1}}, unit="h"), 'unit: expected "s" or "B", got \'h\''),
         (
             lambda: plot.attention_over_image(np.ones((4, 4)), np.ones((2, 2, 4, 4)), query=(0, 2)),
             r"query: expected row and column inside \(2, 2\), got \(0, 2\)",

@@ -1,0 +1,359 @@
+"""Attention looked into without the square matrix of its weights: chosen rows, sums over rows, the largest, the spread.
+
+Every function takes the operands, score and options of `attnlib.attention` but the value and dropout, gives what
+could be read off `return_weights=True`, and takes memory linear in the lengths. Each is a use of attention itself:
+a transpose of it, a tangent of it, or attention of a few queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlib import _axes, _call, _checks
+from attnlib._mask import Along
+from attnlib._modifier import Modifier
+from attnlib._positions import Positions, Run
+from attnlib._problem import Problem, compute_dtype
+from attnlib._types import Array, Key, Query
+from attnlib.scores import Dot, Score
+
+__all__ = ["attention_entropy", "attention_received", "attention_rows", "top_keys"]
+
+Rows = int | Array | Sequence[int]
+
+_WITHOUT = "dropout_rate", "dropout_rng", "return_weights", "return_lse"
+# Weights that `top_keys` holds at once, and the fewest queries that they are of.
+_NUMBERS, _FEWEST = 2**20, 8
+
+
+def attention_rows(
+    query: Query, key: Key, *, rows: Rows | tuple[Rows, ...], score: Score | None = None, **options: Any
+) -> jax.Array:
+    """The weights of chosen queries, at the cost of attention of these queries alone.
+
+    Args:
+      query: `(*batch and attention axes, N, D)`.
+      key: `(..., K, D)`.
+      rows: the queries: ints of any shape, positions along the flattened (row-major) query axes; or a tuple of them,
+        one for each attention axis, which broadcast. Negative ones count from the end; they may be traced.
+      score: default `scores.Dot()`.
+      **options: those of `attnlib.attention` but dropout and what to return. Masks, biases, modifiers and positions
+        are of all queries; `block_sizes` are of the chosen ones, side by side.
+
+    Returns:
+      Weights `(*batch, N, *shape of rows, *key axes)`, float32 at least. With a sink they add up to less than one. A
+      row beyond the end is refused, or all NaN where it is traced.
+
+    Raises:
+      ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from attnlib import inspect
+      >>> query, key = jax.random.normal(jax.random.key(0), (2, 1, 16, 16, 2, 8))  # images of 16 x 16
+      >>> inspect.attention_rows(query, key, rows=(3, jnp.array([0, 5]))).shape  # of the pixels (3, 0) and (3, 5)
+      (1, 2, 2, 16, 16)
+
+    Source: the weights are those of Bahdanau, Cho and Bengio (2015) and Vaswani et al. (2017).
+    """
+    arrays, static = _arguments("attention_rows", query, key, score, options)
+    return _attention_rows(arrays, _indices(rows, _query_shape(arrays, static)), **static)
+
+
+def attention_received(
+    query: Query, key: Key, *, mean: bool = False, score: Score | None = None, **options: Any
+) -> jax.Array:
+    """How much attention each key receives: the sum of its weights over all queries, in two passes over tiles.
+
+    Where w_ts are the weights, sum_t w_ts. It is the transpose of attention as a linear map of the values, applied to
+    ones, and differentiable.
+
+    Args:
+      query: `(*batch and attention axes, N, D)`.
+      key: `(..., K, D)`.
+      mean: divide by the number of queries that attend anything (in that batch entry and head). Default: the sum.
+      score: default `scores.Dot()`.
+      **options: those of `attnlib.attention` but dropout and what to return.
+
+    Returns:
+      `(*batch, N, *key axes)`, float32 at least. Its sum over the keys is the number of queries that attend anything
+      (1 for the mean), or with a sink what that leaves of it.
+
+    Raises:
+      ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from attnlib import inspect
+      >>> query, key = jax.random.normal(jax.random.key(0), (2, 1, 10, 2, 8))
+      >>> received = inspect.attention_received(query, key, is_causal=True)
+      >>> received.shape, bool(jnp.allclose(received.sum(-1), 10, rtol=1e-5))
+      ((1, 2, 10), True)
+
+    Source: as a measure of which keys matter, Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative
+      Inference of Large Language Models" (2023).
+    """
+    arrays, static = _arguments("attention_received", query, key, score, options)
+    return _attention_received(arrays, mean=_checks.static_bool(mean, "mean"), **static)
+
+
+def top_keys(
+    query: Query, key: Key, *, k: int, score: Score | None = None, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The k largest weights of each query, and of which keys they are.
+
+    All weights are computed, a few queries at a time: the time is that of attention with `return_weights=True` and of
+    looking through the weights, masked ones too; the memory is that of a few rows. The weights are differentiable.
+
+    Args:
+      query: `(*batch and attention axes, N, D)`.
+      key: `(..., K, D)`.
+      k: how many, from 1 to the number of keys; static.
+      score: default `scores.Dot()`.
+      **options: those of `attnlib.attention` but dropout and what to return; `block_sizes` are of the few queries.
+
+    Returns:
+      (weights, indices), both `(*batch, N, *query axes, k)`, the largest first. Indices, int32, are of the flattened
+      (row-major) key axes (`jnp.unravel_index` gives places along several), and -1 where the weight is 0, be it
+      that of a masked key or too small a number.
+
+    Raises:
+      ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from attnlib import inspect
+      >>> x = 9 * jnp.eye(3)[None, :, None]  # one head; each position is most like itself
+      >>> weights, keys = inspect.top_keys(x, x, k=2, is_causal=True)
+      >>> keys[0, 0].tolist()
+      [[0, -1], [1, 0], [2, 0]]
+
+    Source: in chunks of queries, for attention to the k largest alone, Gupta et al., "Memory-efficient Transformers via
+      Top-k Attention" (2021).
+    """
+    arrays, static = _arguments("top_keys", query, key, score, options)
+    return _top_keys(arrays, k=_checks.size(k, "k", least=1), **static)
+
+
+def attention_entropy(query: Query, key: Key, *, score: Score | None = None, **options: Any) -> jax.Array:
+    """How widely each query spreads its attention: the entropy of its weights, from a derivative of the lse.
+
+    With logits x_s and weights w_s = exp(x_s - lse): -sum_s w_s log w_s = lse - sum_s w_s x_s, and that mean logit is
+    the derivative of log sum_s exp(t x_s) by t at t = 1.
+
+    Args:
+      query: `(*batch and attention axes, N, D)`.
+      key: `(..., K, D)`.
+      score: default `scores.Dot()`.
+      **options: those of `attnlib.attention` but dropout and what to return. A sink counts as one more key.
+
+    Returns:
+      `(*batch, N, *query axes)` in nats, float32 at least: from 0, where all is on one key, to log S, where it is on
+      all S keys alike. 0 where a query attends nothing. It is a difference of numbers as large as the logits, and
+      rounded as they are: it may come out a little below 0. Differentiable.
+
+    Raises:
+      ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from attnlib import inspect
+      >>> query, key = jnp.zeros((2, 1, 4, 1, 8))  # all keys alike
+      >>> print(jnp.exp(inspect.attention_entropy(query, key, is_causal=True)).round(2))
+      [[[1. 2. 3. 4.]]]
+
+    Source: as a measure of what heads do, Ghader and Monz, "What does Attention in Neural Machine Translation Pay
+      Attention to?" (2017); its collapse in training, Zhai et al., "Stabilizing Transformer Training by Preventing
+      Attention Entropy Collapse" (2023).
+    """
+    arrays, static = _arguments("attention_entropy", query, key, score, options)
+    return _attention_entropy(arrays, **static)
+
+
+def _arguments(
+    caller: str, query: Any, key: Any, score: Score | None, options: dict[str, Any]
+) -> tuple[_call.Arrays, dict[str, Any]]:
+    """The arguments of attention to values that nobody looks at."""
+    _checks.arrays(query=query, key=key)
+    value = jnp.ones((*key.shape[:-1], 1), compute_dtype(query, key))
+    score = Dot() if score is None else score
+    return _call.arguments(query, key, value, score, **_call.options(caller, options, _WITHOUT))
+
+
+_jit = partial(jax.jit, static_argnames=(*_call.STATIC, "mean", "k"))
+
+
+# Sums over the queries
+
+
+@_jit
+def _attention_received(arrays: _call.Arrays, *, mean: bool, **static: Any) -> jax.Array:
+    problem, axes = _fold(arrays, static)
+    shape = list(arrays.key.shape)
+    for axis, size in zip(axes.batch, problem.batch, strict=True):
+        shape[axis] = size
+    # A feature of the values for each query head of a key head, and ones for it where that head is.
+    ones = jnp.ones((*shape[:-1], problem.groups), problem.dtype)
+    own = jnp.tile(jnp.eye(problem.groups, dtype=problem.dtype), (problem.kv_heads, 1))
+    output, pullback = jax.vjp(lambda value: _call.attend(arrays._replace(value=value), **static), ones)
+    (received,) = pullback(jnp.broadcast_to(own, output.shape))
+    received = jnp.swapaxes(_axes.fold_operand(received, axes), -1, -2)  # (*batch, K, G, S)
+    received = received.reshape(*_lead(problem), problem.key_length)
+    if mean:
+        attending = _axes.fold_operand(output[..., :1], axes)[..., 0] > 0  # (*batch, N, T), weights adding up to that
+        received /= jnp.maximum(jnp.sum(attending, -1, dtype=problem.dtype), 1)[..., None]
+    return received.reshape(*received.shape[:-1], *problem.key_shape)
+
+
+# Moments of the logits
+
+
+@_jit
+def _attention_entropy(arrays: _call.Arrays, **static: Any) -> jax.Array:
+    dtype = compute_dtype(arrays.query, arrays.key)
+
+    def lse(line: jax.Array) -> jax.Array:
+        """That of line[0] * logit + line[1]."""
+        score_mod = Modifier(None, None, None) if arrays.score_mod is None else arrays.score_mod
+        score_mod = dataclasses.replace(score_mod, function=_OnALine(score_mod.function, line))
+        sink = None if arrays.sink is None else line[0] * jnp.asarray(arrays.sink, dtype) + line[1]
+        moved = arrays._replace(score_mod=score_mod, sink=sink)
+        return _call.attend(moved, **{**static, "return_lse": True})[1]
+
+    slopes, total = jax.jacfwd(lambda line: (lse(line),) * 2, has_aux=True)(jnp.array([1, 0], dtype))
+    empty = total == -jnp.inf
+    # The second slope is the sum of the weights, 1 but for the rounding of the lse, which large logits would multiply.
+    mean_logit = slopes[..., 0] / jnp.where(empty, 1, slopes[..., 1])
+    return jnp.where(empty, 0, total) - mean_logit
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OnALine:
+    """A function of one logit and its place (None: the logit itself), times a number, plus a number."""
+
+    function: Callable[..., jax.Array] | None
+    line: jax.Array
+
+    def __call__(self, logit: jax.Array, *where: jax.Array) -> jax.Array:
+        logit = logit if self.function is None else self.function(logit, *where)
+        none = logit == -jnp.inf  # as a bias may have it: of no weight on any line
+        return jnp.where(none, logit, self.line[0] * jnp.where(none, 0, logit) + self.line[1])
+
+
+# Rows
+
+
+def _weights(problem: Problem, implementation: Any, start: jax.Array, size: int) -> jax.Array:
+    """`(*batch, N, size, S)`: the weights of a run of the queries."""
+    run = Run(start, problem.query_shape)
+    place = run.of(Positions((size,), "query"))
+    mask, score_mod, bias = problem.mask, problem.score_mod, problem.bias
+    few = dataclasses.replace(
+        problem,
+        query=place.cut(problem.query, -2),
+        query_shape=(size,),
+        mask=None if mask is None else Along(mask, run),
+        score_mod=None if score_mod is None else dataclasses.replace(score_mod, run=run),
+        bias=None if bias is None else place.cut(bias, -2),
+        return_weights=True,
+    )
+    weights = _call.solve(few, implementation).weights
+    assert weights is not None
+    return weights.reshape(*_lead(problem), size, problem.key_length)
+
+
+@_jit
+def _attention_rows(arrays: _call.Arrays, rows: Any, **static: Any) -> jax.Array:
+    problem, _ = _fold(arrays, static)
+    parts, sizes = (rows, problem.query_shape) if isinstance(rows, tuple) else ((rows,), (problem.query_length,))
+    flat, inside = jnp.int32(0), jnp.bool_(True)
+    for part, size in zip(parts, sizes, strict=True):
+        inside &= (-size <= part) & (part < size)
+        flat = flat * size + jnp.where(part < 0, part + size, part)
+    if flat.size == 0:
+        return jnp.zeros((*_lead(problem), *flat.shape, *problem.key_shape), problem.dtype)
+
+    def one(row: jax.Array) -> jax.Array:
+        return _weights(problem, static["implementation"], row, 1)[..., 0, :]
+
+    weights = jax.vmap(one, out_axes=-2)(flat.reshape(-1))
+    weights = jnp.where(inside.reshape(-1, 1), weights, jnp.nan)
+    return weights.reshape(*_lead(problem), *flat.shape, *problem.key_shape)
+
+
+@_jit
+def _top_keys(arrays: _call.Arrays, *, k: int, **static: Any) -> tuple[jax.Array, jax.Array]:
+    problem, _ = _fold(arrays, static)
+    total = problem.query_length
+    if k > problem.key_length:
+        raise ValueError(f"k must be at most the number of keys, {problem.key_length}; got {k}.")
+    rows = math.prod(_lead(problem))
+    numbers = rows * problem.key_length * problem.score.prepared_pair_size(problem.query.shape[-1])
+    size = min(max(_NUMBERS // max(numbers, 1), _FEWEST), total)
+
+    @jax.checkpoint  # derivatives compute the weights again rather than keep them
+    def few(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = _weights(problem, static["implementation"], start, size)
+        largest, keys = jax.lax.top_k(weights, k)
+        return largest, jnp.where(largest == 0, -1, keys)
+
+    if total == 0:
+        empty = jnp.zeros((*_lead(problem), *problem.query_shape, k), problem.dtype)
+        return empty, empty.astype(jnp.int32)
+    # The last run ends where the queries do, and begins with some of the run before.
+    starts = np.minimum(np.arange(0, total, size), total - size)
+    runs = jax.lax.map(few, jnp.asarray(starts, jnp.int32))
+    whole = (len(starts) - 1) * size
+
+    def joined(run: jax.Array) -> jax.Array:
+        run = jnp.moveaxis(run, 0, -3).reshape(*_lead(problem), len(starts) * size, k)
+        run = jnp.concatenate([run[..., :whole, :], run[..., len(starts) * size - (total - whole) :, :]], -2)
+        return run.reshape(*_lead(problem), *problem.query_shape, k)
+
+    return joined(runs[0]), joined(runs[1])
+
+
+# What they share
+
+
+def _fold(arrays: _call.Arrays, static: dict[str, Any]) -> tuple[Problem, _axes.Axes]:
+    return _call.fold(arrays, **{name: value for name, value in static.items() if name != "implementation"})
+
+
+def _lead(problem: Problem) -> tuple[int, ...]:
+    """(*batch, N)."""
+    return (*problem.batch, problem.kv_heads * problem.groups)
+
+
+def _query_shape(arrays: _call.Arrays, static: dict[str, Any]) -> tuple[int, ...]:
+    _checks.rank(arrays.query, "query")
+    axes = _axes.normalize(static["attention_axes"], arrays.query.ndim, trailing=2)
+    return axes.attention_shape(arrays.query.shape)
+
+
+def _indices(rows: Any, shape: tuple[int, ...]) -> Any:
+    """`rows` as int32 arrays, checked against the sizes of the query axes where their values are known."""
+    if isinstance(rows, tuple) and len(rows) != len(shape):
+        raise ValueError(
+            f"rows as a tuple must have one entry for each of the {len(shape)} attention axes; got {len(rows)}. For "
+            "several rows pass a list or an array."
+        )
+    checked = []
+    parts, sizes = (rows, shape) if isinstance(rows, tuple) else ((rows,), (math.prod(shape),))
+    for part, size in zip(parts, sizes, strict=True):
+        array = part if _checks.is_array(part) else np.asarray(part)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"rows must hold integers; got {array.dtype}{list(array.shape)}.")
+        if _checks.known(array) and not np.all((-size <= np.asarray(array)) & (np.asarray(array) < size)):
+            raise ValueError(f"rows must be in {-size}..{size - 1}, of {size} queries; got {part}.")
+        checked.append(jnp.asarray(array).astype(jnp.int32))
+    return tuple(checked) if isinstance(rows, tuple) else checked[0]
