@@ -22,13 +22,23 @@ __all__ = ["ALiBi", "BucketedBias", "RelativeBias", "SoftCap", "alibi_slopes"]
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """Slopes of ALiBi for so many heads: `(N,)`, a geometric sequence from 2**(-8 / N) down to 2**-8.
+    """Slopes of ALiBi: a geometric sequence from 2**(-8 / N) down to 2**-8.
 
     For N that is no power of two: those of the largest power of two below, then every other one of twice as many.
 
-    >>> from attnlib import modifiers
-    >>> modifiers.alibi_slopes(4).tolist()
-    [0.25, 0.0625, 0.015625, 0.00390625]
+    Args:
+      num_heads: query heads N.
+
+    Returns:
+      float32 `(N,)`, a NumPy array.
+
+    Raises:
+      ValueError: num_heads is below 1.
+
+    Example:
+      >>> from attnlib import modifiers
+      >>> modifiers.alibi_slopes(4).tolist()
+      [0.25, 0.0625, 0.015625, 0.00390625]
 
     Source: Press, Smith and Lewis, "Train Short, Test Long" (2022).
     """
