@@ -30,7 +30,8 @@ __all__ = ["attention_entropy", "attention_received", "attention_rows", "top_key
 Rows = int | Array | Sequence[int]
 
 _WITHOUT = "dropout_rate", "dropout_rng", "return_weights", "return_lse"
-# Weights that `top_keys` holds at once, and the fewest queries that they are of.
+# Weights that `top_keys` holds at once, and the fewest queries that they are of. Measured on 2 shared CPU cores, 4 heads
+# x 64 features, 4096 positions: 0.86 s with 2**18, 0.59 s with 2**20, 0.53 s with 2**22; all at once, 0.59 s unsorted.
 _NUMBERS, _FEWEST = 2**20, 8
 
 
@@ -147,7 +148,7 @@ def attention_entropy(query: Query, key: Key, *, score: Score | None = None, **o
     """How widely each query spreads its attention: the entropy of its weights, from a derivative of the lse.
 
     With logits x_s and weights w_s = exp(x_s - lse): -sum_s w_s log w_s = lse - sum_s w_s x_s, and that mean logit is
-    the derivative of log sum_s exp(t x_s) by t at t = 1.
+    the derivative of log sum_s exp(t x_s) by t at t = 1. In two passes over tiles: attention and a tangent of it.
 
     Args:
       query: `(*batch and attention axes, N, D)`.
@@ -218,35 +219,40 @@ def _attention_received(arrays: _call.Arrays, *, mean: bool, **static: Any) -> j
 
 @_jit
 def _attention_entropy(arrays: _call.Arrays, **static: Any) -> jax.Array:
+    _, axes = _fold(arrays, static)
     dtype = compute_dtype(arrays.query, arrays.key)
+    sink = None if arrays.sink is None else jnp.asarray(arrays.sink, dtype)
 
-    def lse(line: jax.Array) -> jax.Array:
-        """That of line[0] * logit + line[1]."""
+    def hot(temperature: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(output, lse) with all logits, the sink's too, times a number."""
         score_mod = Modifier(None, None, None) if arrays.score_mod is None else arrays.score_mod
-        score_mod = dataclasses.replace(score_mod, function=_OnALine(score_mod.function, line))
-        sink = None if arrays.sink is None else line[0] * jnp.asarray(arrays.sink, dtype) + line[1]
-        moved = arrays._replace(score_mod=score_mod, sink=sink)
-        return _call.attend(moved, **{**static, "return_lse": True})[1]
+        score_mod = dataclasses.replace(score_mod, function=_Times(score_mod.function, temperature))
+        moved = arrays._replace(score_mod=score_mod, value=value, sink=None if sink is None else temperature * sink)
+        return _call.attend(moved, **{**static, "return_lse": True})
 
-    slopes, total = jax.jacfwd(lambda line: (lse(line),) * 2, has_aux=True)(jnp.array([1, 0], dtype))
+    # The change of values from 0 to 1 is felt as the sum of the weights: 1, but for the rounding of the lse, which
+    # the logits would multiply, were they not divided by that sum.
+    at = jnp.ones((), dtype), jnp.zeros_like(arrays.value)
+    (_, total), (weight, weighed) = jax.jvp(hot, at, (at[0], jnp.ones_like(arrays.value)))
+    weight = _axes.fold_operand(weight, axes)[..., 0].reshape(total.shape)
+    if sink is not None:
+        weight += jnp.exp(sink.reshape(-1, *(1,) * len(axes.attention)) - total)
     empty = total == -jnp.inf
-    # The second slope is the sum of the weights, 1 but for the rounding of the lse, which large logits would multiply.
-    mean_logit = slopes[..., 0] / jnp.where(empty, 1, slopes[..., 1])
-    return jnp.where(empty, 0, total) - mean_logit
+    return jnp.where(empty, 0, total) - weighed / jnp.where(empty, 1, weight)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class _OnALine:
-    """A function of one logit and its place (None: the logit itself), times a number, plus a number."""
+class _Times:
+    """A function of one logit and its place (None: the logit itself), times a number."""
 
     function: Callable[..., jax.Array] | None
-    line: jax.Array
+    factor: jax.Array
 
     def __call__(self, logit: jax.Array, *where: jax.Array) -> jax.Array:
         logit = logit if self.function is None else self.function(logit, *where)
-        none = logit == -jnp.inf  # as a bias may have it: of no weight on any line
-        return jnp.where(none, logit, self.line[0] * jnp.where(none, 0, logit) + self.line[1])
+        none = logit == -jnp.inf  # as a bias may have it: of no weight at any temperature
+        return jnp.where(none, logit, self.factor * jnp.where(none, 0, logit))
 
 
 # Rows
