@@ -30,8 +30,9 @@ __all__ = ["attention_entropy", "attention_received", "attention_rows", "top_key
 Rows = int | Array | Sequence[int]
 
 _WITHOUT = "dropout_rate", "dropout_rng", "return_weights", "return_lse"
-# Weights that `top_keys` holds at once, and the fewest queries that they are of. Measured on 2 shared CPU cores, 4 heads
-# x 64 features, 4096 positions: 0.86 s with 2**18, 0.59 s with 2**20, 0.53 s with 2**22; all at once, 0.59 s unsorted.
+# Weights that `top_keys` holds at once, and the fewest queries that they are of. Measured on 2 shared CPU cores, 4
+# heads x 64 features, 4096 positions: 0.86 s with 2**18, 0.59 s with 2**20, 0.53 s with 2**22; all at once, 0.59 s
+# unsorted.
 _NUMBERS, _FEWEST = 2**20, 8
 
 

@@ -13,7 +13,7 @@ from jax import export
 from quick_jit import quick_jit
 
 import attnlib
-from attnlib import masks, positions, scores
+from attnlib import convert, inspect, masks, modifiers, positions, scores
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 QUERY, KEY = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((2, 5, 4, 8), (2, 7, 2, 8)))
@@ -39,6 +39,45 @@ def all_masks(how, query, key, real, lengths):
     segments = masks.Segments(jnp.where(real[:, :5], 1, 0), jnp.where(real, 1, 0), padding_id=0)
     mask = (causal | others) & ~(segments & masks.QueryPadding(real[:, :5])) | masks.Dense(real[:, None, None])
     return attnlib.additive_attention(query, key, key, scale=jnp.ones(8), mask=mask, **how)
+
+
+def sparse_masks(how, query, key):
+    blocks = masks.BlockSparse(["1010", "1101", "0011"], 2)
+    mask = masks.BlockLocal(2, before=1) | masks.Dilated(3) | blocks
+    return attnlib.dot_product_attention(query, key, key, mask=mask, **how)
+
+
+def modified(how, query, key, data):
+    """Every modifier, with a sink and explicit positions."""
+    named = [
+        modifiers.ALiBi(modifiers.alibi_slopes(4)), modifiers.RelativeBias(data), modifiers.SoftCap(3.0),
+        modifiers.BucketedBias(data[:4], max_distance=5), lambda logit, b, head, i, j: logit * data[0, head] + i - j,
+    ]  # fmt: skip
+    places = dict(query_positions=np.arange(5), key_positions=np.arange(7) - 1)
+    return [
+        attnlib.dot_product_attention(query, key, key, score_mod=each, sink=data[1], **places, **how) for each in named
+    ]
+
+
+def looked_into(how, query, key):
+    largest, keys = inspect.top_keys(query, key, k=2, **how)
+    return [
+        inspect.attention_rows(query, key, rows=np.array([1, 3]), **how), largest, keys.astype(jnp.float32),
+        inspect.attention_received(query, key, **how), inspect.attention_entropy(query, key, is_causal=True, **how),
+    ]  # fmt: skip
+
+
+def biased_layers(how, x):
+    made = [attnlib.RelativePositionBias(sizes=3), attnlib.BucketedPositionBias(num_buckets=8, max_distance=6)]
+    fields = dict(num_heads=2, rotary=True, normalize_qk="rms", use_scale=True, use_sink=True, **how)
+    layers = [attnlib.MultiHeadAttention(score_mod=bias, **fields) for bias in made]
+    return [layer.init_with_output(jax.random.key(0), x)[0] for layer in layers]
+
+
+def converted(how, x):
+    """There and back, as arrays are moved inside a program."""
+    params = attnlib.init_multi_head_attention(jax.random.key(0), 8, num_heads=2)
+    return attnlib.multi_head_attention(convert.from_flax(convert.to_flax(params)), x, **how)
 
 
 def merged(how, query, key):
@@ -120,6 +159,11 @@ def training_step(how, x):
 PROGRAMS = {
     "dot product, every option": (dropped, (QUERY, KEY, REAL, BIAS, np.array([1, 2], np.uint32))),
     "additive, every mask": (all_masks, (QUERY, KEY, REAL, np.array([1, 3]))),
+    "sparse masks": (sparse_masks, (QUERY, KEY)),
+    "every modifier": (modified, (QUERY, KEY, 0.2 * np.arange(28, dtype=np.float32).reshape(7, 4))),
+    "inspect": (looked_into, (QUERY, KEY)),
+    "layers with all that is around": (biased_layers, (X,)),
+    "convert": (converted, (X,)),
     "other scores": (other_scores, (QUERY, KEY)),
     "merge": (merged, (QUERY, KEY)),
     "first and second derivatives": (gradients, (QUERY, KEY, BIAS)),
@@ -149,17 +193,18 @@ def test_exports_for_every_platform(implementation, name):
 
 def test_the_whole_api_is_exported_here():
     """A new public function must join the programs above, or the list of those that run on the host."""
-    host = {"Explanation", "explain", "masks", "positions", "scores", "constrain"}
+    host = {"Explanation", "constrain", "convert", "explain", "inspect", "masks", "modifiers", "positions", "scores"}
     traced = {
-        "AdditiveAttention", "DotProductAttention", "KVCache", "MultiHeadAttention", "additive_attention",
-        "apply_constraints", "attention", "attention_fn", "dot_product_attention", "init_multi_head_attention",
-        "merge_attention", "multi_head_attention", "parameter_penalty", "regularization_loss",
+        "AdditiveAttention", "BucketedPositionBias", "DotProductAttention", "KVCache", "MultiHeadAttention",
+        "RelativePositionBias", "additive_attention", "apply_constraints", "attention", "attention_fn",
+        "dot_product_attention", "init_multi_head_attention", "merge_attention", "multi_head_attention",
+        "parameter_penalty", "regularization_loss",
     }  # fmt: skip
     assert set(attnlib.__all__) == host | traced
     used = {name for function, _ in PROGRAMS.values() for name in names_of(function)}
     kinds = {name for name in (*masks.__all__, *scores.__all__) if name not in ("Mask", "Score", "Dot", "Additive")}
     assert kinds - {"Dense"} <= used  # Dense: arrays
-    assert {"rotary_embedding", "YaRNScaling"} <= used
+    assert {"rotary_embedding", "YaRNScaling", *modifiers.__all__, *inspect.__all__} <= used
 
 
 def names_of(function):

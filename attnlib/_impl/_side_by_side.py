@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from attnlib import _online_softmax
 from attnlib._impl._tile import Arrays, Plan, Tile, tile_kinds
@@ -67,7 +68,7 @@ def transpose(
 
     def again() -> tuple[jax.Array, ...]:
         query, key, value = tiled(_moved(arrays))
-        return query, jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)
+        return query, _lying(jnp.swapaxes(key, -3, -2)), _lying(jnp.swapaxes(value, -3, -2))
 
     query, key, value = jax.lax.cond(_all(finite), lambda: (query, key, value), again)
     return [query, jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)]
@@ -183,6 +184,11 @@ class _Given(Score):
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         return self.logits
+
+
+def _lying(array: jax.Array) -> jax.Array:
+    """The array, its last axis innermost in memory: else XLA may lay out the results of both branches another way."""
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 @jax.custom_batching.custom_vmap
