@@ -89,20 +89,6 @@ def test_settings_change_no_number(name, usual):
         np.testing.assert_allclose([*map(float, got.split())], [*map(float, want.split())], rtol=2e-4, atol=2e-4)
 
 
-def test_importing_costs_little():
-    """CPU seconds over those of jax, flax and what else is required: the fastest of three."""
-    code = (
-        "import time, jax, flax.linen, optax, jaxtyping, numpy; start = time.process_time(); import attnlib; "
-        "print(time.process_time() - start)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-        for _ in range(3)
-    ]
-    assert min(float(run.stdout) for run in runs) < 0.1
-
-
 def test_ten_thousand_calls_leave_nothing_behind():
     """Neither programs nor memory: eager calls with other values of all that is traced."""
     query, key, value = (jnp.ones((1, 4, 2, 4)) for _ in range(3))
