@@ -50,6 +50,7 @@ def attend(plan: Plan, arrays: Arrays, start: Running, absorb: Absorb) -> Runnin
         return start
     # As they lie, before the branches: else XLA moves them for both.
     arrays = _moved(arrays)
+    arrays = arrays._replace(key=_lying(arrays.key), value=_lying(arrays.value))
     running, finite = _attend(plan, arrays)
     return jax.lax.cond(_all(finite), lambda: running, lambda: _in_tiles(plan, arrays, start, absorb))
 
