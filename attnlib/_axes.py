@@ -146,9 +146,7 @@ def check_pairs(
             f"shape {shape}. A (batch, query, key) {name} needs an axis for heads: {name}[:, None]."
         )
     aligned = whole[len(whole) - len(shape) :] if len(shape) <= len(whole) else ()
-    if len(shape) > len(whole) or any(
-        size not in (1, full) for size, full in zip(shape, aligned, strict=True)
-    ):
+    if len(shape) > len(whole) or any(size not in (1, full) for size, full in zip(shape, aligned, strict=True)):
         raise ValueError(
             f"{name} must broadcast to the weights (*batch, heads, *query axes, *key axes) = {whole}; got shape "
             f"{shape}. Use 1 for an axis along which it does not vary."

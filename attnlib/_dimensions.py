@@ -170,7 +170,7 @@ class Dimensions:
 
 
 def normalization(normalize_qk: bool | str) -> str | None:
-    """"layer", "rms" or None."""
+    """ "layer", "rms" or None."""
     kinds: dict[Any, str | None] = {False: None, True: "layer", "layer": "layer", "rms": "rms"}
     if not isinstance(normalize_qk, (bool, str)) or normalize_qk not in kinds:
         raise ValueError(f'normalize_qk must be False, True (as "layer"), "layer" or "rms"; got {normalize_qk!r}.')

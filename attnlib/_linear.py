@@ -110,9 +110,7 @@ _linear_map.multiple_results = True
 
 def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
     shown = shown_of(_Split(forward, count), *args)
-    return _linear_map.bind(
-        *args, forward=forward, transpose=transpose, count=count, shown=shown, traced=Traced()
-    )
+    return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, shown=shown, traced=Traced())
 
 
 def shown_of(function: Any, *args: Any) -> Any:
@@ -125,9 +123,7 @@ def shown_of(function: Any, *args: Any) -> Any:
     return jax.make_jaxpr(function)(*args)
 
 
-def _evaluate(
-    *args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any, traced: Traced
-) -> list[Any]:
+def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any, traced: Traced) -> list[Any]:
     del transpose, shown
     return traced.call(_Split(forward, count), *args)
 

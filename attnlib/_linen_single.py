@@ -88,9 +88,7 @@ class AdditiveAttention(Attention):
         """
         key, value = default_operands(query, key, value)
         shape = (query.shape[-1],)
-        scale = (
-            self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
-        )
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
         results = layers.single_head_attention(
             Additive(scale), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,

@@ -326,9 +326,7 @@ def check_per_batch(value: Any, name: str, shapes: Shapes) -> None:
         raise ValueError(f"{name} must be () or one integer for each batch index {shapes.batch}; got shape {shape}.")
 
 
-def check_positions(
-    array: Any, name: str, batch: tuple[int, ...], positions: tuple[int, ...], side: str
-) -> None:
+def check_positions(array: Any, name: str, batch: tuple[int, ...], positions: tuple[int, ...], side: str) -> None:
     """Arrays of one entry a position are `(*batch, *axes)` or `(*axes,)`."""
     shape = tuple(array.shape)
     lead, tail = shape[: len(shape) - len(positions)], shape[len(shape) - len(positions) :]

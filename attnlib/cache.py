@@ -27,6 +27,7 @@ from attnlib.scores import Dot, Score
 
 __all__ = ["KVCache"]
 
+
 @struct.dataclass
 class KVCache:
     """Keys and values of the tokens so far, a pytree to be passed on: `output, cache = cache.decode(...)`.

@@ -301,9 +301,7 @@ def single_head_attention(score: Score, query: Array, key: Array, value: Array, 
     mask = joined_mask(mask, query_mask, key_mask, None, axes, query.shape, key.shape)
     query, key, value = cleared(query, query_mask), cleared(key, key_mask), cleared(value, key_mask)
     query, key, value = (x[..., None, :] for x in (query, key, value))
-    results = attention(
-        query, key, value, score=score, mask=mask, bias=bias, attention_axes=axes.attention, **options
-    )
+    results = attention(query, key, value, score=score, mask=mask, bias=bias, attention_axes=axes.attention, **options)
     if not options["return_weights"]:
         return results[..., 0, :]
     output, weights = results

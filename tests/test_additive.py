@@ -97,9 +97,7 @@ def test_computes_in_float32_at_least(dtype, keys):
         assert output.dtype == query.dtype
         eps = float(jnp.finfo(dtype).eps)
         floor = EPS if dtype != "float64" else eps
-        np.testing.assert_allclose(
-            output.astype("float64"), exact, rtol=eps / 2 * 1.01, atol=64 * floor
-        )
+        np.testing.assert_allclose(output.astype("float64"), exact, rtol=eps / 2 * 1.01, atol=64 * floor)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "default"])

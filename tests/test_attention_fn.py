@@ -109,9 +109,7 @@ def test_bias_and_missing_axes():
         bias = jax.random.normal(jax.random.key(4), shape)
         mask = bias > -0.5
         mask = mask.at[..., :1].set(True)
-        assert_close(
-            attnlib.attention_fn(q, k, k, bias, mask), nn.dot_product_attention(q, k, k, bias, mask), length=8
-        )
+        assert_close(attnlib.attention_fn(q, k, k, bias, mask), nn.dot_product_attention(q, k, k, bias, mask), length=8)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, None])

@@ -25,7 +25,6 @@ def as_the_variant_says(request):
         yield
 
 
-
 SHAPES = dict(query=(2, 5, 4, 3), key=(2, 7, 2, 3), value=(2, 7, 2, 6))  # B, T or S, N or K, D or E
 BATCH, HEADS, QUERIES, KEYS = 2, 4, 5, 7
 SCORES = {

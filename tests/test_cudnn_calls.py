@@ -139,7 +139,7 @@ def refused(text, shapes=FITS, dtype="bfloat16", **options):
         ),
         refused("it has no soft cap; leave logits_soft_cap=None", logits_soft_cap=2.0),
         refused("it never holds the weights; set return_weights=False", return_weights=True),
-        refused("jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False",
+        refused("jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False and sink=None",
                 return_lse=True),
         refused("it chooses its own blocks; leave block_sizes=None", block_sizes=(2, 2)),
         refused("it multiplies in one precision, its own; leave precision=None, not 'highest'", precision="highest"),

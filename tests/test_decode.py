@@ -136,9 +136,7 @@ def test_checkpoints_give_caches_back(keys, tmp_path):
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, (cache, held))
         restored, restored_held = checkpointer.restore(tmp_path / "caches", like)
     assert_same((restored, restored_held), (cache, held))
-    further = [
-        in_parts(layer, {**variables, "cache": each}, x[:, 7:], [4, 1])[0] for each in (restored, cache)
-    ]
+    further = [in_parts(layer, {**variables, "cache": each}, x[:, 7:], [4, 1])[0] for each in (restored, cache)]
     assert_same(*further)
     assert_same(restored_held.decode(tokens, tokens, tokens)[0], held.decode(tokens, tokens, tokens)[0])
 

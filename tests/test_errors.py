@@ -231,6 +231,7 @@ CALLS = [*SHAPES, *TYPES, *AXES, *MASKS, *OPTIONS, *MODIFIERS, *SCORES]
 @pytest.mark.parametrize("case", CALLS, ids=str)
 def test_wrong_calls_are_refused(case, through):
     """By the call, here under jit, where arrays have no values, and in the same words by `explain`."""
+
     def call(operands):
         arguments = dict(score=scores.Dot()) | case.change | operands
         made = {name: value.make() if isinstance(value, Later) else value for name, value in arguments.items()}
@@ -271,8 +272,12 @@ MASK_MAKERS = [
     ("table of ragged text", ValueError, "rows of one length", lambda: masks.BlockSparse(["1", "10"], 3)),
     ("table of blocks of 0", ValueError, "BlockSparse size must be at least 1", lambda: masks.BlockSparse(["1"], 0)),
     ("table without size", TypeError, "BlockSparse size must be an int", lambda: masks.BlockSparse(["1"], None)),
-    ("table traced", TypeError, "must be known when the program is made",
-     lambda: jax.jit(lambda table: masks.BlockSparse(table, 2).as_array(2, 2))(np.ones((1, 1), bool))),
+    (
+        "table traced",
+        TypeError,
+        "must be known when the program is made",
+        lambda: jax.jit(lambda table: masks.BlockSparse(table, 2).as_array(2, 2))(np.ones((1, 1), bool)),
+    ),
     ("padding of ints", TypeError, "KeyPadding mask must be bool", lambda: masks.KeyPadding(np.ones((2, 7), int))),
     ("padding None", TypeError, "QueryPadding mask must be an array", lambda: masks.QueryPadding(None)),
     ("lengths of floats", TypeError, "Lengths key must hold integers", lambda: masks.Lengths(key=np.ones(2))),

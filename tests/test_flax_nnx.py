@@ -129,9 +129,7 @@ def test_what_the_layer_sows():
     losses = nnx.variable_type_from_name("losses", allow_register=True)
     for _ in range(2):
         model(X, mutable=["losses"])
-        np.testing.assert_allclose(
-            attnlib.regularization_loss({"losses": nnx.pop(model, losses)}), expected, rtol=1e-6
-        )
+        np.testing.assert_allclose(attnlib.regularization_loss({"losses": nnx.pop(model, losses)}), expected, rtol=1e-6)
     assert not hasattr(model, "regularization")
 
 

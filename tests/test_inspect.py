@@ -237,8 +237,10 @@ def test_rows_by_place(keys):
     assert_close(rows(rows=(1, 2)), weights[:, :, 1, 2])
     assert_close(rows(rows=(-1, [0, 4])), weights[:, :, 2, jnp.array([0, 4])])
     assert_close(rows(rows=(jnp.arange(3)[:, None], jnp.arange(5))), weights)
-    assert_close(jax.jit(lambda n: rows(rows=[[0, -1], [n, 14]]) if n is None else rows(rows=n))(jnp.int8(-8)),
-                 weights[:, :, 1, 2])
+    assert_close(
+        jax.jit(lambda n: rows(rows=[[0, -1], [n, 14]]) if n is None else rows(rows=n))(jnp.int8(-8)),
+        weights[:, :, 1, 2],
+    )
     assert rows(rows=np.zeros((0, 2), int)).shape == (2, 2, 0, 2, 4, 3)
 
 

@@ -118,9 +118,7 @@ def test_positions_of_packed_documents(keys):
     )
     ids = jnp.asarray([[0] * 6 + [1] * 5, [0] * 4 + [1] * 7])
     places = jnp.asarray([[*range(6), *range(5)], [*range(4), *range(7)]])
-    made = layer.apply(
-        {"params": params}, x, is_causal=True, mask=masks.Segments(ids), query_positions=places
-    )
+    made = layer.apply({"params": params}, x, is_causal=True, mask=masks.Segments(ids), query_positions=places)
     for row, first in ((0, 6), (1, 4)):
         alone = [
             layer.apply({"params": params}, part[None], is_causal=True)[0] for part in (x[row, :first], x[row, first:])

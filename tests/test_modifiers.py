@@ -110,9 +110,7 @@ def test_schemes_are_their_biases(implementation, mask, scheme, keys):
     @quick_jit
     def with_modifier(table, arrays):
         def loss(table, arrays):
-            output, weights, lse = attend(
-                *arrays, score_mod=modifier(table), mask=mask, implementation=implementation
-            )
+            output, weights, lse = attend(*arrays, score_mod=modifier(table), mask=mask, implementation=implementation)
             return jnp.sum(output * cotangent), (output, weights, lse)
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(table, arrays)

@@ -117,6 +117,7 @@ def test_ten_thousand_calls_leave_nothing_behind():
 
 def test_threads_do_not_disturb_each_other():
     """The same calls, of several shapes and options, from eight threads at once."""
+
     def call(n):
         length = 3 + n % 4
         query, key, value = jax.random.normal(jax.random.key(n), (3, 2, length, 2, 4))

@@ -210,6 +210,7 @@ def test_an_attention_sink_and_its_gradient(attend, operands):
         return output * jnp.swapaxes(jax.nn.sigmoid(lse - sink[:, None]), 1, 2)[..., None]
 
     sink = jnp.linspace(-1.0, 2.0, N)
+
     def named(sink):
         return attend(query, key, value, sink=sink)
 

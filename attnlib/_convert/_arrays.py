@@ -40,9 +40,7 @@ def flat(tree: Any, separator: str = "/") -> dict[str, Any]:
         if isinstance(node, Mapping):
             made |= {f"{name}{separator}{inner}": leaf for inner, leaf in flat(node, separator).items()}
         elif hasattr(node, "unbox"):
-            raise TypeError(
-                f"{name} is in a box of partitioning metadata. Pass flax.linen.meta.unbox(params)."
-            )
+            raise TypeError(f"{name} is in a box of partitioning metadata. Pass flax.linen.meta.unbox(params).")
         else:
             made[str(name)] = as_array(node)
     return made

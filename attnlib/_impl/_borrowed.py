@@ -119,9 +119,7 @@ def _pull_of(
     return list(pullback(cotangent))
 
 
-def _pull_rule(
-    call: _Call, active: tuple[int, ...], changing: tuple[int, ...], args: Leaves, changes: Leaves
-) -> Any:
+def _pull_rule(call: _Call, active: tuple[int, ...], changing: tuple[int, ...], args: Leaves, changes: Leaves) -> Any:
     def general(args: Leaves) -> list[jax.Array]:
         return _pull_of(call.general, active, args[0], *call.split(args[1:]))
 

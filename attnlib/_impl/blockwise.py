@@ -233,9 +233,7 @@ def _transpose_tiles(plan: Plan, active: tuple[int, ...], residuals: Leaves, cot
         weights_bar = over_features(plan.precision, rows_bar, value)
         logits_bar = weights * (tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None])
         parts = pull((logits_bar, value_bar))
-        return [
-            tile.at.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, active, strict=True)
-        ]
+        return [tile.at.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, active, strict=True)]
 
     return loop.run(body, [nought(loop.moving[n]) for n in active], checkpoint=True)
 

@@ -40,9 +40,7 @@ class Row:
         """The query, and the keys and values of all tokens, of which the last is the one to append."""
         keys = jax.random.split(jax.random.key(0), 3)
         shapes = (1, HEADS), (self.keys, self.kv_heads), (self.keys, self.kv_heads)
-        return [
-            jax.random.normal(key, (self.batch, *shape, FEATURES)) for key, shape in zip(keys, shapes, strict=True)
-        ]
+        return [jax.random.normal(key, (self.batch, *shape, FEATURES)) for key, shape in zip(keys, shapes, strict=True)]
 
 
 ROWS = [Row(batch, keys, heads) for heads in (HEADS, 2) for keys in (4096, 32768) for batch in (1, 8)]
