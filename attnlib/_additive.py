@@ -104,7 +104,7 @@ def _loop(what: Sum, *operands: jax.Array) -> jax.Array:
     axes = (QUERY, QUERY, KEY, KEY, *what.weights)
     arrays = list(operands)
     length = arrays[2 if summed == "s" else 0].shape[-1 if summed == "d" else -2]
-    count = -(-length // _UNROLLED)
+    count = max(-(-length // _UNROLLED), 1)  # no features: padding alone, whose sum is 0
     for n, (of, x) in enumerate(zip(axes, arrays, strict=True)):
         if summed in of:
             # Padded with weights of zero, which whatever stands beside them must not make NaN.

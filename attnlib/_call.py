@@ -68,10 +68,11 @@ def arguments(
         return_lse=_checks.static_bool(return_lse, "return_lse"),
         implementation=_checks.implementation(implementation, _choose.NAMES),
         block_sizes=_checks.block_sizes(block_sizes),
-        precision=precision,
+        precision=_checks.precision(precision),
     )
     mask = _checks.mask(mask)
     _checks.arrays(query=query, key=key, value=value)
+    _checks.bias(bias)
     if query_positions is not None or key_positions is not None:
         _checks.integers(query_positions, "query_positions")
         _checks.integers(key_positions, "key_positions")
@@ -132,7 +133,7 @@ def fold(
     shapes = Shapes(batch, heads, axes.attention_shape(query.shape), axes.attention_shape(key.shape))
     if mask is not None:
         mask.check(shapes)
-    _checks.bias(bias, shapes)
+    _checks.bias_shape(bias, shapes)
     _checks.sink_shape(arrays.sink, heads)
     if is_causal:
         mask = Causal() if mask is None else mask & Causal()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +13,13 @@ import numpy as np
 from attnlib import _axes
 from attnlib._axes import Axes
 from attnlib._mask import Mask, Shapes, check_positions
+from attnlib._values import is_number, positive_number, static_number
+from attnlib._values import size as size
+from attnlib._values import static_bool as static_bool
 from attnlib.masks import Dense
 from attnlib.scores import Score
 
+_PRECISIONS = str, jax.lax.Precision, jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset
 _USUAL = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
@@ -44,16 +47,6 @@ def known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
 
 
-def size(value: Any, name: str, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:  # floats, and tracers, whose value is not known
-        raise TypeError(f"{name} must be an int, known when the program is compiled; got {value!r}.") from error
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}; got {number}.")
-    return number
-
-
 def static_axes(attention_axes: Any) -> int | tuple[int, ...] | None:
     """`attention_axes` as a hashable value; out of range is `_axes.normalize`'s to say."""
     if attention_axes is None:
@@ -72,31 +65,6 @@ def _axis(value: Any) -> int:
     if isinstance(value, (bool, np.bool_)):
         raise TypeError("a bool is not an axis")
     return operator.index(value)
-
-
-def static_bool(value: Any, name: str) -> bool:
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"{name} must be a Python bool, known when the program is compiled; got a traced value. Mark it static "
-            f"(jax.jit(..., static_argnames={name!r})) or close over it."
-        )
-    raise TypeError(f"{name} must be True or False; got {value!r}.")
-
-
-def static_number(value: Any, name: str) -> float:
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"{name} must be a Python number, known when the program is compiled; got a traced value. Mark it static "
-            f"(jax.jit(..., static_argnames={name!r})) or close over it."
-        )
-    if isinstance(value, (bool, str)) or value is None or np.ndim(value) != 0:
-        raise TypeError(f"{name} must be a number; got {value!r}.")
-    try:
-        return float(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a number; got {value!r}.") from error
 
 
 def dropout_rate(value: Any) -> float:
@@ -163,12 +131,7 @@ def sink_shape(value: Any, heads: int) -> None:
 
 
 def soft_cap(value: Any) -> float | None:
-    if value is None:
-        return None
-    value = static_number(value, "logits_soft_cap")
-    if not (value > 0.0 and math.isfinite(value)):
-        raise ValueError(f"logits_soft_cap must be a positive finite number or None; got {value}.")
-    return value
+    return None if value is None else positive_number(value, "logits_soft_cap")
 
 
 def implementation(value: Any, known: tuple[str, ...]) -> str | tuple[str, ...] | None:
@@ -200,11 +163,26 @@ def block_sizes(value: Any) -> tuple[int, int] | None:
     return sizes
 
 
+def precision(value: Any) -> Any:
+    """What a matrix product may be told; names are JAX' to know."""
+    parts = value if isinstance(value, tuple) else (value,)
+    for part in parts:
+        if not (part is None or isinstance(part, _PRECISIONS)):
+            raise TypeError(
+                "precision must be None, a name, a jax.lax.Precision or jax.lax.DotAlgorithm, or a tuple of one for "
+                f"each operand; got {value!r}."
+            )
+    return value
+
+
 def score(value: Any) -> None:
     if not isinstance(value, Score):
         raise TypeError(
             f"score must be a Score such as attnlib.scores.Dot() or scores.Custom(fn, *params); got {value!r}."
         )
+    for part in jax.tree.leaves(value):
+        if not is_number(part):  # and a key, say, or text, is no argument of a compiled function
+            raise TypeError(f"score {type(value).__name__} must hold numbers or arrays of them; got {part!r}.")
 
 
 def mask(value: Any) -> Mask | None:
@@ -261,7 +239,7 @@ def rank(operand: Any, name: str) -> None:
         )
 
 
-def bias(value: Any, shapes: Shapes) -> None:
+def bias(value: Any) -> None:
     if value is None:
         return
     if not is_array(value):
@@ -271,4 +249,8 @@ def bias(value: Any, shapes: Shapes) -> None:
             f"bias must hold real floating-point numbers; got {value.dtype}{list(value.shape)}. A bool array goes to "
             "`mask`."
         )
-    _axes.check_pairs(value.shape, "bias", *shapes)
+
+
+def bias_shape(value: Any, shapes: Shapes) -> None:
+    if value is not None:
+        _axes.check_pairs(value.shape, "bias", *shapes)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._types import Rng
+from attnlib._values import static_bool
 from attnlib.scores import Score
 
 Initializer = Callable[..., jax.Array]
@@ -51,6 +52,8 @@ class Affine:
 
     def init_kernel(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
         """Initialises the kernel as the matrix it is, so that fan-in and fan-out are those of the projection."""
+        if 0 in self.inputs:
+            raise ValueError("query, key and value must have features to project (last axis); got 0 of them.")
         matrix = init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype)
         return _reshaped(matrix, self.inputs + self.outputs, "kernel")
 
@@ -127,7 +130,7 @@ class Dimensions:
             key_dim=key_dim,
             value_dim=key_dim if value_dim is None else positive(value_dim, "value_dim"),
             output_shape=tuple(positive(size, "output_shape") for size in output_shape),
-            use_gate=use_gate,
+            use_gate=static_bool(use_gate, "use_gate"),
         )
 
     def projections(self, query_features: int, key_features: int, value_features: int) -> dict[str, Affine]:
@@ -156,7 +159,7 @@ class Dimensions:
         if isinstance(score, str) and score == "additive":
             init = vector_glorot_uniform if scale_init is None else scale_init
             made["score"] = Vector("scale", (self.num_heads, self.key_dim), init)
-        elif use_scale:
+        elif static_bool(use_scale, "use_scale"):
             if isinstance(score, Score):
                 raise ValueError(f'use_scale is for score="dot"; {type(score).__name__} has parameters of its own.')
             init = jax.nn.initializers.constant(self.key_dim**-0.5) if scale_init is None else scale_init
@@ -164,7 +167,7 @@ class Dimensions:
         if normalization(normalize_qk):
             scale = Vector("scale", (self.key_dim,), jax.nn.initializers.ones)
             made |= {"query_norm": scale, "key_norm": scale}
-        if use_sink:
+        if static_bool(use_sink, "use_sink"):
             made["sink"] = Vector("logit", (self.num_heads,), jax.nn.initializers.zeros)
         return made
 

@@ -24,7 +24,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         params = {"kernel": self.param("kernel", self.affine.init_kernel, self.kernel_init, self.param_dtype)}
-        if self.use_bias:
+        if _checks.static_bool(self.use_bias, "use_bias"):
             params["bias"] = self.param("bias", self.affine.init_bias, self.bias_init, self.param_dtype)
         return params
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlib import layers
+from attnlib import _checks, layers
 from attnlib._dimensions import Initializer, vector_glorot_uniform
 from attnlib._linen_base import Attention
 from attnlib._mask import Mask
-from attnlib._operands import default_operands
+from attnlib._operands import default_operands, module_axes
 from attnlib._types import Array, Bias, BoolMask, Rng
 from attnlib.scores import Additive, Concat, Dot, Score
 
@@ -87,8 +87,9 @@ class AdditiveAttention(Attention):
           output `(*query's leading axes, E)`, or (output, weights), weights being `(*batch, *query axes, *key axes)`.
         """
         key, value = default_operands(query, key, value)
-        shape = (query.shape[-1],)
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
+        module_axes(self.attention_axes, query, key, value)  # they fit, before a parameter is made of query's features
+        use_scale, shape = _checks.static_bool(self.use_scale, "use_scale"), query.shape[-1:]
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if use_scale else None
         results = layers.single_head_attention(
             Additive(scale), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
@@ -165,7 +166,8 @@ class DotProductAttention(Attention):
         if self.score_mode not in ("dot", "concat"):
             raise ValueError(f'score_mode must be "dot" or "concat"; got {self.score_mode!r}.')
         ones = nn.initializers.ones
-        scale = self.param("scale", ones, (), self.param_dtype) if self.use_scale else None
+        use_scale = _checks.static_bool(self.use_scale, "use_scale")
+        scale = self.param("scale", ones, (), self.param_dtype) if use_scale else None
         if self.score_mode == "dot":
             return Dot(1.0 if scale is None else scale)
         return Concat(self.param("concat_score_weight", ones, (), self.param_dtype), scale)

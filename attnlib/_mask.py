@@ -273,7 +273,7 @@ def static_int(value: Any, name: str, least: int | None = None) -> int | None:
         raise TypeError(f"{name} must be a Python int or None (it is static); got {value!r}.") from error
     if least is not None and result < least:
         raise ValueError(f"{name} must be at least {least}; got {result}.")
-    return result
+    return _in_32_bits(result, name)
 
 
 def static_ints(value: Any, name: str) -> int | tuple[int, ...]:
@@ -288,10 +288,14 @@ def static_ints(value: Any, name: str) -> int | tuple[int, ...]:
 def integer(value: Any, name: str) -> int | Array:
     """A static int, or an integer array, which is traced."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        if not -(2**31) <= value < 2**31:
-            raise ValueError(f"{name} must fit in 32 bits, as positions do; got {value}.")
-        return int(value)
+        return _in_32_bits(int(value), name)
     return integers(value, name)
+
+
+def _in_32_bits(value: int, name: str) -> int:
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"{name} must fit in 32 bits, as positions do; got {value}.")
+    return value
 
 
 def integers(value: Any, name: str) -> Array:
@@ -353,8 +357,18 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def per_batch(value: int | Array) -> int | Array:
-    """Lays a value for each batch index out against a block `(*batch, N, T, S)`."""
-    return value if np.ndim(value) == 0 else jnp.asarray(value)[..., None, None, None]
+    """Lays a value for each batch index out against a block `(*batch, N, T, S)`, in the dtype of positions."""
+    if isinstance(value, int):
+        return value
+    value, held = jnp.asarray(value), jnp.iinfo(jnp.int32)
+    limits = jnp.iinfo(value.dtype)  # of a wider dtype, the largest number is no limit too
+    value = jnp.clip(value, max(held.min, limits.min), min(held.max, limits.max)).astype(jnp.int32)
+    return value[..., None, None, None] if value.ndim else value
+
+
+def widened(ids: Array) -> Array:
+    """Ids in 32 bits at least, so that those of 8 can be compared with any number."""
+    return ids if ids.dtype.itemsize >= 4 else jnp.asarray(ids).astype(jnp.int32)
 
 
 def _as_shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:

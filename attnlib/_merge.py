@@ -45,6 +45,11 @@ def merge_attention(
 
     Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021); Dao et al., "FlashAttention" (2022).
     """
+    for name, parts in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(parts, Sequence):
+            _checks.arrays(**{name: parts})
+            if parts.ndim == 0:
+                raise ValueError(f"{name} must be a sequence of arrays, or an array of them stacked; got a scalar.")
     outputs, lses = list(outputs), list(lses)
     if not outputs or len(outputs) != len(lses):
         raise ValueError(

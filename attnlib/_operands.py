@@ -85,9 +85,11 @@ def cleared(operand: Any, mask: Any) -> jax.Array:
 
 def promote(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tuple[Any, Any, Any, Params]:
     arrays = (query, key, value, dict(params))
-    if dtype is None:
+    try:
         with jax.numpy_dtype_promotion("standard"):  # a layer promotes inputs and parameters whatever the setting
-            dtype = jnp.result_type(*jax.tree.leaves(arrays))
+            dtype = jnp.result_type(*jax.tree.leaves(arrays)) if dtype is None else jnp.dtype(dtype)
+    except (TypeError, ValueError) as error:  # eight bits promote to nothing
+        raise TypeError(f"dtype must be a floating-point dtype, given where JAX finds none; got {dtype!r}.") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating-point dtype; got {dtype}.")
     return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), arrays)

@@ -44,7 +44,7 @@ class Positions:
     @cached_property
     def index(self) -> jax.Array:
         """Flat positions, by default in row-major order; explicit ones of a batch are `(*batch, 1, T, 1)`."""
-        return self.slot if self.explicit is None else self.take(self.explicit)
+        return self.slot if self.explicit is None else self.take(self.explicit).astype(jnp.int32)
 
     @cached_property
     def slot(self) -> jax.Array:

@@ -132,5 +132,6 @@ class Implementation:
 
 
 def compute_dtype(*arrays: Array) -> Any:
-    """float64 if any array is float64, else float32."""
-    return jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32
+    """float64 if any array is float64 (and JAX has it: NumPy's may come where it does not), else float32."""
+    wide = any(array.dtype == jnp.float64 for array in arrays)
+    return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.float32

@@ -58,9 +58,9 @@ class BlockLocal(Mask):
         for axis, size in enumerate(each(self.size, len(key.shape))):
             block, key_block = query.coordinates[axis] // size, key.coordinates[axis] // size
             if self.before is not None:
-                near = near & (key_block >= block - self.before)
+                near = near & (block - key_block <= self.before)
             if self.after is not None:
-                near = near & (key_block <= block + self.after)
+                near = near & (key_block - block <= self.after)
         return near
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:

@@ -101,6 +101,8 @@ def init_multi_head_attention(
 
     Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023).
     """
+    if not _checks.is_key(rng):
+        raise TypeError(f"rng must be one JAX random key, jax.random.key(seed); got {rng!r}.")
     query_features = positive(query_features, "query_features")
     key_features = query_features if key_features is None else positive(key_features, "key_features")
     value_features = key_features if value_features is None else positive(value_features, "value_features")
@@ -114,7 +116,7 @@ def init_multi_head_attention(
         rng, kernel_rng, bias_rng = jax.random.split(rng, 3)
         inits = projection_inits(name, kernel_init, bias_init, out_kernel_init, out_bias_init)
         params[name] = {"kernel": projection.init_kernel(kernel_rng, inits[0], param_dtype)}
-        if use_bias:
+        if _checks.static_bool(use_bias, "use_bias"):
             params[name]["bias"] = projection.init_bias(bias_rng, inits[1], param_dtype)
     vectors = dimensions.vectors(
         score, scale_init=scale_init, use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink

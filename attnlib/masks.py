@@ -32,6 +32,7 @@ from attnlib._mask import (
     set_fields,
     static_int,
     static_ints,
+    widened,
 )
 from attnlib._positions import Positions
 from attnlib._sparse_masks import BlockLocal, BlockSparse, Dilated
@@ -79,7 +80,7 @@ class Causal(Mask):
             query_index, key_index = query.index, key.index
         else:
             query_index, key_index = query.coordinates[self.axis], key.coordinates[self.axis]
-        return key_index <= query_index + per_batch(self.offset)
+        return key_index - query_index <= per_batch(self.offset)  # a sum could leave 32 bits
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
         if not isinstance(self.offset, int):
@@ -122,9 +123,9 @@ class SlidingWindow(Mask):
     def at(self, query: Positions, key: Positions) -> jax.Array:
         inside = jnp.ones((1, 1), bool)
         if self.left is not None:
-            inside = inside & (key.index >= query.index - self.left)
+            inside = inside & (query.index - key.index <= self.left)
         if self.right is not None:
-            inside = inside & (key.index <= query.index + self.right)
+            inside = inside & (key.index - query.index <= self.right)
         return inside
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
@@ -321,12 +322,15 @@ class Segments(Mask):
             set_fields(self, key_ids=integers(self.key_ids, "Segments key_ids"))
         if self.padding_id is not None:
             set_fields(self, padding_id=integer(self.padding_id, "Segments padding_id"))
+            if np.ndim(self.padding_id) != 0:
+                raise ValueError(f"Segments padding_id must be one integer; got shape {np.shape(self.padding_id)}.")
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
-        query_ids = query.take(self.query_ids)
-        key_ids = key.take(self.query_ids if self.key_ids is None else self.key_ids)
-        same = query_ids == key_ids
-        return same if self.padding_id is None else same & (query_ids != self.padding_id)
+        query_ids = query.take(widened(self.query_ids))
+        key_ids = key.take(widened(self.query_ids if self.key_ids is None else self.key_ids))
+        with jax.numpy_dtype_promotion("standard"):  # ids are of the user's dtypes, each of its own
+            same = query_ids == key_ids
+            return same if self.padding_id is None else same & (query_ids != self.padding_id)
 
     def check(self, shapes: Shapes) -> None:
         check_positions(self.query_ids, "Segments query_ids", shapes.batch, shapes.query, "query")

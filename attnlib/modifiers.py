@@ -17,6 +17,7 @@ import numpy as np
 
 from attnlib._modifier import Checked
 from attnlib._types import Array
+from attnlib._values import is_number, size, static_bool
 
 __all__ = ["ALiBi", "BucketedBias", "RelativeBias", "SoftCap", "alibi_slopes"]
 
@@ -42,8 +43,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
     Source: Press, Smith and Lewis, "Train Short, Test Long" (2022).
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1; got {num_heads}.")
+    num_heads = size(num_heads, "num_heads", least=1)
     whole = 2 ** math.floor(math.log2(num_heads))
     slopes = 2.0 ** (-8.0 / whole * np.arange(1, whole + 1))
     between = 2.0 ** (-4.0 / whole * np.arange(1, 2 * whole + 1, 2))
@@ -160,14 +160,14 @@ class BucketedBias(Checked):
     def check(self, heads: int, axes: int) -> None:
         _check_one_axis("BucketedBias", axes)
         _check_numbers(self.table, "BucketedBias table")
-        shape, least = np.shape(self.table), 4 if self.bidirectional else 2
+        shape, least = np.shape(self.table), 4 if static_bool(self.bidirectional, "BucketedBias bidirectional") else 2
         if len(shape) != 2 or shape[1] != heads or shape[0] < least or shape[0] % (least // 2):
             raise ValueError(
                 f"BucketedBias table must be (buckets, {heads} query heads), with at least {least} buckets and an even "
                 f"number of them where bidirectional; got shape {shape}."
             )
         single = shape[0] // least
-        if self.max_distance <= single:
+        if size(self.max_distance, "BucketedBias max_distance", least=1) <= single:
             raise ValueError(
                 f"BucketedBias max_distance must be above {single}, the distances with buckets of their own; got "
                 f"{self.max_distance}."
@@ -201,9 +201,15 @@ class SoftCap:
 
     cap: float
 
+    def __post_init__(self) -> None:
+        scalar = is_number(self.cap) and np.shape(self.cap) == ()
+        if not scalar or jnp.result_type(self.cap).kind in "bc":
+            raise TypeError(f"SoftCap cap must be a number; got {self.cap!r}.")
+
     def __call__(self, logit: jax.Array, *where: Any) -> jax.Array:
         del where
-        return self.cap * jnp.tanh(logit / self.cap)
+        cap = jnp.asarray(self.cap).astype(logit.dtype)
+        return cap * jnp.tanh(logit / cap)
 
 
 def _log_bounds(single: int, count: int, max_distance: int) -> Sequence[int]:

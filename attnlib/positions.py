@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib import _axes
+from attnlib import _axes, _values
 from attnlib._types import Array
+from attnlib._values import is_number, positive_number, static_bool, static_number
 
 __all__ = ["LinearScaling", "NTKScaling", "RotaryScaling", "YaRNScaling", "rotary_embedding"]
 
@@ -28,7 +29,7 @@ class RotaryScaling:
     factor: float
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
+        if not static_number(self.factor, "factor") >= 1:
             raise ValueError(f"factor must be at least 1, new length over old length; got {self.factor}.")
 
     def frequencies(self, base: float, size: int) -> np.ndarray:
@@ -77,7 +78,14 @@ class YaRNScaling(RotaryScaling):
     fast: float = 32.0
     slow: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _values.size(self.original_length, "original_length", least=1)
+        positive_number(self.fast, "fast"), positive_number(self.slow, "slow")
+
     def frequencies(self, base: float, size: int) -> np.ndarray:
+        if base <= 1:
+            raise ValueError(f"base must be above 1 with YaRNScaling, so that pairs differ in speed; got {base}.")
         kept = _frequencies(base, size)
         # The pairs that turn so often, found from turns = length * base**(-2 pair / size) / (2 pi).
         first, last = (
@@ -139,20 +147,26 @@ def rotary_embedding(
       >>> bool(jnp.allclose(y[0, :, 0, 0], jnp.cos(jnp.arange(3)) - jnp.sin(jnp.arange(3))))
       True
     """
+    if not is_number(x):
+        raise TypeError(f"x must be an array of floating-point numbers; got {x!r}.")
     x = jnp.asarray(x)
     if x.ndim < 3:
         raise ValueError(f"x must be (*batch and attention axes, heads, features); got shape {x.shape}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating; got {x.dtype}.")
     axes = _axes.normalize(attention_axes, x.ndim, trailing=2).attention
-    turning = x.shape[-1] if features is None else features
+    turning = x.shape[-1] if features is None else _values.size(features, "features", least=0)
+    base = positive_number(base, "base")
+    interleaved = static_bool(interleaved, "interleaved")
+    if not (scaling is None or isinstance(scaling, RotaryScaling)):
+        raise TypeError(f"scaling must be None or a RotaryScaling such as NTKScaling(2.0); got {scaling!r}.")
     left_over = turning % (2 * len(axes))
-    if not 0 <= turning <= x.shape[-1] or left_over:
+    if turning > x.shape[-1] or left_over:
         raise ValueError(
             f"features must be a multiple of {2 * len(axes)} (pairs for each of {len(axes)} attention axes) and at "
             f"most the {x.shape[-1]} of x; got {turning}. Rotate fewer with features={turning - left_over}."
         )
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32) if x.dtype.itemsize > 1 else jnp.float32
     size = turning // len(axes)
     frequencies = _frequencies(base, size) if scaling is None else scaling.frequencies(base, size)
     magnitude = 1.0 if scaling is None else scaling.magnitude
@@ -181,14 +195,18 @@ def _positions(x: jax.Array, positions: Any, axes: tuple[int, ...]) -> list[jax.
     lead = x.shape[:-2]
     if positions is None:
         return [_along(jnp.arange(lead[axis]), axis, len(lead)) for axis in axes]
-    given = [positions] if len(axes) == 1 and hasattr(positions, "shape") else list(positions)
+    if not (hasattr(positions, "dtype") or isinstance(positions, Sequence)):
+        raise TypeError(f"positions must be an array, a sequence of them (one an axis) or None; got {positions!r}.")
+    given = [positions] if len(axes) == 1 and hasattr(positions, "dtype") else list(positions)
     if len(given) != len(axes):
         raise ValueError(f"positions must be one array for each of {len(axes)} attention axes; got {len(given)}.")
     made = []
-    for axis, array in zip(axes, map(jnp.asarray, given), strict=True):
+    for axis, array in zip(axes, given, strict=True):
+        if not hasattr(array, "dtype"):
+            array = np.asarray(array)
         if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
             raise TypeError(f"positions must be integers or floating; got {array.dtype}.")
-        shape = array.shape
+        array, shape = jnp.asarray(array), array.shape
         if array.ndim == 1:  # along its own axis, wherever that is
             array = _along(array, axis, len(lead))
         sizes = zip(array.shape[::-1], lead[::-1], strict=False)

@@ -9,7 +9,7 @@ logits are `(*batch, K, G, T, S)`. Arrays inside a score are its parameters: tra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from attnlib._additive import additive_logits
 from attnlib._hoist import Hoisted, hoisted
 from attnlib._product import over_features
+from attnlib._values import is_number
 
 __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
 
@@ -211,6 +212,8 @@ class Bilinear(Score):
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         shape = (query_features, key_features)
+        if self.kernel is None:
+            raise TypeError(f"Bilinear kernel must be an array {shape} or {(heads, *shape)}; got None.")
         _check_shape(self.kernel, "Bilinear kernel", (shape, (heads, *shape)))
 
 
@@ -295,7 +298,7 @@ def _per_head(parameter: Any, features: int, query: jax.Array) -> jax.Array:
 def _check_shape(parameter: Any, name: str, allowed: tuple[tuple[int, ...], ...]) -> None:
     if parameter is None:
         return
-    if isinstance(parameter, (Sequence, Mapping)):
+    if not is_number(parameter):
         raise TypeError(f"{name} must be a number or an array; got {type(parameter).__name__}. Use jnp.asarray.")
     dtype = jnp.result_type(parameter)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):

@@ -10,6 +10,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, metavar="N", help="draw N times as many examples in fuzz tests, anew")
+
+
+def pytest_configure(config):
+    global _fuzz_times
+    _fuzz_times = config.getoption("--fuzz")
+
+
+_fuzz_times = None  # by default the same examples each time
+
+
+def fuzz(examples):
+    """Settings of a fuzz test; where it draws anew, a failure is printed with what reproduces it."""
+    return settings(
+        max_examples=examples * (_fuzz_times or 1),
+        derandomize=_fuzz_times is None,
+        database=None,
+        print_blob=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,145 @@
+"""Random calls of the public functions, by tracing alone: each gives what the contract says, or is refused.
+
+Numbers are in test_fuzz_numbers.py. `--fuzz N` draws N times as many examples, anew each time.
+"""
+
+import inspect as signatures
+import pathlib
+import re
+import traceback
+
+import fuzzing_calls
+import jax
+import numpy as np
+import pytest
+from conftest import fuzz, x64
+from fuzzing import Sizes, define, mask_trees
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attnlib
+from attnlib._impl._tile import tile_kinds
+from attnlib._tiles import EMPTY, FULL
+
+PACKAGE = str(pathlib.Path(attnlib.__file__).parent)
+NAMES = tuple(signatures.signature(attnlib.attention).parameters)
+# What a refusal may name beside the arguments of the function itself.
+PARTS = "scale weight kernel fn offset axis left size dilation border length array table slopes step blocks Segments"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def whole_tracebacks():
+    """With the frames of JAX, where an error that is not ours comes from."""
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")
+    yield
+    jax.config.update("jax_traceback_filtering", before)
+
+
+def outcome(function, arguments, names=NAMES):
+    """The shapes and dtypes that a call gives, or its refusal; an error that is no refusal is raised."""
+    leaves, tree = jax.tree.flatten(arguments)
+    traced = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def call(*traced):
+        left = iter(traced)
+        made = [next(left) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
+        return function(**jax.tree.unflatten(tree, made))
+
+    try:
+        results = jax.eval_shape(call, *traced)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        assert_refusal(error, names)
+        return error
+    return [(x.shape, x.dtype.name) for x in jax.tree.leaves(results)]
+
+
+def assert_refusal(error, names):
+    """It is raised by attnlib, of a type that says what is wrong, in words that name an argument."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    named = re.search(rf"\b({'|'.join([*names, *PARTS.split()])})\b", str(error))
+    of_jax = "recision" in str(error)  # JAX' own words name it
+    if not of_jax and not (last.filename.startswith(PACKAGE) and named and len(str(error)) > 20):
+        raise AssertionError(f"no refusal of ours: {type(error).__name__}: {error}") from error
+
+
+def wide(arguments):
+    """A context in which 64-bit arrays exist, if there are any."""
+    leaves = jax.tree.leaves(arguments)
+    return x64(any(getattr(x, "dtype", None) in (np.dtype("float64"), np.dtype("int64")) for x in leaves))
+
+
+@fuzz(250)
+@given(call=fuzzing_calls.calls(), promotion=st.sampled_from(("standard", "strict")), explained=st.integers(0, 3))
+def test_right_calls_give_what_the_contract_says(call, promotion, explained):
+    with wide(call.arguments), jax.numpy_dtype_promotion(promotion):
+        got = outcome(attnlib.attention, call.arguments)
+        if isinstance(got, Exception):
+            raise got
+        assert got == fuzzing_calls.expected(call.arguments)
+        if explained == 0:
+            assert not isinstance(outcome(explain, call.arguments), Exception)
+
+
+def explain(query, key, value, *, score, **options):
+    """`attnlib.explain`, which gives no arrays."""
+    print_of = str(attnlib.explain(query, key, value, score=score, **options))
+    assert print_of.startswith("implementation: ")
+    return ()
+
+
+@st.composite
+def spoilt(draw):
+    """A right call of which one or two arguments are anything."""
+    call = draw(fuzzing_calls.calls())
+    arguments = dict(call.arguments)
+    for name in draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True)):
+        arguments[name] = draw(fuzzing_calls.nonsense())
+    if isinstance(arguments.get("score_mod"), type):
+        arguments["score_mod"] = None  # it can be called, and raises its own errors
+    return arguments
+
+
+def words(error):
+    return re.sub("0x[0-9a-f]+", "0x", str(error))  # an object's address, which is another one each time
+
+
+@fuzz(700)
+@given(arguments=spoilt(), promotion=st.sampled_from(("standard", "strict")))
+def test_wrong_calls_are_refused_at_the_border(arguments, promotion):
+    with wide(arguments), jax.numpy_dtype_promotion(promotion):
+        got = outcome(attnlib.attention, arguments)
+        if isinstance(got, Exception) and arguments["score"] is not None:  # for which explain has a default
+            said = outcome(explain, arguments)
+            assert (type(said), words(said)) == (type(got), words(got)), (said, got)
+        elif not isinstance(got, Exception):
+            want = fuzzing_calls.expected(arguments)
+            assert got == want, (got, want)
+
+
+# Masks, by what they say and by tile
+
+
+SIZES = [Sizes((2,), 3, (4,), (6,)), Sizes((3,), 1, (3, 3), (3, 3))]  # few, as what is not traced is compiled
+
+
+@st.composite
+def placed_masks(draw):
+    """A mask without traced arrays, its sizes, and tile sizes."""
+    sizes = draw(st.sampled_from(SIZES))
+    return draw(mask_trees(sizes, concrete=True)), sizes, (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+
+
+@fuzz(500)
+@given(drawn=placed_masks())
+def test_masks_say_what_their_definition_says(drawn):
+    mask, sizes, tile = drawn
+    with wide(mask):
+        dense = define(mask, sizes)
+        got = np.asarray(mask.as_array(sizes.query, sizes.key))
+        assert np.array_equal(np.broadcast_to(got, dense.shape), dense)
+        queries, keys = np.prod(sizes.query), np.prod(sizes.key)
+        for place, kind in np.ndenumerate(tile_kinds(mask, sizes.query, sizes.key, tile)):
+            (row, column), pairs = place, dense.reshape(-1, queries, keys)
+            part = pairs[:, row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
+            assert not part.any() if kind == EMPTY else part.all() or kind != FULL
