@@ -196,7 +196,8 @@ def positive(value: Any, name: str) -> int:
     try:
         size = operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be a positive int; got {value!r}.") from error
+        remedy = f" Write int({name}); `//` divides ints." if isinstance(value, float) else ""
+        raise TypeError(f"{name} must be a positive int; got {value!r}.{remedy}") from error
     if size < 1 or isinstance(value, bool):
         raise ValueError(f"{name} must be a positive int; got {value!r}.")
     return size

@@ -116,9 +116,10 @@ def _with_notes(call: Callable[..., Any]) -> Callable[..., Any]:
     def noted(*args: Any, **options: Any) -> Any:
         try:
             return call(*args, **options)
-        except tuple(NOTES) as error:
-            if NOTES[type(error)] not in getattr(error, "__notes__", ()):  # of a layer in this one
-                error.add_note(NOTES[type(error)])
+        except errors.FlaxError as error:
+            note = NOTES.get(type(error))
+            if note is not None and note not in getattr(error, "__notes__", ()):  # a layer in this one gave it
+                error.add_note(note)
             raise
 
     return noted

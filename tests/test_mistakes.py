@@ -222,7 +222,7 @@ LAYERS = [
     ("num_heads traced", lambda g: traced(lambda n: MHA(num_heads=n).init(RNG, g.x)), TypeError,
      f"num_heads must be a positive int, {STATIC}'num_heads')) or close over it."),
     ("num_heads a quotient", lambda g: MHA(num_heads=32 / 8).init(RNG, g.x), TypeError,
-     "num_heads must be a positive int; got 4.0."),
+     "num_heads must be a positive int; got 4.0. Write int(num_heads); `//` divides ints."),
     ("heads that do not divide the features", lambda g: MHA(num_heads=5).init(RNG, g.x), ValueError,
      "key_dim defaults to query features / num_heads, which must be whole; got 32 / 5. Pass key_dim."),
     ("key heads that do not divide the heads", lambda g: MHA(num_heads=4, num_kv_heads=3).init(RNG, g.x), ValueError,
@@ -245,7 +245,8 @@ LAYERS = [
     ("a state dict of a whole model", lambda g: convert.from_torch({f"attn.{n}": a for n, a in TORCH.items()}, N),
      ValueError, "unexpected: attn.in_proj_weight", "Pass prefix='attn', a layer of these names."),
     ("a state dict of PyTorch for Flax'", lambda g: convert.from_flax(TORCH), ValueError,
-     "the entries do not fit a multi-head layer of Flax:", "missing: query/kernel, expected (C, N, D)"),
+     "the entries do not fit a multi-head layer of Flax:", "missing: query/kernel, expected (C, N, D)",
+     "A torch.nn.MultiheadAttention has these names: attnlib.convert.from_torch(state_dict, num_heads)."),
     ("variables for the parameters of Flax", lambda g: convert.from_flax({"params": GIVEN.params}), ValueError,
      'Pass what is under "params": variables["params"].'),
 ]  # fmt: skip

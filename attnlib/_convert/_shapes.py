@@ -64,6 +64,8 @@ def _remedies(expected: Expected, unexpected: Sequence[str], prefix: str) -> lis
     """What to pass instead, where the names are there but further down."""
     if any(name.startswith("params/") for name in unexpected):
         return ['Pass what is under "params": variables["params"].']
+    if "in_proj_weight" not in expected and any(name.endswith("in_proj_weight") for name in unexpected):
+        return ["A torch.nn.MultiheadAttention has these names: attnlib.convert.from_torch(state_dict, num_heads)."]
     first = next(iter(expected))
     found = sorted(name.removesuffix(f".{first}") for name in unexpected if name.endswith(f".{first}"))
     return [f"Pass prefix={prefix + name!r}, a layer of these names." for name in found[:1]]
