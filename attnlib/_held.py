@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+_DTYPES = ("float32", "bfloat16", "float16", "int8")
 # Below this, a scale is no normal float32, and what it would scale is taken for 0.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
@@ -24,6 +24,17 @@ class Held(NamedTuple):
     value: Any
     key_scale: Any  # None unless int8
     value_scale: Any
+
+
+def dtype(value: Any) -> Any:
+    """The dtype of a cache, which is one of few."""
+    try:
+        of = jnp.dtype(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}; got {value!r}.") from error
+    if of.name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {of.name}.")
+    return of
 
 
 def empty(lead: tuple[int, ...], key_dim: int, value_dim: int, dtype: Any) -> Held:

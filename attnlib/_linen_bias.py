@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlib._dimensions import Initializer, positive
+from attnlib._dimensions import Initializer
+from attnlib._values import positive
 from attnlib.modifiers import BucketedBias, RelativeBias
 
 

@@ -12,7 +12,7 @@ from attnlib import _checks, layers
 from attnlib._dimensions import Initializer, vector_glorot_uniform
 from attnlib._linen_base import Attention
 from attnlib._mask import Mask
-from attnlib._operands import default_operands, module_axes
+from attnlib._operands import default_operands
 from attnlib._types import Array, Bias, BoolMask, Rng
 from attnlib.scores import Additive, Concat, Dot, Score
 
@@ -76,7 +76,7 @@ class AdditiveAttention(Attention):
         Args:
           query: `(*batch and attention axes, D)`; for one sequence axis `(B, T, D)`.
           key: `(..., D)`; default: query.
-          value: `(..., E)`, with the key's positions; default: key.
+          value: `(..., E)`, with the key's positions; default: key. (Keras' layers take value before key.)
           query_mask, key_mask: bool, the shape of query / key without features, True = real; a masked query row
             gives zero output.
           mask: bool array or `Mask` over `(*batch, *query axes, *key axes)`, or of the last two kinds of axes alone.
@@ -87,13 +87,12 @@ class AdditiveAttention(Attention):
           output `(*query's leading axes, E)`, or (output, weights), weights being `(*batch, *query axes, *key axes)`.
         """
         key, value = default_operands(query, key, value)
-        module_axes(self.attention_axes, query, key, value)  # they fit, before a parameter is made of query's features
         use_scale, shape = _checks.static_bool(self.use_scale, "use_scale"), query.shape[-1:]
         scale = self.param("scale", self.scale_init, shape, self.param_dtype) if use_scale else None
         results = layers.single_head_attention(
             Additive(scale), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
-            return_weights=return_weights or sow_weights, precision=self.precision,
+            return_weights=self.wants_weights(return_weights, sow_weights), precision=self.precision,
             implementation=self.implementation, block_sizes=self.block_sizes,
             **self.dropout_options(deterministic, dropout_rng),
         )  # fmt: skip
@@ -156,7 +155,7 @@ class DotProductAttention(Attention):
         results = layers.single_head_attention(
             self._score(), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
-            return_weights=return_weights or sow_weights, precision=self.precision,
+            return_weights=self.wants_weights(return_weights, sow_weights), precision=self.precision,
             implementation=self.implementation, block_sizes=self.block_sizes,
             **self.dropout_options(deterministic, dropout_rng),
         )  # fmt: skip

@@ -9,23 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _checks
-from attnlib._dimensions import positive
 from attnlib._mask import Mask
 from attnlib._types import Array
+from attnlib._values import positive
 from attnlib.masks import KeyPadding, QueryPadding, SlidingWindow
 
 Params = Mapping[str, Any]
 
 
 def default_operands(query: Array, key: Array | None, value: Array | None) -> tuple[Array, Array]:
+    """Key and value, which default to the query and the key, all being arrays of one rank."""
     key = query if key is None else key
     value = key if value is None else value
     _checks.arrays(query=query, key=key, value=value)
-    return key, value
-
-
-def module_axes(attention_axes: int | Sequence[int] | None, query: Array, key: Array, value: Array) -> _axes.Axes:
-    """Resolves attention axes counted in arrays that have no heads axis."""
     if query.ndim < 2:
         raise ValueError(f"query must have rank 2 or more, (*batch and attention axes, features); got {query.shape}.")
     for name, operand in (("key", key), ("value", value)):
@@ -33,6 +29,11 @@ def module_axes(attention_axes: int | Sequence[int] | None, query: Array, key: A
             raise ValueError(
                 f"query, key and value must have the same rank; got query {query.shape} and {name} {operand.shape}."
             )
+    return key, value
+
+
+def module_axes(attention_axes: int | Sequence[int] | None, query: Array) -> _axes.Axes:
+    """Resolves attention axes counted in arrays that have no heads axis."""
     return _axes.normalize(_checks.static_axes(attention_axes), query.ndim, trailing=1)
 
 
@@ -66,7 +67,7 @@ def joined_mask(
 def _padding(mask: Any, name: str, axes: _axes.Axes, operand_shape: tuple[int, ...]) -> jax.Array:
     """(user's leading axes) -> (*batch, *attention axes)."""
     if not _checks.is_array(mask):
-        raise TypeError(f"{name} must be a bool array; got {type(mask).__name__}.")
+        raise TypeError(f"{name} must be a bool array; got {type(mask).__name__}. Write jnp.asarray({name}, bool).")
     if mask.dtype != jnp.bool_:
         raise TypeError(f"{name} must be bool (True = real); got {mask.dtype}. Write {name}.astype(bool).")
     leading = operand_shape[:-1]
@@ -100,7 +101,8 @@ def project(inputs: jax.Array, affine: Params, name: str, precision: Any, contra
     if kernel.shape[:contracted] != inputs.shape[-contracted:]:
         raise ValueError(
             f"{name} was made for {kernel.shape[:contracted]} features, its kernel being {kernel.shape}; got an input "
-            f"of shape {inputs.shape}."
+            f"of shape {inputs.shape}. Parameters are made for the features of an input: make new ones, or project it "
+            "before."
         )
     axes = tuple(range(inputs.ndim - contracted, inputs.ndim)), tuple(range(contracted))
     output = jax.lax.dot_general(inputs, kernel, (axes, ((), ())), precision=precision)

@@ -6,38 +6,47 @@ import math
 import operator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlib._words import untraced
+
 
 def size(value: Any, name: str, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:  # floats, and tracers, whose value is not known
-        raise TypeError(f"{name} must be an int, known when the program is compiled; got {value!r}.") from error
+    number = _int(value, name, "an int")
     if number < least:
         raise ValueError(f"{name} must be at least {least}; got {number}.")
     return number
 
 
+def positive(value: Any, name: str) -> int:
+    number = _int(value, name, "a positive int")
+    if number < 1:
+        raise ValueError(f"{name} must be a positive int; got {value!r}.")
+    return number
+
+
+def _int(value: Any, name: str, kind: str) -> int:
+    untraced(value, name, kind)
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return operator.index(value)
+    except TypeError:
+        pass
+    remedy = f" Write int({name}); `//` divides ints." if isinstance(value, float) else ""
+    raise TypeError(f"{name} must be {kind}; got {value!r}.{remedy}")
+
+
 def static_bool(value: Any, name: str) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"{name} must be a Python bool, known when the program is compiled; got a traced value. Mark it static "
-            f"(jax.jit(..., static_argnames={name!r})) or close over it."
-        )
-    raise TypeError(f"{name} must be True or False; got {value!r}.")
+    untraced(value, name, "a Python bool")
+    remedy = f" Write bool({name})." if hasattr(value, "dtype") and np.ndim(value) == 0 else ""
+    raise TypeError(f"{name} must be True or False; got {value!r}.{remedy}")
 
 
 def static_number(value: Any, name: str) -> float:
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"{name} must be a Python number, known when the program is compiled; got a traced value. Mark it static "
-            f"(jax.jit(..., static_argnames={name!r})) or close over it."
-        )
+    untraced(value, name, "a Python number")
     try:
         if value is not None and np.ndim(value) == 0 and np.asarray(value).dtype.kind not in "bcmMSU":
             return float(value)
@@ -46,10 +55,10 @@ def static_number(value: Any, name: str) -> float:
     raise TypeError(f"{name} must be a number; got {value!r}.")
 
 
-def positive_number(value: Any, name: str) -> float:
+def positive_number(value: Any, name: str, otherwise: str = "") -> float:
     number = static_number(value, name)
     if not (number > 0.0 and math.isfinite(number)):
-        raise ValueError(f"{name} must be a positive finite number; got {number}.")
+        raise ValueError(f"{name} must be a positive finite number{otherwise}; got {number}.")
     return number
 
 

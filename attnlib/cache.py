@@ -103,12 +103,7 @@ class KVCache:
         lead = (*batch, _checks.size(capacity, "capacity", 1), _checks.size(num_kv_heads, "num_kv_heads", 1))
         key_dim = _checks.size(key_dim, "key_dim", 0)
         value_dim = key_dim if value_dim is None else _checks.size(value_dim, "value_dim", 0)
-        try:
-            dtype = jnp.dtype(dtype)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"dtype must be one of {', '.join(_held.DTYPES)}; got {dtype!r}.") from error
-        if dtype.name not in _held.DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_held.DTYPES)}; got {dtype.name}.")
+        dtype = _held.dtype(dtype)
         if window is not None and _checks.size(window, "window", 1) > lead[-2]:
             raise ValueError(
                 f"capacity must be at least the window, the tokens that a query sees; got capacity={capacity} and "

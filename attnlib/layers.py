@@ -25,12 +25,13 @@ from attnlib._dimensions import (
     default_bias_init,
     default_kernel_init,
     normalization,
-    positive,
     projection_inits,
 )
 from attnlib._mask import Mask
 from attnlib._operands import Params, cleared, default_operands, joined_mask, module_axes, project, promote
 from attnlib._types import Array, Bias, BoolMask, Rng
+from attnlib._values import positive
+from attnlib._words import advised
 from attnlib.attention import ScoreMod, attention
 from attnlib.positions import rotary_embedding
 from attnlib.scores import Additive, Dot, Score
@@ -40,6 +41,7 @@ __all__ = ["init_multi_head_attention", "multi_head_attention"]
 Rotary = bool | Callable[..., jax.Array]
 
 
+@advised
 def init_multi_head_attention(
     rng: Rng,
     query_features: int,
@@ -126,6 +128,7 @@ def init_multi_head_attention(
     return params
 
 
+@advised
 def multi_head_attention(
     params: Params,
     query: Array,
@@ -238,7 +241,7 @@ def project_and_attend(
         key_positions = query_positions
     key, value = default_operands(query, key, value)
     _check_params(params, normalize_qk, sink)
-    axes = module_axes(attention_axes, query, key, value)
+    axes = module_axes(attention_axes, query)
     joined = joined_mask(mask, query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
     query, key, value, params = promote(query, key, value, params, dtype)
     # Padding is cleared before it is projected: the gradient of a kernel multiplies it even where it attends nothing.
@@ -293,7 +296,7 @@ def _turned(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _axes.A
 
 def single_head_attention(score: Score, query: Array, key: Array, value: Array, **options: Any) -> Any:
     """Attention of arrays `(*batch and attention axes, features)` without a heads axis, in masks and weights too."""
-    axes = module_axes(options.pop("attention_axes"), query, key, value)
+    axes = module_axes(options.pop("attention_axes"), query)
     query_mask, key_mask = options.pop("query_mask"), options.pop("key_mask")
     mask, bias = options.pop("mask"), options.pop("bias")
     if _checks.is_array(mask):
@@ -323,7 +326,9 @@ def _score(score: str | Score, params: Params) -> Score:
     if score == "dot":
         return Dot(scale)
     if score != "additive":
-        raise ValueError(f'score must be "dot", "additive" or an attnlib.scores.Score; got {score!r}.')
+        raise ValueError(
+            f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
+        )
     if scale is None:
         raise ValueError(
             'score="additive" needs params["score"]["scale"] (N, D); make them with '
@@ -336,8 +341,10 @@ def _check_params(params: Any, normalize_qk: bool | str, sink: Any) -> None:
     names = ("query", "key", "value", "out")
     if not isinstance(params, Mapping) or any(name not in params for name in names):
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        remedy = ' Pass variables["params"].' if isinstance(params, Mapping) and "params" in params else ""
         raise ValueError(
             f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention makes it; got {got}."
+            f"{remedy}"
         )
     if any(hasattr(leaf, "unbox") for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "unbox"))):
         raise TypeError(

@@ -21,23 +21,21 @@ from attnlib._mask import (
     Mask,
     Shapes,
     boolean,
-    check_each,
     check_per_batch,
     check_positions,
-    each,
     integer,
     integers,
     per_batch,
     register,
     set_fields,
     static_int,
-    static_ints,
     widened,
 )
 from attnlib._positions import Positions
-from attnlib._sparse_masks import BlockLocal, BlockSparse, Dilated
+from attnlib._sparse_masks import BlockLocal, BlockSparse, Dilated, Neighborhood
 from attnlib._tiles import Kinds, Ranges, before, kinds
 from attnlib._types import Array
+from attnlib._words import called
 
 __all__ = [
     "BlockLocal",
@@ -138,75 +136,6 @@ class SlidingWindow(Mask):
             empty = empty | (key.first > query.last + self.right)
             full = full & (key.last <= query.first + self.right)
         return kinds(empty, full)
-
-
-@register
-@dataclasses.dataclass(frozen=True, eq=False)
-class Neighborhood(Mask):
-    """The `size` nearest keys of each query along every attention axis (Hassani et al. 2023, NATTEN).
-
-    At a border the window is shifted inward, so that every query sees `size` keys an axis (all of them where the
-    axis is shorter); `border="clip"` cuts it off instead. With a dilation of d a query sees only keys whose
-    coordinate is congruent to its own modulo d. An even size reaches one further to the left.
-
-    Args:
-      size: keys per axis, an int or one for each attention axis.
-      dilation: step between them, an int or one for each attention axis.
-      border: "shift" or "clip".
-    """
-
-    size: int | tuple[int, ...]
-    dilation: int | tuple[int, ...] = 1
-    border: str = "shift"
-
-    def __post_init__(self) -> None:
-        set_fields(
-            self,
-            size=static_ints(self.size, "Neighborhood size"),
-            dilation=static_ints(self.dilation, "Neighborhood dilation"),
-        )
-        if self.border not in ("shift", "clip"):
-            raise ValueError(f'Neighborhood border must be "shift" or "clip"; got {self.border!r}.')
-
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        axes = len(key.shape)
-        near = jnp.ones((1, 1), bool)
-        for axis, (size, dilation) in enumerate(zip(each(self.size, axes), each(self.dilation, axes), strict=True)):
-            place, key_place = query.coordinates[axis], key.coordinates[axis]
-            first = self._first(place, key.shape[axis], size, dilation)
-            inside = (key_place // dilation >= first) & (key_place // dilation < first + size)
-            near = near & inside & (key_place % dilation == place % dilation)
-        return near
-
-    def _first(self, place: Any, length: int, size: int, dilation: int) -> Any:
-        """Where the window of a query coordinate begins, in steps of the dilation."""
-        first = place // dilation - size // 2
-        if self.border == "shift":
-            group = (length - place % dilation + dilation - 1) // dilation  # keys of the same residue
-            numpy = np if isinstance(place, np.ndarray) else jnp
-            first = numpy.maximum(numpy.minimum(first, group - size), 0)
-        return first
-
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        axes = len(key.shape)
-        empty: Any = np.False_
-        full: Any = np.True_
-        for axis, (size, dilation) in enumerate(zip(each(self.size, axes), each(self.dilation, axes), strict=True)):
-            first = self._first(np.arange(query.shape[axis]), key.shape[axis], size, dilation)
-            least, greatest = first * dilation, (first + size) * dilation - 1  # keys that a query coordinate can reach
-            (query_first, query_last), (key_first, key_last) = query.along(axis), key.along(axis)
-            # Over a run of queries: bounds by running extremes from either end, exact where the window only moves on.
-            reach_first = np.minimum.accumulate(least[::-1])[::-1][query_first]
-            reach_last = np.maximum.accumulate(greatest)[query_last]
-            empty = empty | (key_last < reach_first) | (key_first > reach_last)
-            common_first = np.maximum.accumulate(least)[query_last]
-            common_last = np.minimum.accumulate(greatest[::-1])[::-1][query_first]
-            full = full & (dilation == 1) & (key_first >= common_first) & (key_last <= common_last)
-        return kinds(empty, full)
-
-    def check(self, shapes: Shapes) -> None:
-        check_each(self.size, "Neighborhood size", shapes)
-        check_each(self.dilation, "Neighborhood dilation", shapes)
 
 
 @register
@@ -383,7 +312,8 @@ class Predicate(Mask):
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
         single = len(key.shape) == 1
-        result = jnp.asarray(self.fn(*(p.index if single else p.coordinates for p in (query, key))))
+        with called("Predicate"):
+            result = jnp.asarray(self.fn(*(p.index if single else p.coordinates for p in (query, key))))
         if result.dtype != jnp.bool_:
             raise TypeError(f"Predicate fn must return bool (True = attend); got {result.dtype}.")
         return jnp.broadcast_to(result, jnp.broadcast_shapes(result.shape, (1, 1)))

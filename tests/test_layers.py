@@ -244,7 +244,7 @@ def test_dtypes(inputs, params_dtype, dtype, expected, keys):
         (ValueError, "num_heads must be a multiple of num_kv_heads; got 4 and 3", dict(num_kv_heads=3)),
         (ValueError, "value_dim must be a positive int; got -1", dict(value_dim=-1)),
         (ValueError, "output_shape must be a positive int; got 0", dict(output_shape=(3, 0))),
-        (ValueError, "or an attnlib.scores.Score; got 'luong'", dict(score="luong")),
+        (ValueError, "or an attnlib.scores.Score such as scores.Dot(); got 'luong'", dict(score="luong")),
     ],
 )  # fmt: skip
 def test_wrong_sizes_are_refused(error, text, change, keys):

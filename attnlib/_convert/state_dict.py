@@ -20,7 +20,7 @@ from attnlib._convert._arrays import (
 )
 from attnlib._convert._shapes import check, with_used
 from attnlib._convert.torch import QKV, State, dotted, selected
-from attnlib._dimensions import positive
+from attnlib._values import positive
 
 Names = str | Sequence[str]
 

@@ -21,7 +21,7 @@ from attnlib._convert._arrays import (
     out_matrix_of,
 )
 from attnlib._convert._shapes import check, with_used
-from attnlib._dimensions import positive
+from attnlib._values import positive
 
 State = Mapping[str, Any] | str | os.PathLike[str]
 
