@@ -62,6 +62,14 @@ def test_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_pictures_are_small_and_described():
+    """A repository keeps every version of them for good."""
+    pictures = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", README)
+    assert pictures
+    for words, path in pictures:
+        assert len(words) > 20 and (ROOT / path).stat().st_size < 100_000, path
+
+
 def test_every_implementation_is_described():
     for name in _choose.NAMES:
         assert f"`{name}`" in section("Limits"), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,6 +71,10 @@ def parameter_count(params: Params) -> int:
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Writes the picture and prints where it lies."""
-    figure.savefig(path, dpi=150)
+    """Writes the picture, in 256 colours so that it is small enough for a repository, and prints where it lies."""
+    from PIL import Image  # matplotlib's own requirement
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"picture: {path}")

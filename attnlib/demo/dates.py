@@ -173,7 +173,7 @@ def save_alignment(
     """Saves what the writer attended to as it wrote each character of a few answers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
     axes = figure.subplots(2, -(-len(examples) // 2)).flat
     for example, translation, alignment, ax in zip(examples, translations, weights, axes, strict=True):
         mark = "right" if example.iso == translation else f"wrong, {example.iso} was meant"
