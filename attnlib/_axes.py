@@ -143,11 +143,40 @@ def check_pairs(
         raise ValueError(
             f"{name} of rank {len(shape)} is ambiguous: it must have the rank of the weights, {len(whole)} "
             f"(*batch, heads, *query axes, *key axes) = {whole}, or at most {spread} (*query axes, *key axes); got "
-            f"shape {shape}. A (batch, query, key) {name} needs an axis for heads: {name}[:, None]."
+            f"shape {shape}. A (batch, query, key) {name} needs an axis for heads: {name}[:, None]; a (heads, query, "
+            f"key) one needs an axis for the batch: {name}[None]."
         )
     aligned = whole[len(whole) - len(shape) :] if len(shape) <= len(whole) else ()
     if len(shape) > len(whole) or any(size not in (1, full) for size, full in zip(shape, aligned, strict=True)):
         raise ValueError(
             f"{name} must broadcast to the weights (*batch, heads, *query axes, *key axes) = {whole}; got shape "
             f"{shape}. Use 1 for an axis along which it does not vary."
+            f"{_pairs_hint(shape, name, batch, heads, query_shape, key_shape)}"
         )
+
+
+def _pairs_hint(
+    shape: tuple[int, ...],
+    name: str,
+    batch: tuple[int, ...],
+    heads: int,
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+) -> str:
+    """What a shape that does not broadcast was likely meant to be."""
+    spread = len(query_shape) + len(key_shape)
+    if name == "mask" and batch and shape == (*batch, *key_shape):
+        return " One of (batch, keys) is a Mask: attnlib.masks.KeyPadding(mask); in a layer, key_mask=mask."
+    if len(shape) == spread + len(batch) + 1 and shape[-spread:] == (*query_shape, *key_shape):
+        groups, rest = divmod(heads, shape[-spread - 1] or heads + 1)
+        if not rest:
+            return (
+                f" One for each key head is for {groups} query heads each: jnp.repeat({name}, {groups}, {len(batch)})."
+            )
+    if shape[-spread:] == (*key_shape, *query_shape):
+        return " Query axes come before key axes: swap them."
+    if len(query_shape) == 1 and shape[-2:-1] == (heads,):
+        return (
+            " If query is (batch, heads, positions, features), swap its axes and key's and value's: x.swapaxes(-3, -2)."
+        )
+    return ""

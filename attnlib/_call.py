@@ -14,6 +14,7 @@ from attnlib._modifier import Modifier
 from attnlib._problem import Problem, Result, compute_dtype
 from attnlib._sink import with_sink
 from attnlib._types import Array
+from attnlib._words import advice
 from attnlib.masks import Causal
 from attnlib.scores import Score
 
@@ -27,12 +28,10 @@ DEFAULTS: dict[str, Any] = dict(
 
 def options(caller: str, given: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The options of a call with their defaults; TypeError for one that `caller` does not take."""
-    if "scale" in given:
-        raise TypeError(f"{caller} takes the scale inside the score: score=attnlib.scores.Dot(scale).")
-    known = DEFAULTS.keys() - set(without)
-    unknown = given.keys() - known
-    if unknown:
-        raise TypeError(f"{caller} got unknown options {sorted(unknown)}; known are {sorted(known)}.")
+    known = sorted({*DEFAULTS, "score"} - set(without))
+    for word in given:
+        if word not in known:
+            raise TypeError(f"{caller} takes no {word!r}: {advice(word, known)}")
     return {**DEFAULTS, **given}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from attnlib import _axes
 from attnlib._axes import Axes
 from attnlib._mask import Mask, Shapes, check_positions
+from attnlib._words import untraced
 from attnlib.masks import Dense
 from attnlib.scores import Score
 
@@ -31,7 +32,11 @@ def arrays(**operands: Any) -> None:
         if isinstance(value, jax.Array) and value.dtype in _USUAL:
             continue  # most calls: this is on the way of each
         if not is_array(value):
-            raise TypeError(f"{name} must be an array; got {type(value).__name__}. Convert it with jnp.asarray.")
+            if isinstance(value, (list, tuple)) and any(map(is_array, value)):
+                remedy = "Pass arrays one by one; Keras' layer([query, value, key]) is layer(query, key, value) here."
+            else:
+                remedy = "Convert it with jnp.asarray."
+            raise TypeError(f"{name} must be an array; got {type(value).__name__}. {remedy}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(
                 f"{name} must hold real floating-point numbers; got {value.dtype}{list(value.shape)}. Convert it with "
@@ -45,9 +50,10 @@ def known(value: Any) -> bool:
 
 
 def size(value: Any, name: str, least: int) -> int:
+    untraced(value, name, "an int")
     try:
         number = operator.index(value)
-    except TypeError as error:  # floats, and tracers, whose value is not known
+    except TypeError as error:
         raise TypeError(f"{name} must be an int, known when the program is compiled; got {value!r}.") from error
     if number < least:
         raise ValueError(f"{name} must be at least {least}; got {number}.")
@@ -58,6 +64,7 @@ def static_axes(attention_axes: Any) -> int | tuple[int, ...] | None:
     """`attention_axes` as a hashable value; out of range is `_axes.normalize`'s to say."""
     if attention_axes is None:
         return None
+    untraced(attention_axes, "attention_axes", "an int or a tuple of ints")
     try:
         if isinstance(attention_axes, (Sequence, np.ndarray)) and np.shape(attention_axes) != ():
             return tuple(map(_axis, attention_axes))
@@ -77,20 +84,13 @@ def _axis(value: Any) -> int:
 def static_bool(value: Any, name: str) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"{name} must be a Python bool, known when the program is compiled; got a traced value. Mark it static "
-            f"(jax.jit(..., static_argnames={name!r})) or close over it."
-        )
-    raise TypeError(f"{name} must be True or False; got {value!r}.")
+    untraced(value, name, "a Python bool")
+    remedy = f" Write bool({name})." if is_array(value) and value.ndim == 0 else ""
+    raise TypeError(f"{name} must be True or False; got {value!r}.{remedy}")
 
 
 def static_number(value: Any, name: str) -> float:
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"{name} must be a Python number, known when the program is compiled; got a traced value. Mark it static "
-            f"(jax.jit(..., static_argnames={name!r})) or close over it."
-        )
+    untraced(value, name, "a Python number")
     if isinstance(value, (bool, str)) or value is None or np.ndim(value) != 0:
         raise TypeError(f"{name} must be a number; got {value!r}.")
     try:
@@ -154,7 +154,10 @@ def sink(value: Any) -> Any:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    raise TypeError(f"sink must be a number, an array of floating-point numbers or None; got {value!r}.")
+    raise TypeError(
+        f"sink must be a number, an array of floating-point numbers or None; got {value!r}. Write "
+        "jnp.asarray(sink, jnp.float32)."
+    )
 
 
 def sink_shape(value: Any, heads: int) -> None:
@@ -191,6 +194,7 @@ def implementation(value: Any, known: tuple[str, ...]) -> str | tuple[str, ...] 
 def block_sizes(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
+    untraced(value, "block_sizes", "two Python ints")
     try:
         sizes = tuple(operator.index(size) for size in value)
     except TypeError as error:
@@ -204,7 +208,11 @@ def score(value: Any) -> None:
     if not isinstance(value, Score):
         raise TypeError(
             f"score must be a Score such as attnlib.scores.Dot() or scores.Custom(fn, *params); got {value!r}."
+            f"{_instance(value)}"
         )
+    scale = getattr(value, "scale", None)
+    if isinstance(scale, str):  # `check` would see it too late: it is no argument of a program
+        raise TypeError(f"the scale must be a number or an array, such as features**-0.5; got {scale!r}.")
 
 
 def mask(value: Any) -> Mask | None:
@@ -214,8 +222,13 @@ def mask(value: Any) -> Mask | None:
     if not is_array(value):
         raise TypeError(
             f"mask must be a bool array or a Mask such as attnlib.masks.Causal(); got {type(value).__name__}."
+            + (_instance(value) or " Convert nested lists with jnp.asarray(mask, bool)." * isinstance(value, list))
         )
     return Dense(value)
+
+
+def _instance(value: Any) -> str:
+    return f" That is a class; write {value.__name__}(...)." if isinstance(value, type) else ""
 
 
 def operands(query: Any, key: Any, value: Any, axes: Axes) -> tuple[int, ...]:
@@ -233,7 +246,7 @@ def operands(query: Any, key: Any, value: Any, axes: Axes) -> tuple[int, ...]:
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"query heads must be a multiple of key heads (axis -2); got {heads} and {kv_heads} in query {query.shape} "
-            f"and key {key.shape}. The layout is (batch, positions, heads, features): if heads come first, swap axes."
+            f"and key {key.shape}. {_layout(query, key)}"
         )
     if axes.attention_shape(key.shape) != axes.attention_shape(value.shape):
         raise ValueError(
@@ -241,6 +254,14 @@ def operands(query: Any, key: Any, value: Any, axes: Axes) -> tuple[int, ...]:
             f"{value.shape}."
         )
     return tuple(_batch_size(axis, query, key, value) for axis in axes.batch)
+
+
+def _layout(query: Any, key: Any) -> str:
+    """The likeliest reason of heads that do not fit."""
+    if query.ndim == 3:
+        return "Arrays of rank 3 are (positions, heads, features): add an axis of one head, query[..., None, :]."
+    text = "The layout is (batch, positions, heads, features): if heads come first, swap axes, query.swapaxes(-3, -2)."
+    return text if query.shape[-3] != key.shape[-3] else f"{text} Axis -3 is equal in both, as heads would be."
 
 
 def _batch_size(axis: int, query: Any, key: Any, value: Any) -> int:
@@ -265,7 +286,7 @@ def bias(value: Any, shapes: Shapes) -> None:
     if value is None:
         return
     if not is_array(value):
-        raise TypeError(f"bias must be an array; got {type(value).__name__}.")
+        raise TypeError(f"bias must be an array; got {type(value).__name__}. Convert it with jnp.asarray.")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
             f"bias must hold real floating-point numbers; got {value.dtype}{list(value.shape)}. A bool array goes to "

@@ -76,6 +76,7 @@ class Explanation:
 
     Attributes:
       implementation: the name of the implementation that would run.
+      axes: what the axes of query and key were taken for.
       block_sizes: (queries, keys) of its tiles; None where it has none.
       tiles: (tiles it computes, all tiles), those that the mask empties being left out; None where it has none.
       memory: estimated bytes of temporaries of a forward pass.
@@ -89,6 +90,7 @@ class Explanation:
     """
 
     implementation: str
+    axes: str
     block_sizes: tuple[int, int] | None
     tiles: tuple[int, int] | None
     memory: int
@@ -97,7 +99,7 @@ class Explanation:
     refusals: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"implementation: {self.implementation}"]
+        lines = [f"implementation: {self.implementation}", f"axes: {self.axes}"]
         if self.block_sizes and self.tiles:
             size, tiles = self.block_sizes, self.tiles
             lines.append(f"tiles: {size[0]} queries x {size[1]} keys, {tiles[0]} of {tiles[1]} computed")
@@ -128,6 +130,12 @@ def explain(problem: Problem, asked: str | tuple[str, ...] | None) -> Explanatio
     flops = estimate.flops
     if problem.sink is not None:
         flops += operations(with_sink, jax.eval_shape(chosen.run, problem), problem)
+    heads = problem.kv_heads * problem.groups
+    shared = f" on {problem.kv_heads} of keys" if problem.groups > 1 else ""
+    axes = (
+        f"batch {problem.batch}, queries {problem.query_shape}, keys {problem.key_shape}, {heads} heads{shared}, "
+        f"{problem.query.shape[-1]} features"
+    )
     return Explanation(
-        chosen.name, estimate.block_sizes, estimate.tiles, estimate.memory, flops, problem.traffic, refusals
+        chosen.name, axes, estimate.block_sizes, estimate.tiles, estimate.memory, flops, problem.traffic, refusals
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._types import Rng
+from attnlib._words import untraced
 from attnlib.scores import Score
 
 Initializer = Callable[..., jax.Array]
@@ -34,6 +35,13 @@ def projection_inits(
     out_bias_init: Initializer | None,
 ) -> tuple[Initializer, Initializer]:
     """The initialisers of the kernel and bias of one projection: the output projection may have its own."""
+    inits = dict(kernel=kernel_init, bias=bias_init, out_kernel=out_kernel_init, out_bias=out_bias_init)
+    for kind, init in inits.items():
+        if isinstance(init, str):
+            raise TypeError(
+                f"{kind}_init must be an initialiser, a function (rng, shape, dtype) such as "
+                f"jax.nn.initializers.glorot_uniform(); got {init!r}."
+            )
     if name != "out":
         return kernel_init, bias_init
     return (
@@ -115,7 +123,11 @@ class Dimensions:
             key_dim = query_features // num_heads
         kv_heads = num_heads if num_kv_heads is None else positive(num_kv_heads, "num_kv_heads")
         if num_heads % kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {kv_heads}.")
+            fitting = ", ".join(str(size) for size in range(1, num_heads + 1) if num_heads % size == 0)
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {kv_heads}. num_kv_heads may be "
+                f"{fitting}."
+            )
         key_dim = positive(key_dim, "key_dim")
         if output_shape is None:
             output_shape = (query_features,)
@@ -152,7 +164,9 @@ class Dimensions:
         """The other parameters, by the name of their group."""
         made = {}
         if not isinstance(score, Score) and score not in ("dot", "additive"):
-            raise ValueError(f'score must be "dot", "additive" or an attnlib.scores.Score; got {score!r}.')
+            raise ValueError(
+                f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
+            )
         if isinstance(score, str) and score == "additive":
             init = vector_glorot_uniform if scale_init is None else scale_init
             made["score"] = Vector("scale", (self.num_heads, self.key_dim), init)
@@ -178,10 +192,12 @@ def normalization(normalize_qk: bool | str) -> str | None:
 
 
 def positive(value: Any, name: str) -> int:
+    untraced(value, name, "a positive int")
     try:
         size = operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be a positive int; got {value!r}.") from error
+        remedy = f" Write int({name}); `//` divides ints." if isinstance(value, float) else ""
+        raise TypeError(f"{name} must be a positive int; got {value!r}.{remedy}") from error
     if size < 1 or isinstance(value, bool):
         raise ValueError(f"{name} must be a positive int; got {value!r}.")
     return size

@@ -76,7 +76,7 @@ class AdditiveAttention(Attention):
         Args:
           query: `(*batch and attention axes, D)`; for one sequence axis `(B, T, D)`.
           key: `(..., D)`; default: query.
-          value: `(..., E)`, with the key's positions; default: key.
+          value: `(..., E)`, with the key's positions; default: key. (Keras' layers take value before key.)
           query_mask, key_mask: bool, the shape of query / key without features, True = real; a masked query row
             gives zero output.
           mask: bool array or `Mask` over `(*batch, *query axes, *key axes)`, or of the last two kinds of axes alone.
@@ -92,7 +92,7 @@ class AdditiveAttention(Attention):
         results = layers.single_head_attention(
             Additive(scale), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
-            return_weights=return_weights or sow_weights, precision=self.precision,
+            return_weights=self.wants_weights(return_weights, sow_weights), precision=self.precision,
             implementation=self.implementation, block_sizes=self.block_sizes,
             **self.dropout_options(deterministic, dropout_rng),
         )  # fmt: skip
@@ -155,7 +155,7 @@ class DotProductAttention(Attention):
         results = layers.single_head_attention(
             self._score(), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
-            return_weights=return_weights or sow_weights, precision=self.precision,
+            return_weights=self.wants_weights(return_weights, sow_weights), precision=self.precision,
             implementation=self.implementation, block_sizes=self.block_sizes,
             **self.dropout_options(deterministic, dropout_rng),
         )  # fmt: skip

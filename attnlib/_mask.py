@@ -14,6 +14,7 @@ import numpy as np
 from attnlib._positions import Positions, Run
 from attnlib._tiles import FULL, Kinds, Ranges, kinds
 from attnlib._types import Array
+from attnlib._words import untraced
 
 
 class Shapes(NamedTuple):
@@ -267,9 +268,10 @@ def static_int(value: Any, name: str, least: int | None = None) -> int | None:
     """An int or None; anything else is refused, since it decides the program."""
     if value is None:
         return None
+    untraced(value, name, "a Python int or None")
     try:
         result = operator.index(value)
-    except TypeError as error:  # floats, and tracers, whose value is not known
+    except TypeError as error:
         raise TypeError(f"{name} must be a Python int or None (it is static); got {value!r}.") from error
     if least is not None and result < least:
         raise ValueError(f"{name} must be at least {least}; got {result}.")

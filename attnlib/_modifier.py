@@ -13,6 +13,7 @@ from attnlib import _axes
 from attnlib._hoist import hoisted
 from attnlib._positions import Positions, Run
 from attnlib._types import Array
+from attnlib._words import called
 
 
 class Checked:
@@ -51,7 +52,7 @@ class Modifier:
         positions: tuple[Array | None, Array | None],
     ) -> Modifier:
         """Traces the function for operands with so many batch and attention axes and heads."""
-        if not callable(function):
+        if not callable(function) or isinstance(function, type):
             raise TypeError(
                 "score_mod must be a function (logit, batch, head, query_position, key_position) -> logit, such as "
                 f"attnlib.modifiers.ALiBi(...); got {function!r}."
@@ -59,10 +60,11 @@ class Modifier:
         if isinstance(function, Checked):
             function.check(heads, axes)
         index = jax.ShapeDtypeStruct((), jnp.int32)
-        program, result = hoisted(
-            _flat(function, batch_axes, axes),
-            jax.ShapeDtypeStruct((), dtype), *[index] * batch_axes, index, *[index] * axes, *[index] * axes,
-        )  # fmt: skip
+        with called("score_mod"):
+            program, result = hoisted(
+                _flat(function, batch_axes, axes),
+                jax.ShapeDtypeStruct((), dtype), *[index] * batch_axes, index, *[index] * axes, *[index] * axes,
+            )  # fmt: skip
         if not isinstance(result, jax.ShapeDtypeStruct) or result.shape != ():
             raise ValueError(
                 f"score_mod must return a scalar for one logit and its positions; got {result}. It is written for one "

@@ -66,7 +66,7 @@ def joined_mask(
 def _padding(mask: Any, name: str, axes: _axes.Axes, operand_shape: tuple[int, ...]) -> jax.Array:
     """(user's leading axes) -> (*batch, *attention axes)."""
     if not _checks.is_array(mask):
-        raise TypeError(f"{name} must be a bool array; got {type(mask).__name__}.")
+        raise TypeError(f"{name} must be a bool array; got {type(mask).__name__}. Write jnp.asarray({name}, bool).")
     if mask.dtype != jnp.bool_:
         raise TypeError(f"{name} must be bool (True = real); got {mask.dtype}. Write {name}.astype(bool).")
     leading = operand_shape[:-1]
@@ -98,7 +98,8 @@ def project(inputs: jax.Array, affine: Params, name: str, precision: Any, contra
     if kernel.shape[:contracted] != inputs.shape[-contracted:]:
         raise ValueError(
             f"{name} was made for {kernel.shape[:contracted]} features, its kernel being {kernel.shape}; got an input "
-            f"of shape {inputs.shape}."
+            f"of shape {inputs.shape}. Parameters are made for the features of an input: make new ones, or project it "
+            "before."
         )
     axes = tuple(range(inputs.ndim - contracted, inputs.ndim)), tuple(range(contracted))
     output = jax.lax.dot_general(inputs, kernel, (axes, ((), ())), precision=precision)

@@ -15,6 +15,7 @@ from attnlib import _call, _choose
 from attnlib._choose import Explanation
 from attnlib._merge import merge_attention
 from attnlib._types import Array, Bias, BoolMask, Key, Query, Rng, Value
+from attnlib._words import advised
 from attnlib.masks import Mask
 from attnlib.scores import Additive, Dot, Score
 
@@ -23,6 +24,7 @@ ScoreMod = Callable[..., Any]
 __all__ = ["Explanation", "additive_attention", "attention", "dot_product_attention", "explain", "merge_attention"]
 
 
+@advised
 def dot_product_attention(
     query: Query,
     key: Key,
@@ -49,13 +51,16 @@ def dot_product_attention(
     """Multi-head dot-product attention over any axes: softmax(scale * query key^T + bias) value.
 
     Args:
-      query: `(*batch and attention axes, N, D)`; for one sequence axis `(B, T, N, D)`.
+      query: `(*batch and attention axes, N, D)`; for one sequence axis `(B, T, N, D)`. Heads first, `(B, N, T, D)`, may
+        be a legal shape too, for something else: `attnlib.explain` prints what each axis was taken for.
       key: `(..., K, D)`, N a multiple of K: query head n reads key/value head n // (N // K). Lengths along attention
         axes may differ from the query's; batch axes are equal or 1.
       value: `(..., K, E)`, with the key's positions; E may differ from D.
       scale: scalar, or `(N,)` for one a head; default 1 / sqrt(D).
       mask: bool, True = attend, of the weights' rank `(*batch, N, *query axes, *key axes)` with ones where it
         broadcasts, or of rank at most the number of query and key axes; or a `masks.Mask`. Default: all attend all.
+        A mask that leaves a query nothing, as one with False = attend may, is no error: its lse is -inf. Of real keys,
+        `(B, S)`, write `masks.KeyPadding(mask)`: where B is T the array itself passes for `(T, S)`.
       bias: added to the scaled logits; shapes as for mask. Differentiable.
       is_causal: also mask keys after the query (flat row-major positions, aligned at the first ones).
       attention_axes: the axes attended over, numbered in query, key and value as passed (the last sequence axis is
@@ -79,9 +84,10 @@ def dot_product_attention(
       precision: of matrix products, as in `jax.lax.Precision`.
 
     Returns:
-      output `(..., N, E)` in value's dtype; or (output, weights), (output, lse), (output, weights, lse). Weights
-      `(*batch, N, *query axes, *key axes)` and lse `(*batch, N, *query axes)` are float32 at least. A query that may
-      attend nothing has output 0, weights 0 and lse -inf; masked keys and values may hold anything, NaN included.
+      output `(..., N, E)` in value's dtype (float64, NumPy's too, is float32 without jax_enable_x64); or (output,
+      weights), (output, lse), (output, weights, lse). Weights `(*batch, N, *query axes, *key axes)` and lse
+      `(*batch, N, *query axes)` are float32 at least. A query that may attend nothing has output 0, weights 0 and lse
+      -inf; masked keys and values may hold anything, NaN included.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -105,6 +111,7 @@ def dot_product_attention(
     )  # fmt: skip
 
 
+@advised
 def additive_attention(
     query: Query,
     key: Key,
@@ -163,6 +170,7 @@ def additive_attention(
     )  # fmt: skip
 
 
+@advised
 def attention(
     query: Query,
     key: Key,
@@ -236,8 +244,8 @@ def explain(
       **options: the options of `attention`; `scale` is the score's.
 
     Returns:
-      An `Explanation`: print it. It names the implementation, its tiles, its memory, the operations and bytes of a
-      forward pass, and says why each other would not run.
+      An `Explanation`: print it. It names the implementation, what each axis was taken for, its tiles, its memory, the
+      operations and bytes of a forward pass, and says why each other would not run.
 
     Raises:
       ValueError, TypeError: as the call itself would.
@@ -247,6 +255,7 @@ def explain(
       >>> query = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.float32)
       >>> print(attnlib.explain(query, query, query, is_causal=True))
       implementation: blockwise
+      axes: batch (1,), queries (4096,), keys (4096,), 1 heads, 64 features
       tiles: 1024 queries x 512 keys, 20 of 32 computed
       memory: about 8.4 MB of temporaries in a forward pass
       cost: about 2.75 GFLOP, 4.19 MB read and written

@@ -31,6 +31,7 @@ from attnlib._dimensions import (
 from attnlib._mask import Mask
 from attnlib._operands import Params, cleared, default_operands, joined_mask, module_axes, project, promote
 from attnlib._types import Array, Bias, BoolMask, Rng
+from attnlib._words import advised
 from attnlib.attention import ScoreMod, attention
 from attnlib.positions import rotary_embedding
 from attnlib.scores import Additive, Dot, Score
@@ -40,6 +41,7 @@ __all__ = ["init_multi_head_attention", "multi_head_attention"]
 Rotary = bool | Callable[..., jax.Array]
 
 
+@advised
 def init_multi_head_attention(
     rng: Rng,
     query_features: int,
@@ -124,6 +126,7 @@ def init_multi_head_attention(
     return params
 
 
+@advised
 def multi_head_attention(
     params: Params,
     query: Array,
@@ -321,7 +324,9 @@ def _score(score: str | Score, params: Params) -> Score:
     if score == "dot":
         return Dot(scale)
     if score != "additive":
-        raise ValueError(f'score must be "dot", "additive" or an attnlib.scores.Score; got {score!r}.')
+        raise ValueError(
+            f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
+        )
     if scale is None:
         raise ValueError(
             'score="additive" needs params["score"]["scale"] (N, D); make them with '
@@ -334,8 +339,10 @@ def _check_params(params: Any, normalize_qk: bool | str, sink: Any) -> None:
     names = ("query", "key", "value", "out")
     if not isinstance(params, Mapping) or any(name not in params for name in names):
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        remedy = ' Pass variables["params"].' if isinstance(params, Mapping) and "params" in params else ""
         raise ValueError(
             f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention makes it; got {got}."
+            f"{remedy}"
         )
     if any(hasattr(leaf, "unbox") for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "unbox"))):
         raise TypeError(

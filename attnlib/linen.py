@@ -46,7 +46,7 @@ class MultiHeadAttention(Attention):
     `score: {scale (N,)}`, with normalize_qk `query_norm|key_norm: {scale (D,)}`, with use_sink `sink: {logit (N,)}`.
 
     Attributes:
-      num_heads: query heads N.
+      num_heads: query heads N. By position, fields are num_heads, key_dim, as in Keras (in PyTorch: features, heads).
       key_dim: features D of a head of query and key; default: query features / num_heads.
       value_dim: features E of a head of value; default: key_dim.
       num_kv_heads: key/value heads K, a divisor of N (grouped-query attention; 1: multi-query); default: N.
@@ -154,10 +154,10 @@ class MultiHeadAttention(Attention):
         Args:
           query: `(*batch and attention axes, C)`; for one sequence axis `(B, T, C)`.
           key: `(..., C_key)`; default: query.
-          value: `(..., C_value)`, with the key's positions; default: key.
+          value: `(..., C_value)`, with the key's positions; default: key. (Keras' layers take value before key.)
           query_mask, key_mask: bool, the shape of query / key without features, True = real.
           mask: bool array or `Mask` over `(*batch, N, *query axes, *key axes)`; a Keras `(B, T, S)` mask is
-            `mask[:, None]`.
+            `mask[:, None]`. True = attend: where a mask leaves a query nothing, its weights are zeros.
           bias: added to the logits, shapes as for mask.
           is_causal: also mask keys after the query.
           score_mod: in place of the field's.
@@ -175,6 +175,7 @@ class MultiHeadAttention(Attention):
         if self.decode:
             self._check_decoding(key, value, key_mask, query_positions, key_positions)
             query_positions = self._positions(query)
+        wanted = self.wants_weights(return_weights, sow_weights)
         operands = (query, *default_operands(query, key, value))
         params = self._declare(*(operand.shape[-1] for operand in operands))
         output, weights, activities = layers.project_and_attend(
@@ -182,12 +183,12 @@ class MultiHeadAttention(Attention):
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=self.sliding_window,
             rotary=self.rotary, normalize_qk=self.normalize_qk, score_mod=self._modifier(score_mod), sink=sink,
             query_positions=query_positions, key_positions=key_positions,
-            return_weights=return_weights or sow_weights, dtype=self.dtype, precision=self.precision,
+            return_weights=wanted, dtype=self.dtype, precision=self.precision,
             logits_soft_cap=self.logits_soft_cap, implementation=self.implementation, block_sizes=self.block_sizes,
             **self.dropout_options(deterministic, dropout_rng), **({"attend": self._decode} if self.decode else {}),
         )  # fmt: skip
         self._sow_losses(params, activities)
-        return self.finish((output, weights) if return_weights or sow_weights else output, return_weights, sow_weights)
+        return self.finish((output, weights) if wanted else output, return_weights, sow_weights)
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
         dimensions = Dimensions.resolve(
@@ -203,7 +204,21 @@ class MultiHeadAttention(Attention):
             self.score, scale_init=self.scale_init, use_scale=self.use_scale, normalize_qk=self.normalize_qk,
             use_sink=self.use_sink,
         )  # fmt: skip
+        self._check_unused({**params, **vectors})
         return params | {name: Parameter(vector, self.param_dtype, name=name)() for name, vector in vectors.items()}
+
+    def _check_unused(self, declared: dict[str, Any]) -> None:
+        """Flax does not look at parameters that no field asks for: the layer would compute something else."""
+        held = self.variables.get("params", {})
+        optional = ("gate", "score", "query_norm", "key_norm", "sink")
+        unused = [name for name in optional if name in held and name not in declared]
+        if not self.use_bias:
+            unused += [f"{name}/bias" for name in declared if "bias" in held.get(name, {})]
+        if unused:
+            raise ValueError(
+                f"the parameters hold {', '.join(unused)}, which the fields of this layer leave out: make it with the "
+                "fields they were made with, attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params), ...)."
+            )
 
     def _modifier(self, score_mod: ScoreMod | None) -> ScoreMod | None:
         if score_mod is not None:
@@ -242,6 +257,12 @@ class MultiHeadAttention(Attention):
         axes = module_axes(self.attention_axes, query, query, query)
         if len(axes.attention) != 1:
             raise ValueError(f"decode=True needs one attention axis; there are {len(axes.attention)}.")
+        if not self.is_initializing() and not self.has_variable("cache", "cached_key"):
+            raise ValueError(
+                "decode=True needs a cache, which init makes of an input of the greatest length: cache = "
+                'layer.init(rng, longest)["cache"]. Then layer.apply({"params": params, "cache": cache}, tokens, '
+                'mutable=["cache"]) gives (output, {"cache": the next}).'
+            )
         index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
         if not self.has_variable("cache", "cached_key"):
             return None

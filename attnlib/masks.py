@@ -37,6 +37,7 @@ from attnlib._positions import Positions
 from attnlib._sparse_masks import BlockLocal, BlockSparse, Dilated
 from attnlib._tiles import Kinds, Ranges, before, kinds
 from attnlib._types import Array
+from attnlib._words import called
 
 __all__ = [
     "BlockLocal",
@@ -379,7 +380,8 @@ class Predicate(Mask):
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
         single = len(key.shape) == 1
-        result = jnp.asarray(self.fn(*(p.index if single else p.coordinates for p in (query, key))))
+        with called("Predicate"):
+            result = jnp.asarray(self.fn(*(p.index if single else p.coordinates for p in (query, key))))
         if result.dtype != jnp.bool_:
             raise TypeError(f"Predicate fn must return bool (True = attend); got {result.dtype}.")
         return jnp.broadcast_to(result, jnp.broadcast_shapes(result.shape, (1, 1)))

@@ -19,6 +19,7 @@ import numpy as np
 from attnlib._additive import additive_logits
 from attnlib._hoist import Hoisted, hoisted
 from attnlib._product import over_features
+from attnlib._words import called
 
 __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
 
@@ -55,7 +56,8 @@ class Score:
         if query_features != key_features:
             raise ValueError(
                 f"query and key must have equally many features (last axis) for {type(self).__name__}; got "
-                f"{query_features} and {key_features}. scores.Bilinear and scores.Custom accept different ones."
+                f"{query_features} and {key_features}. scores.Bilinear and scores.Custom accept different ones. The "
+                "order of arguments is query, key, value; Keras' is query, value, key."
             )
 
 
@@ -247,7 +249,8 @@ class Custom(Score):
         def flat(q: jax.Array, k: jax.Array, *leaves: jax.Array) -> Any:
             return self.fn(q, k, *jax.tree.unflatten(tree, leaves))
 
-        program, result = hoisted(flat, query, key, *leaves)
+        with called("Custom"):
+            program, result = hoisted(flat, query, key, *leaves)
         if not program.captured or getattr(result, "shape", None) != ():  # `check` says what is wrong
             return self
         return Custom(_of_program, program, leaves)
@@ -255,7 +258,8 @@ class Custom(Score):
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         del heads
         query, key = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (query_features, key_features))
-        with jax.numpy_dtype_promotion("standard"):  # a question of shapes: the dtypes to come are not known here
+        # A question of shapes: the dtypes to come are not known here.
+        with jax.numpy_dtype_promotion("standard"), called("Custom"):
             result = jax.eval_shape(self.fn, query, key, *self.params)
         if getattr(result, "shape", None) != ():
             raise ValueError(

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up: a file may import files of the lines above its own, never of its own line or below.
 ROOMS = [
-    {"_types", "_tiles", "_panels", "_dropout", "_online_softmax", "_linear", "_loops", "_hoist", "_held"},
+    {"_types", "_words", "_tiles", "_panels", "_dropout", "_online_softmax", "_linear", "_loops", "_hoist", "_held"},
     {"_ruled"},
     {"_axes", "_positions", "_additive", "_product", "_cost"},
     {"_mask", "_modifier", "positions"},

@@ -3,6 +3,8 @@
 import inspect
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -62,7 +64,7 @@ def test_links_lead_somewhere():
 
 def test_every_implementation_is_described():
     for name in _choose.NAMES:
-        assert f"`{name}`" in section("The state of things"), name
+        assert f"`{name}`" in section("Limits"), name
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "pyproject.toml", ".ci/run"])
@@ -104,3 +106,17 @@ def test_tables_name_what_exists_here():
     for theirs, ours in rows():
         assert ours, theirs
         assert set(ours) <= known, theirs
+
+
+def test_the_reference_renders(tmp_path):
+    """README's command, with -o in place of a browser: a section for every public name."""
+    (line,) = [line for text in blocks("bash") for line in text.splitlines() if "pdoc" in line]
+    _, arguments = line.split(" && .venv/bin/pdoc ")
+    command = [sys.executable, "-m", "pdoc", *arguments.split(), "-o", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    page = (tmp_path / "attnlib.html").read_text(encoding="utf-8")
+    modules = [name for name in attnlib.__all__ if inspect.ismodule(getattr(attnlib, name))]
+    for name in [*modules, "plot"]:
+        assert (tmp_path / "attnlib" / f"{name}.html").exists(), name
+    for name in set(attnlib.__all__) - set(modules):
+        assert f'<section id="{name}">' in page, name

@@ -53,11 +53,22 @@ def check(entries: Mapping[str, Any], expected: Expected, context: str, *, prefi
     if not lines and solved.get("N", 0) % max(solved.get("K", 1), 1):
         lines = [f"the {solved['N']} heads of the query are no multiple of the {solved['K']} of key and value"]
     if lines:
-        raise ValueError("\n  ".join([f"{context}:", *sorted(lines)]))
+        raise ValueError("\n  ".join([f"{context}:", *sorted(lines), *_remedies(expected, unexpected, prefix)]))
     for name, entry in entries.items():
         if not jnp.issubdtype(entry.dtype, jnp.floating):
             raise TypeError(f"{prefix}{name} must hold floating-point numbers; got {entry.dtype}. {context}.")
     return solved
+
+
+def _remedies(expected: Expected, unexpected: Sequence[str], prefix: str) -> list[str]:
+    """What to pass instead, where the names are there but further down."""
+    if any(name.startswith("params/") for name in unexpected):
+        return ['Pass what is under "params": variables["params"].']
+    if "in_proj_weight" not in expected and any(name.endswith("in_proj_weight") for name in unexpected):
+        return ["A torch.nn.MultiheadAttention has these names: attnlib.convert.from_torch(state_dict, num_heads)."]
+    first = next(iter(expected))
+    found = sorted(name.removesuffix(f".{first}") for name in unexpected if name.endswith(f".{first}"))
+    return [f"Pass prefix={prefix + name!r}, a layer of these names." for name in found[:1]]
 
 
 def _learn(shape: Sequence[int | str], got: tuple[int, ...], sizes: Sizes) -> None:
