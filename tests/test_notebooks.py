@@ -21,6 +21,8 @@ def test_there_are_notebooks():
 
 @on_every_notebook
 def test_runs_from_top_to_bottom(path, tmp_path):
+    if path.name == "from_keras.ipynb":
+        import keras_cases  # noqa: F401  it skips where Keras is missing or older than the one that both know
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
