@@ -144,13 +144,23 @@ def _is_static(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, str)) or (callable(value) and not isinstance(value, Mask))
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
-class And(Mask):
-    """`left & right`."""
-
+class _Pair(Mask):
     left: Mask
     right: Mask
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        return type(self)(self.left.padded(query, key, sizes), self.right.padded(query, key, sizes))
+
+    def check(self, shapes: Shapes) -> None:
+        self.left.check(shapes)
+        self.right.check(shapes)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class And(_Pair):
+    """`left & right`."""
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
         return self.left.at(query, key) & self.right.at(query, key)
@@ -158,34 +168,17 @@ class And(Mask):
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
         return np.minimum(self.left.tile(query, key), self.right.tile(query, key))
 
-    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
-        return And(self.left.padded(query, key, sizes), self.right.padded(query, key, sizes))
-
-    def check(self, shapes: Shapes) -> None:
-        self.left.check(shapes)
-        self.right.check(shapes)
-
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Or(Mask):
+class Or(_Pair):
     """`left | right`."""
-
-    left: Mask
-    right: Mask
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
         return self.left.at(query, key) | self.right.at(query, key)
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
         return np.maximum(self.left.tile(query, key), self.right.tile(query, key))
-
-    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
-        return Or(self.left.padded(query, key, sizes), self.right.padded(query, key, sizes))
-
-    def check(self, shapes: Shapes) -> None:
-        self.left.check(shapes)
-        self.right.check(shapes)
 
 
 @register

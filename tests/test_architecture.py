@@ -48,7 +48,7 @@ ROOMS = [
 ]
 # Imported inside a function, when it is called: optional, or upwards on purpose.
 LATE = {("_mask", "plot")}
-OPTIONAL = {"matplotlib", "babel", "sklearn", "tqdm", "keras", "torch", "tokamax", "nbformat"}
+OPTIONAL = {"matplotlib", "PIL", "babel", "sklearn", "tqdm", "keras", "torch", "tokamax", "nbformat"}
 OPTIONAL |= {"equinox", "h5py", "safetensors"}  # what files and modules of other libraries need
 REQUIRED = {"jax", "flax", "numpy", "optax", "jaxtyping"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,5 +92,5 @@ def to_equinox(params: Mapping[str, Any], module: Any) -> Any:
         new = equinox.tree_at(lambda x: x.weight, linear, (out_matrix_of if name == "out" else matrix_of)(kernel))
         if linear.bias is not None:
             new = equinox.tree_at(lambda x: x.bias, new, entries[f"{name}/bias"].reshape(-1))
-        module = equinox.tree_at(lambda x, theirs=theirs: getattr(x, theirs), module, new)
+        module = equinox.tree_at(operator.attrgetter(theirs), module, new)
     return module

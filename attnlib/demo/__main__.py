@@ -18,7 +18,7 @@ TASKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo with these command-line arguments (default: the process's own) and return its exit status."""
+    """Runs the demo with these command-line arguments (default: the process's own) and returns its exit status."""
     options = parse(arguments)
     _, default_steps, own_packages = TASKS[options.task]
     missing = missing_packages({**own_packages, **PICTURE_AND_PROGRESS})

@@ -72,7 +72,7 @@ def parameter_count(params: Params) -> int:
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Writes the picture, in 256 colours so that it is small enough for a repository, and prints where it lies."""
-    from PIL import Image  # matplotlib's own requirement
+    from PIL import Image
 
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150)
