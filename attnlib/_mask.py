@@ -361,6 +361,14 @@ def per_batch(value: int | Array) -> int | Array:
     return value[..., None, None, None] if value.ndim else value
 
 
+def ahead(index: jax.Array, by: int | Array) -> jax.Array:
+    """`index + by`, or the largest number of 32 bits where that is beyond it."""
+    moved = index + by
+    if isinstance(by, int) and by <= 0:
+        return moved
+    return jnp.where((by > 0) & (moved < index), jnp.iinfo(jnp.int32).max, moved)
+
+
 def widened(ids: Array) -> Array:
     """Ids in 32 bits at least, so that those of 8 can be compared with any number."""
     return ids if ids.dtype.itemsize >= 4 else jnp.asarray(ids).astype(jnp.int32)

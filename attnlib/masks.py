@@ -20,6 +20,7 @@ from attnlib._mask import (
     Folded,
     Mask,
     Shapes,
+    ahead,
     boolean,
     check_per_batch,
     check_positions,
@@ -78,7 +79,7 @@ class Causal(Mask):
             query_index, key_index = query.index, key.index
         else:
             query_index, key_index = query.coordinates[self.axis], key.coordinates[self.axis]
-        return key_index - query_index <= per_batch(self.offset)  # a sum could leave 32 bits
+        return key_index <= ahead(query_index, per_batch(self.offset))
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
         if not isinstance(self.offset, int):
@@ -121,9 +122,9 @@ class SlidingWindow(Mask):
     def at(self, query: Positions, key: Positions) -> jax.Array:
         inside = jnp.ones((1, 1), bool)
         if self.left is not None:
-            inside = inside & (query.index - key.index <= self.left)
+            inside = inside & (key.index >= query.index - self.left)
         if self.right is not None:
-            inside = inside & (key.index - query.index <= self.right)
+            inside = inside & (key.index <= ahead(query.index, self.right))
         return inside
 
     def tile(self, query: Ranges, key: Ranges) -> Kinds:
