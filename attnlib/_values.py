@@ -57,8 +57,9 @@ def static_number(value: Any, name: str) -> float:
 
 def positive_number(value: Any, name: str, otherwise: str = "") -> float:
     number = static_number(value, name)
-    if not (number > 0.0 and math.isfinite(number)):
-        raise ValueError(f"{name} must be a positive finite number{otherwise}; got {number}.")
+    if not 1e-30 <= number <= 1e30:  # NaN too
+        remedy = " float32 needs one between 1e-30 and 1e30." if number > 0.0 and math.isfinite(number) else ""
+        raise ValueError(f"{name} must be a positive finite number{otherwise}; got {number}.{remedy}")
     return number
 
 

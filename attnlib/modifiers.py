@@ -17,7 +17,7 @@ import numpy as np
 
 from attnlib._modifier import Checked
 from attnlib._types import Array
-from attnlib._values import is_number, size, static_bool
+from attnlib._values import positive_number, size, static_bool
 
 __all__ = ["ALiBi", "BucketedBias", "RelativeBias", "SoftCap", "alibi_slopes"]
 
@@ -199,11 +199,12 @@ class SoftCap:
     Source: Bello et al. (2016); Gemma Team, "Gemma 2" (2024).
     """
 
-    cap: float
+    cap: float | jax.Array
 
     def __post_init__(self) -> None:
-        scalar = is_number(self.cap) and np.shape(self.cap) == ()
-        if not scalar or jnp.result_type(self.cap).kind in "bc":
+        if not isinstance(self.cap, jax.Array):
+            positive_number(self.cap, "SoftCap cap")
+        elif self.cap.shape != () or not jnp.issubdtype(self.cap.dtype, jnp.floating):
             raise TypeError(f"SoftCap cap must be a number; got {self.cap!r}.")
 
     def __call__(self, logit: jax.Array, *where: Any) -> jax.Array:

@@ -139,7 +139,7 @@ OPTIONS = [
           dropout_rate=0.1, dropout_rng=Later(lambda: jax.random.split(jax.random.key(0)))),
     wrong("wrong key without rate", TypeError, "dropout_rng must be one JAX random key", dropout_rng="seed"),
     *(wrong(f"soft cap {cap}", ValueError, "logits_soft_cap must be a positive finite number", str(cap),
-            logits_soft_cap=cap) for cap in (0.0, -1.0, NAN, float("inf"))),
+            logits_soft_cap=cap) for cap in (0.0, -1.0, NAN, float("inf"), 1e300, 1e-50)),
     wrong("soft cap a string", TypeError, "logits_soft_cap must be a number", logits_soft_cap="30"),
     wrong("is_causal a number", TypeError, "is_causal must be True or False", "1", is_causal=1),
     wrong("return_weights None", TypeError, "return_weights must be True or False", return_weights=None),

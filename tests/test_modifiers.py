@@ -181,6 +181,19 @@ def test_soft_cap_as_a_modifier(implementation, keys):
     arrays = operands(keys, 2)
     made = attend(*arrays, score_mod=modifiers.SoftCap(0.8), implementation=implementation)
     assert_close(made, attend(*arrays, logits_soft_cap=0.8, implementation=implementation))
+    for cap in (0, -1.0, 1e300):  # float32 has no such number: it would be infinite, and infinity times 0 is NaN
+        with pytest.raises(ValueError, match="SoftCap cap must be a positive finite number"):
+            modifiers.SoftCap(cap)
+
+
+def test_a_learned_soft_cap_has_a_gradient(keys):
+    arrays = operands(keys, 2)
+
+    def loss(cap, implementation):
+        return jnp.sum(attend(*arrays, score_mod=modifiers.SoftCap(cap), implementation=implementation)[0])
+
+    expected, got = (float(jax.grad(loss)(jnp.float32(0.8), name)) for name in ("reference", "blockwise"))
+    assert expected != 0 and abs(got - expected) < 1e-5 * max(abs(expected), 1)
 
 
 def test_captured_arrays_do_not_recompile(keys):
