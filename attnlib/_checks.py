@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from attnlib import _axes
 from attnlib._axes import Axes
 from attnlib._mask import Mask, Shapes, check_positions
-from attnlib._values import is_number, positive_number, static_number
+from attnlib._values import fits, is_number, positive_number, static_number
 from attnlib._values import size as size
 from attnlib._values import static_bool as static_bool
 from attnlib._words import untraced
@@ -127,6 +128,8 @@ def sink(value: Any) -> Any:
     if value is None or (is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not (fits(value) or math.isinf(value)):
+            raise ValueError(f"sink must be a number that float32 can hold, infinite ones included; got {value}.")
         return float(value)
     raise TypeError(
         f"sink must be a number, an array of floating-point numbers or None; got {value!r}. Write "
@@ -197,6 +200,8 @@ def score(value: Any) -> None:
     for part in jax.tree.leaves(value):
         if not is_number(part):  # and a key, say, or text, is no argument of a compiled function
             raise TypeError(f"score {type(value).__name__} must hold numbers or arrays of them; got {part!r}.")
+        if isinstance(part, float) and not fits(part):
+            raise ValueError(f"score {type(value).__name__} must hold finite numbers, in float32 too; got {part}.")
 
 
 def mask(value: Any) -> Mask | None:

@@ -57,10 +57,15 @@ def static_number(value: Any, name: str) -> float:
 
 def positive_number(value: Any, name: str, otherwise: str = "") -> float:
     number = static_number(value, name)
-    if not 1e-30 <= number <= 1e30:  # NaN too
+    if not (number >= 1e-30 and fits(number)):  # NaN too
         remedy = " float32 needs one between 1e-30 and 1e30." if number > 0.0 and math.isfinite(number) else ""
         raise ValueError(f"{name} must be a positive finite number{otherwise}; got {number}.{remedy}")
     return number
+
+
+def fits(number: float) -> bool:
+    """Whether it is finite, with room for products, in float32."""
+    return abs(number) <= 1e30
 
 
 def is_number(value: Any) -> bool:

@@ -175,6 +175,10 @@ MODIFIERS = [
     wrong("max_distance", ValueError, "max_distance must be above 8", "got 8",
           score_mod=Later(lambda: modifiers.BucketedBias(zeros(32, 4), max_distance=8))),
     wrong("sink of ints", TypeError, "sink must be a number", sink=zeros(4, dtype=np.int32)),
+    *(wrong(f"sink {sink}", ValueError, "sink must be a number that float32 can hold", str(sink), sink=sink)
+      for sink in (NAN, 1e300)),
+    *(wrong(f"scale {scale}", ValueError, "score Dot must hold finite numbers", str(scale),
+            score=scores.Dot(scale)) for scale in (NAN, float("inf"), 1e300)),
     wrong("sink True", TypeError, "sink must be a number", "True", sink=True),
     wrong("positions of floats", TypeError, "query_positions must be an array of integers", "float32[5]",
           query_positions=zeros(5)),
