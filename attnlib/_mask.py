@@ -369,9 +369,9 @@ def ahead(index: jax.Array, by: int | Array) -> jax.Array:
     return jnp.where((by > 0) & (moved < index), jnp.iinfo(jnp.int32).max, moved)
 
 
-def widened(ids: Array) -> Array:
-    """Ids in 32 bits at least, so that those of 8 can be compared with any number."""
-    return ids if ids.dtype.itemsize >= 4 else jnp.asarray(ids).astype(jnp.int32)
+def widened(ids: Any) -> Any:
+    """Ids, or one, in 32 bits at least, so that those of fewer can be compared with any number."""
+    return ids if isinstance(ids, int) or ids.dtype.itemsize >= 4 else jnp.asarray(ids).astype(jnp.int32)
 
 
 def _as_shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:

@@ -260,7 +260,7 @@ class Segments(Mask):
         key_ids = key.take(widened(self.query_ids if self.key_ids is None else self.key_ids))
         with jax.numpy_dtype_promotion("standard"):  # ids are of the user's dtypes, each of its own
             same = query_ids == key_ids
-            return same if self.padding_id is None else same & (query_ids != self.padding_id)
+            return same if self.padding_id is None else same & (query_ids != widened(self.padding_id))
 
     def check(self, shapes: Shapes) -> None:
         check_positions(self.query_ids, "Segments query_ids", shapes.batch, shapes.query, "query")

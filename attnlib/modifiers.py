@@ -203,7 +203,7 @@ class SoftCap:
 
     def __post_init__(self) -> None:
         if not isinstance(self.cap, jax.Array):
-            positive_number(self.cap, "SoftCap cap")
+            object.__setattr__(self, "cap", positive_number(self.cap, "SoftCap cap"))
         elif self.cap.shape != () or not jnp.issubdtype(self.cap.dtype, jnp.floating):
             raise TypeError(f"SoftCap cap must be a number; got {self.cap!r}.")
 

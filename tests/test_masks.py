@@ -100,6 +100,15 @@ def test_segments_of_one_side():
     np.testing.assert_array_equal(masks.Segments(IDS).as_array(7, 7), expected)
 
 
+@pytest.mark.parametrize("dtypes", [("int8", "int64", "int4"), ("int4", "uint8", "int8"), ("uint32", "int8", "uint4")])
+def test_segment_ids_may_be_of_any_integers(dtypes):
+    ids, other, padding = (np.asarray(x) for x in ([0, 1, 1, 2], [1, 0, 2], 0))
+    expected = masks.Segments(ids, other, padding).as_array(4, 3)
+    of_dtypes = (x.astype(jnp.dtype(dtype)) for x, dtype in zip((ids, other, padding), dtypes, strict=True))
+    np.testing.assert_array_equal(masks.Segments(*of_dtypes).as_array(4, 3), expected)
+    assert expected.sum() == 3
+
+
 GRID_QUERY, GRID_KEY = (2, 3), (4, 2)
 GRID_REAL = draw(4, 2, seed=1)
 SEVERAL_AXES = {
