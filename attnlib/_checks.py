@@ -168,6 +168,8 @@ def block_sizes(value: Any) -> tuple[int, int] | None:
         return None
     untraced(value, "block_sizes", "two Python ints")
     try:
+        if not isinstance(value, (Sequence, np.ndarray)):  # to go through an array of keys is an error of its own
+            raise TypeError("not a sequence")
         sizes = tuple(operator.index(size) for size in value)
     except TypeError as error:
         raise TypeError(f"block_sizes must be (queries, keys), two ints, or None; got {value!r}.") from error

@@ -151,7 +151,7 @@ OPTIONS = [
     wrong("implementation of numbers", TypeError, "implementation must be None", implementation=("reference", 3)),
     *(wrong(f"block_sizes {sizes}", error, "block_sizes must be (queries, keys)", repr(sizes), block_sizes=sizes)
       for sizes, error in [(128, TypeError), ((128,), ValueError), ((0, 4), ValueError), ((4, -1), ValueError),
-                           ((4, 4, 4), ValueError), ((4.0, 4), TypeError)]),
+                           ((4, 4, 4), ValueError), ((4.0, 4), TypeError), ({4, 8}, TypeError)]),
     wrong("unsupported by name", ValueError, "no implementation can compute this", "reference: ", "block_sizes=None",
           implementation="reference", block_sizes=(4, 4)),
     wrong("precision unknown", ValueError, "Precision", precision="fuzzy"),
