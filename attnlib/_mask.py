@@ -14,6 +14,7 @@ import numpy as np
 from attnlib._positions import Positions, Run
 from attnlib._tiles import FULL, Kinds, Ranges, kinds
 from attnlib._types import Array
+from attnlib._values import in_32_bits
 from attnlib._words import untraced
 
 
@@ -268,7 +269,7 @@ def static_int(value: Any, name: str, least: int | None = None) -> int | None:
         raise TypeError(f"{name} must be a Python int or None (it is static); got {value!r}.") from error
     if least is not None and result < least:
         raise ValueError(f"{name} must be at least {least}; got {result}.")
-    return _in_32_bits(result, name)
+    return in_32_bits(result, name)
 
 
 def static_ints(value: Any, name: str) -> int | tuple[int, ...]:
@@ -283,14 +284,8 @@ def static_ints(value: Any, name: str) -> int | tuple[int, ...]:
 def integer(value: Any, name: str) -> int | Array:
     """A static int, or an integer array, which is traced."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return _in_32_bits(int(value), name)
+        return in_32_bits(int(value), name)
     return integers(value, name)
-
-
-def _in_32_bits(value: int, name: str) -> int:
-    if not -(2**31) <= value < 2**31:
-        raise ValueError(f"{name} must fit in 32 bits, as positions do; got {value}.")
-    return value
 
 
 def integers(value: Any, name: str) -> Array:

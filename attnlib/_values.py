@@ -30,11 +30,17 @@ def _int(value: Any, name: str, kind: str) -> int:
     untraced(value, name, kind)
     try:
         if not isinstance(value, (bool, np.bool_)):
-            return operator.index(value)
+            return in_32_bits(operator.index(value), name)
     except TypeError:
         pass
     remedy = f" Write int({name}); `//` divides ints." if isinstance(value, float) else ""
     raise TypeError(f"{name} must be {kind}; got {value!r}.{remedy}")
+
+
+def in_32_bits(value: int, name: str) -> int:
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"{name} must fit in 32 bits, as positions do; got {value}.")
+    return value
 
 
 def static_bool(value: Any, name: str) -> bool:

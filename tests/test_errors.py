@@ -172,6 +172,8 @@ MODIFIERS = [
           score_mod=Later(lambda: modifiers.BucketedBias(zeros(32, 8)))),
     wrong("an odd number of buckets", ValueError, "even", "(7, 4)",
           score_mod=Later(lambda: modifiers.BucketedBias(zeros(7, 4)))),
+    wrong("a distance beyond 32 bits", ValueError, "BucketedBias max_distance must fit in 32 bits",
+          score_mod=Later(lambda: modifiers.BucketedBias(zeros(32, 4), max_distance=10**30))),
     wrong("max_distance", ValueError, "max_distance must be above 8", "got 8",
           score_mod=Later(lambda: modifiers.BucketedBias(zeros(32, 4), max_distance=8))),
     wrong("sink of ints", TypeError, "sink must be a number", sink=zeros(4, dtype=np.int32)),
