@@ -74,8 +74,8 @@ def pairs(draw, sizes):
 
 
 @st.composite
-def leaf_masks(draw, sizes, concrete, positions=False):
-    """A mask of any kind that fits; `concrete`: without arrays to be traced; `positions`: not of lengths or tables."""
+def leaf_masks(draw, sizes, concrete):
+    """A mask of any kind that fits; `concrete`: without arrays to be traced."""
     axes, batch = len(sizes.key), sizes.batch
     whole_numbers = ("int32", "uint8") if concrete else INTEGERS
     small, near = st.integers(1, 6), st.none() | st.integers(0, 6)
@@ -96,7 +96,7 @@ def leaf_masks(draw, sizes, concrete, positions=False):
         return array((*lead, *side), dtype)
 
     kinds = ["causal", "window", "local", "dilated", "prefix", "lengths", "keys", "queries", "segments", "dense"]
-    kinds += ["predicate"] if positions else ["predicate", "neighborhood", "sparse"]
+    kinds += ["predicate", "neighborhood", "sparse"]
     kind = draw(st.sampled_from(kinds))
     if kind == "causal":
         return masks.Causal(number(-4, 6), draw(st.none() | st.integers(-axes, axes - 1)))
@@ -139,33 +139,22 @@ def all_pairs(query, key):
 
 
 @st.composite
-def mask_trees(draw, sizes, concrete=False, positions=False, depth=2):
+def mask_trees(draw, sizes, concrete=False, depth=2):
     """Masks composed by `&`, `|` and `~`."""
     kind = draw(st.sampled_from(("leaf", "leaf", "and", "or", "not") if depth else ("leaf",)))
     if kind == "leaf":
-        return draw(leaf_masks(sizes, concrete, positions))
-    left, right = (mask_trees(sizes, concrete, positions, depth - 1) for _ in range(2))
+        return draw(leaf_masks(sizes, concrete))
+    left, right = (mask_trees(sizes, concrete, depth - 1) for _ in range(2))
     if kind == "not":
         return ~draw(left)
     return draw(left) & draw(right) if kind == "and" else draw(left) | draw(right)
 
 
-def define(mask, sizes, query_positions=None, key_positions=None):
+def define(mask, sizes):
     """A mask as a bool array `(*batch, N, *query axes, *key axes)`, from its fields; None attends all pairs."""
-    places = [_place(sizes.query, query_positions, -1), _place(sizes.key, key_positions, -2)]
-    attends = np.bool_(True) if mask is None else _attends(mask, sizes, *places)
-    if query_positions is not None or key_positions is not None:  # a position below 0 is no position
-        attends = attends & (places[0] >= 0) & (places[1] >= 0)
-    flat = (*sizes.batch, sizes.heads, math.prod(sizes.query), math.prod(sizes.key))
-    return np.broadcast_to(attends, flat).reshape(sizes.weights)
-
-
-def _place(axes, positions, beside):
-    """Flat positions as a column or a row of the plane of pairs; given ones `(*batch, 1, ...)`."""
-    if positions is None:
-        return np.expand_dims(np.arange(math.prod(axes)), beside)
-    positions = np.expand_dims(np.asarray(positions).astype(np.int64), beside)
-    return positions[..., None, :, :] if positions.ndim > 2 else positions
+    queries, keys = math.prod(sizes.query), math.prod(sizes.key)
+    attends = True if mask is None else _attends(mask, sizes, np.arange(queries)[:, None], np.arange(keys)[None])
+    return np.broadcast_to(attends, (*sizes.batch, sizes.heads, queries, keys)).reshape(sizes.weights)
 
 
 def _attends(mask, sizes, t, s):

@@ -1,6 +1,6 @@
 """Random calls of the public functions, by tracing alone: each gives what the contract says, or is refused.
 
-Numbers are in test_fuzz_numbers.py. `--fuzz N` draws N times as many examples, anew each time.
+Their numbers are in test_fuzz_numbers.py. `--fuzz N` draws N times as many examples, anew each time.
 """
 
 import inspect as signatures

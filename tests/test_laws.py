@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BLOCK_SIZES, COMPLETE, NAMES, by_name, like, unsupported
+from cases import NAMES, by_name, like, unsupported
 from conftest import assert_close, assert_finite, assert_same
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from quick_jit import quick_jit
 
 import attnlib
@@ -372,35 +370,3 @@ def test_jacobians_and_hessian_agree(attend, keys):
     assert_close(hessian, double_reverse, length=6)
     flat = hessian.reshape(4, 4)
     assert_close(flat, flat.T, length=6)
-
-
-# Any sizes
-
-
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
-@given(
-    sizes=st.tuples(*[st.integers(1, 5)] * 3),
-    heads=st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2)]),
-    lengths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    blocks=st.tuples(st.integers(1, 10), st.integers(1, 10)),
-    causal=st.booleans(),
-    seed=st.integers(0, 99),
-)
-@pytest.mark.parametrize("name", COMPLETE)
-def test_any_sizes_are_the_definition(name, sizes, heads, lengths, blocks, causal, seed):
-    numbers = np.random.default_rng(seed)
-    (batch, features, value_features), (n, k), (queries, positions) = sizes, heads, lengths
-    shapes = (batch, queries, n, features), (batch, positions, k, features), (batch, positions, k, value_features)
-    query, key, value = (numbers.normal(size=shape).astype(np.float32) for shape in shapes)
-    mask = numbers.random((batch, n, queries, positions)) < 0.7
-    mask[..., 0] = True
-    options = dict(implementation=name, block_sizes=blocks if name in BLOCK_SIZES else None)
-    static = (("is_causal", causal), ("return_weights", True))
-    arguments = dict(query=query, key=key, value=value, mask=mask, score=scores.Dot())
-    output, weights = compiled(static, **options)(arguments)
-    if causal:
-        mask = mask & (np.arange(positions) <= np.arange(queries)[:, None])
-    lead = [np.moveaxis(np.repeat(x, n // x.shape[2], 2), 2, 1) for x in (query, key, value)]
-    expected, expected_weights = softmax_average(*lead, mask)
-    np.testing.assert_allclose(np.moveaxis(output, 2, 1), expected, atol=2e-5)
-    np.testing.assert_allclose(weights, expected_weights, atol=2e-6)

@@ -1,0 +1,87 @@
+"""Random calls that are right, in numbers: each gives what the oracle gives, on every complete implementation.
+
+Drawn as in test_fuzz.py; without dropout, modifiers and explicit positions, of which the oracle knows nothing.
+"""
+
+import fuzzing_calls
+import jax
+import numpy as np
+import oracle
+import pytest
+from cases import BLOCK_SIZES, COMPLETE
+from conftest import assert_close, fuzz
+from fuzzing import define, numbers
+from hypothesis import given
+from hypothesis import strategies as st
+from quick_jit import quick_jit
+from test_fuzz import wide
+
+import attnlib
+from attnlib import scores
+
+OPTIONS = ("score", "attention_axes", "mask", "bias", "is_causal", "logits_soft_cap", "sink")
+
+
+def concrete(tree, seed):
+    """A tree with numbers in place of what was drawn to be traced."""
+    return jax.tree.map(
+        lambda x: numbers(seed, x.shape, x.dtype.name) if isinstance(x, jax.ShapeDtypeStruct) else x, tree
+    )
+
+
+def by_definition(query, key, value, *, score, sizes, mask=None, attention_axes=None, sink=None, **options):
+    """(output, weights, lse) in float64."""
+    match score:
+        case scores.Dot():
+            # Without features each logit is 0, whatever the scale.
+            how = dict(score="dot", scale=score.scale if query.shape[-1] else 1.0)
+        case scores.Additive():
+            how = dict(score="additive", scale=score.scale)
+        case scores.Concat():
+            how = dict(score="concat", weight=1.0 if score.weight is None else score.weight, scale=score.scale)
+        case scores.Bilinear():
+            how = dict(score="bilinear", kernel=score.kernel)
+        case scores.Custom(fn=fuzzing_calls.sums):
+            how = dict(score=lambda q, k: q.sum() * k.sum())
+        case scores.Custom():
+            how = dict(score=lambda q, k: q.sum() - 0.5 * k.sum())
+    if isinstance(mask, attnlib.masks.Mask):
+        mask = define(mask, sizes)
+    axes = None if attention_axes is None else [int(axis) for axis in np.atleast_1d(attention_axes)]
+    output, weights, lse = oracle.attention(query, key, value, mask=mask, attention_axes=axes, **how, **options)
+    if sink is not None:  # one more key of that logit, whose value is 0
+        sink = np.reshape(np.float64(sink), (-1, *[1] * len(sizes.query)))
+        with_sink = np.logaddexp(lse, sink)
+        kept = np.exp(lse - with_sink)
+        weights = weights * kept.reshape(*kept.shape, *[1] * len(sizes.key))
+        attended = (
+            [axis % query.ndim for axis in axes] if axes else [0] if query.ndim == 3 else range(1, query.ndim - 2)
+        )
+        batch = len(sizes.batch)
+        places = [axis for axis in range(query.ndim - 2) if axis not in attended]
+        kept = np.moveaxis(kept, [*range(batch), batch, *range(batch + 1, kept.ndim)], [*places, -1, *attended])
+        output, lse = output * kept[..., None], with_sink
+    return output, weights, lse
+
+
+@pytest.mark.parametrize("implementation", COMPLETE)
+@fuzz(100)
+@given(
+    call=fuzzing_calls.calls(floats=("float32",), lengths=(3, 1, 2, 5, 0)),
+    seed=st.integers(0, 99),
+    blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+)
+def test_right_calls_give_the_numbers_of_the_definition(implementation, call, seed, blocks):
+    arguments = concrete(call.arguments, seed)
+    operands = [arguments[name] for name in ("query", "key", "value")]
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    blocks = blocks if implementation in BLOCK_SIZES else None
+
+    def run(*operands):
+        how = dict(implementation=implementation, block_sizes=blocks, return_weights=True, return_lse=True)
+        return attnlib.attention(*operands, **options, **how)
+
+    with wide(arguments):
+        made = quick_jit(run)(*operands)
+    expected = tuple(x.astype(np.float32) for x in by_definition(*operands, sizes=call.sizes, **options))
+    assert_close(made, expected, length=np.prod(call.sizes.key, dtype=int) + 8)
