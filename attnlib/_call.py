@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from attnlib import _axes, _checks, _choose, _dropout
 from attnlib._mask import Mask, Placed, Shapes
 from attnlib._modifier import Modifier
 from attnlib._problem import Problem, Result, compute_dtype
+from attnlib._pytree import jit
 from attnlib._sink import with_sink
 from attnlib._types import Array
 from attnlib._words import advice
@@ -97,7 +97,7 @@ STATIC = (
 )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=STATIC)
+@partial(jit, static_argnames=STATIC)
 def attend(arrays: Arrays, *, return_lse, implementation, **static):
     problem, axes = fold(arrays, return_lse=return_lse, **static)
     output, lse, weights = solve(problem, implementation)

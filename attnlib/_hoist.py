@@ -9,16 +9,29 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from attnlib._identity import program_key
+from attnlib._pytree import register
 
-@dataclasses.dataclass(frozen=True)
+
 class _Program:
-    """A program; equal to another one that reads the same, so that what is compiled for it serves both."""
+    """A jaxpr; equal to another one that computes the same, so that what is compiled for it serves both."""
 
-    text: str
-    jaxpr: Any = dataclasses.field(compare=False)
+    __slots__ = ("jaxpr", "key")
+
+    def __init__(self, jaxpr: Any):
+        self.jaxpr, self.key = jaxpr, program_key(jaxpr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Program) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return str(self.jaxpr)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hoisted:
     """A function of arrays as its program and the arrays that it captured."""
@@ -34,4 +47,4 @@ class Hoisted:
 def hoisted(function: Callable[..., Any], *avals: Any) -> tuple[Hoisted, Any]:
     """(the function of such arguments, what it returns as a tree of shapes and dtypes)."""
     closed, result = jax.make_jaxpr(function, return_shape=True)(*avals)
-    return Hoisted(list(closed.consts), _Program(str(closed.jaxpr), closed.jaxpr)), result
+    return Hoisted(list(closed.consts), _Program(closed.jaxpr)), result

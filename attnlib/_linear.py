@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 Leaves = Sequence[Any]
@@ -42,28 +42,7 @@ def called(function: Callable[..., Any], *args: Any) -> list[Any]:
     return list(_jitted(function, *args))
 
 
-class Traced:
-    """The program of one function and types of arguments, once it is known: lowering would trace it again.
-
-    It belongs to an operation without being part of what it means: any two are equal.
-    """
-
-    program: Any = None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Traced)
-
-    def __hash__(self) -> int:
-        return hash(Traced)
-
-    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(*args)`."""
-        if self.program is None or self.program.in_avals != [jax.typeof(arg) for arg in args]:
-            return called(function, *args)
-        return list(jaxpr_as_fun(self.program)(*args))
-
-
-def out_avals(traced: Traced, function: Callable[..., Any], *avals: Any) -> list[Any]:
+def out_avals(function: Callable[..., Any], *avals: Any) -> list[Any]:
     """The types of what `function` returns."""
     program = jax.make_jaxpr(_jitted, static_argnums=0)(function, *avals)
     if any(isinstance(const, jax.core.Tracer) for const in program.consts):
@@ -71,7 +50,6 @@ def out_avals(traced: Traced, function: Callable[..., Any], *avals: Any) -> list
             "a masks.Predicate captures a traced array, or a Score of your own holds one that is no field; tiles "
             "cannot take it: use a mask with arrays (masks.Dense, masks.Lengths...) or implementation='reference'."
         )
-    traced.program = program
     return list(program.out_avals)
 
 
@@ -110,7 +88,7 @@ _linear_map.multiple_results = True
 
 def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
     shown = shown_of(_Split(forward, count), *args)
-    return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, shown=shown, traced=Traced())
+    return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, shown=shown)
 
 
 def shown_of(function: Any, *args: Any) -> Any:
@@ -123,9 +101,9 @@ def shown_of(function: Any, *args: Any) -> Any:
     return jax.make_jaxpr(function)(*args)
 
 
-def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any, traced: Traced) -> list[Any]:
+def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> list[Any]:
     del transpose, shown
-    return traced.call(_Split(forward, count), *args)
+    return called(_Split(forward, count), *args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +122,13 @@ mlir.register_lowering(_linear_map, mlir.lower_fun(_evaluate, multiple_results=T
 
 
 @_linear_map.def_abstract_eval  # type: ignore[untyped-decorator]
-def _abstract_eval(
-    *avals: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any, traced: Traced
-) -> list[Any]:
+def _abstract_eval(*avals: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> list[Any]:
     del transpose, shown
-    return out_avals(traced, _Split(forward, count), *avals)
+    return out_avals(_Split(forward, count), *avals)
 
 
-def _jvp(
-    primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any, traced: Traced
-) -> Any:
-    del shown, traced
+def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> Any:
+    del shown
     params: dict[str, Any] = dict(forward=forward, transpose=transpose, count=count)
     residuals, operands = primals[:count], primals[count:]
     out = _bind(*primals, **params)
@@ -181,9 +155,9 @@ ad.primitive_jvps[_linear_map] = _jvp
 
 
 def _transpose(
-    cotangents: Any, *args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any, traced: Traced
+    cotangents: Any, *args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any
 ) -> list[Any]:
-    del shown, traced
+    del shown
     cotangents = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cotangents]
     out = _bind(*args[:count], *cotangents, forward=transpose, transpose=forward, count=count)
     return [None] * count + list(out)
@@ -208,10 +182,8 @@ class _Batched:
         return jax.vmap(one, in_axes=(self.axes, 0))(residuals, operands)
 
 
-def _batch(
-    args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any, traced: Traced
-) -> Any:
-    del shown, traced
+def _batch(args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> Any:
+    del shown
     size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
     operands = [
         jnp.broadcast_to(x[None], (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)

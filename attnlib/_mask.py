@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnlib._positions import Positions, Run
+from attnlib._pytree import Pytree
 from attnlib._tiles import FULL, Kinds, Ranges, kinds
 from attnlib._types import Array
 from attnlib._values import in_32_bits
@@ -28,12 +29,14 @@ class Shapes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Mask:
+class Mask(Pytree):
     """Which query positions may attend which key positions; abstract.
 
     A kind of mask implements `at(query, key)`, `tile(query, key)` where it knows whole tiles, and `check(shapes)` where
-    it holds arrays.
+    it holds arrays. It is a pytree: arrays and masks in its fields are traced, plain values static.
     """
+
+    static_types = (bool, int, type(None))
 
     def at(self, query: Positions, key: Positions) -> jax.Array:
         """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
@@ -115,36 +118,6 @@ class Mask:
         )
 
 
-MaskType = TypeVar("MaskType", bound=type[Mask])
-
-
-def register(kind: MaskType) -> MaskType:
-    """Makes a frozen dataclass a pytree whose arrays and masks are children and whose plain values are static."""
-    names = [field.name for field in dataclasses.fields(kind)]
-
-    def flatten_with_keys(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
-        values = [(name, getattr(mask, name)) for name in names]
-        children = [(jax.tree_util.GetAttrKey(name), value) for name, value in values if not _is_static(value)]
-        static = tuple((name, value) for name, value in values if _is_static(value))
-        return children, (tuple(key.name for key, _ in children), static)
-
-    def unflatten(layout: Any, children: Iterable[Any]) -> Mask:
-        dynamic, static = layout
-        mask = object.__new__(kind)  # no checks: JAX unflattens with tracers and placeholders
-        for name, value in (*zip(dynamic, children, strict=True), *static):
-            object.__setattr__(mask, name, value)
-        return mask
-
-    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten)
-    return kind
-
-
-def _is_static(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_static, value))
-    return value is None or isinstance(value, (bool, int, str)) or (callable(value) and not isinstance(value, Mask))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pair(Mask):
     left: Mask
@@ -158,7 +131,6 @@ class _Pair(Mask):
         self.right.check(shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class And(_Pair):
     """`left & right`."""
@@ -170,7 +142,6 @@ class And(_Pair):
         return np.minimum(self.left.tile(query, key), self.right.tile(query, key))
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Or(_Pair):
     """`left | right`."""
@@ -182,7 +153,6 @@ class Or(_Pair):
         return np.maximum(self.left.tile(query, key), self.right.tile(query, key))
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Not(Mask):
     """`~mask`."""
@@ -202,7 +172,6 @@ class Not(Mask):
         self.mask.check(shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folded(Mask):
     """A dense mask on flat positions `(..., T | 1, S | 1)`, possibly padded at their ends; made by `Dense.padded`."""
@@ -213,7 +182,6 @@ class Folded(Mask):
         return key.cut(query.cut(self.array, -2), -1)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placed(Mask):
     """A mask at explicit positions, or all pairs; a position below 0 neither attends nor is attended."""
@@ -236,7 +204,6 @@ class Placed(Mask):
             self.mask.check(shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Along(Mask):
     """A mask where the queries are a run of those that it speaks of."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from attnlib import _axes
 from attnlib._hoist import hoisted
 from attnlib._positions import Positions, Run
+from attnlib._pytree import register
 from attnlib._types import Array
 from attnlib._words import called
 
@@ -24,7 +25,7 @@ class Checked:
         raise NotImplementedError
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Modifier:
     """What a user's `score_mod` becomes.

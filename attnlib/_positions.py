@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlib._pytree import register
 from attnlib._types import Array
 
 
@@ -83,7 +84,7 @@ class Positions:
         return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True, eq=False)
 class Run:
     """Where queries that are looked at alone stand among all queries: a run of them from `start`."""

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from attnlib._mask import Mask
 from attnlib._modifier import Modifier
 from attnlib._positions import Positions
+from attnlib._pytree import register
 from attnlib._types import Array
 from attnlib.scores import Score
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """Attention with axes folded, arguments checked, defaults resolved. Query head n = k * G + g reads key head k.

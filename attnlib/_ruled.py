@@ -15,7 +15,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from attnlib._linear import Bound, Leaves, Traced, called, linear_map, out_avals, shown_of
+from attnlib._linear import Bound, Leaves, called, linear_map, out_avals, shown_of
 
 Function = Callable[..., Sequence[Any]]
 Rule = Callable[[tuple[int, ...], Leaves, Leaves], tuple[Sequence[Any], Sequence[Any]]]
@@ -28,7 +28,7 @@ def ruled(function: Function, rule: Rule, args: Leaves) -> list[jax.Array]:
     the tangents of them all. Both functions must be hashable, and equal when they mean the same.
     """
     shown = shown_of(function, *args)
-    return list(_ruled.bind(*args, function=function, rule=rule, shown=shown, traced=Traced()))
+    return list(_ruled.bind(*args, function=function, rule=rule, shown=shown))
 
 
 def tangent_of(
@@ -50,9 +50,9 @@ _ruled = Primitive("attnlib_ruled")
 _ruled.multiple_results = True
 
 
-def _evaluate(*args: Any, function: Function, rule: Rule, shown: Any, traced: Traced) -> list[Any]:
+def _evaluate(*args: Any, function: Function, rule: Rule, shown: Any) -> list[Any]:
     del rule, shown
-    return traced.call(function, *args)
+    return called(function, *args)
 
 
 _ruled.def_impl(_evaluate)
@@ -60,13 +60,13 @@ mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
 
 
 @_ruled.def_abstract_eval  # type: ignore[untyped-decorator]
-def _abstract_eval(*avals: Any, function: Function, rule: Rule, shown: Any, traced: Traced) -> list[Any]:
+def _abstract_eval(*avals: Any, function: Function, rule: Rule, shown: Any) -> list[Any]:
     del rule, shown
-    return out_avals(traced, function, *avals)
+    return out_avals(function, *avals)
 
 
-def _jvp(primals: Any, tangents: Any, *, function: Function, rule: Rule, shown: Any, traced: Traced) -> Any:
-    del function, shown, traced
+def _jvp(primals: Any, tangents: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
+    del function, shown
     active = tuple(n for n, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
     return rule(active, primals, [tangents[n] for n in active])
 
@@ -100,8 +100,8 @@ class _BatchedRule:
         return jax.vmap(one, in_axes=(self.axes, [self.axes[n] for n in active]))(tuple(args), list(changes))
 
 
-def _batch(args: Any, dims: Any, *, function: Function, rule: Rule, shown: Any, traced: Traced) -> Any:
-    del shown, traced
+def _batch(args: Any, dims: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
+    del shown
     axes = tuple(dims)
     out = ruled(_Batched(function, axes), _BatchedRule(rule, axes), args)
     return out, [0] * len(out)

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib._mask import Mask, Shapes, check_each, each, register, set_fields, static_int, static_ints
+from attnlib._mask import Mask, Shapes, check_each, each, set_fields, static_int, static_ints
 from attnlib._positions import Positions
 from attnlib._tiles import Kinds, Ranges, kinds
 from attnlib._types import Array
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Neighborhood(Mask):
     """The `size` nearest keys of each query along every attention axis (Hassani et al. 2023, NATTEN).
@@ -87,7 +86,6 @@ class Neighborhood(Mask):
         check_each(self.dilation, "Neighborhood dilation", shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockLocal(Mask):
     """Positions are cut into blocks of `size`; a query sees its own block and some before and after it.
@@ -150,7 +148,6 @@ class BlockLocal(Mask):
         check_each(self.size, "BlockLocal size", shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dilated(Mask):
     """A query sees the keys that are a multiple of `step` away from it, along every attention axis.
@@ -198,7 +195,6 @@ class Dilated(Mask):
         check_each(self.step, "Dilated step", shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockSparse(Mask):
     """A table says which blocks of keys each block of queries sees: any pattern of blocks, random ones as in BigBird

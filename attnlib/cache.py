@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from attnlib import _axes, _checks, _held
 from attnlib._held import Held
 from attnlib._problem import compute_dtype
+from attnlib._pytree import register, serializable
 from attnlib._types import Array, BoolMask, Key, Query, Value
 from attnlib.attention import attention
 from attnlib.masks import Mask, SlidingWindow
@@ -28,7 +28,9 @@ from attnlib.scores import Dot, Score
 __all__ = ["KVCache"]
 
 
-@struct.dataclass
+@serializable
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
 class KVCache:
     """Keys and values of the tokens so far, a pytree to be passed on: `output, cache = cache.decode(...)`.
 
@@ -62,7 +64,7 @@ class KVCache:
     length: Any
     key_scale: Any = None
     value_scale: Any = None
-    window: int | None = struct.field(pytree_node=False, default=None)
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def create(
@@ -113,6 +115,10 @@ class KVCache:
         held = _held.empty(lead, key_dim, value_dim, dtype)
         window = None if window is None else operator.index(window)
         return cls(**held._asdict(), length=jnp.zeros(batch if ragged else (), jnp.int32), window=window)
+
+    def replace(self, **changes: Any) -> KVCache:
+        """The same cache with other attributes."""
+        return dataclasses.replace(self, **changes)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

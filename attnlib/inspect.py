@@ -22,6 +22,7 @@ from attnlib._mask import Along
 from attnlib._modifier import Modifier
 from attnlib._positions import Positions, Run
 from attnlib._problem import Problem, compute_dtype
+from attnlib._pytree import jit, register
 from attnlib._types import Array, Key, Query
 from attnlib.scores import Dot, Score
 
@@ -190,7 +191,7 @@ def _arguments(
     return _call.arguments(query, key, value, score, **_call.options(caller, options, _WITHOUT))
 
 
-_jit = partial(jax.jit, static_argnames=(*_call.STATIC, "mean", "k"))
+_jit = partial(jit, static_argnames=(*_call.STATIC, "mean", "k"))
 
 
 # Sums over the queries
@@ -242,7 +243,7 @@ def _attention_entropy(arrays: _call.Arrays, **static: Any) -> jax.Array:
     return jnp.where(empty, 0, total) - weighed / jnp.where(empty, 1, weight)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Times:
     """A function of one logit and its place (None: the logit itself), times a number."""

@@ -27,7 +27,6 @@ from attnlib._mask import (
     integer,
     integers,
     per_batch,
-    register,
     set_fields,
     static_int,
     widened,
@@ -56,7 +55,6 @@ __all__ = [
 ]
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Causal(Mask):
     """Key position <= query position + offset (top-left aligned where the lengths differ).
@@ -99,7 +97,6 @@ class Causal(Mask):
             )
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class SlidingWindow(Mask):
     """Query position - left <= key position <= query position + right, in flat row-major positions.
@@ -139,7 +136,6 @@ class SlidingWindow(Mask):
         return kinds(empty, full)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix(Mask):
     """Key position < length: with `Causal() | Prefix(length)` the prefix language model (Raffel et al. 2020).
@@ -163,7 +159,6 @@ class Prefix(Mask):
         check_per_batch(self.length, "Prefix length", shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lengths(Mask):
     """Positions < length are real, the rest is padding (flat row-major positions).
@@ -197,7 +192,6 @@ class Lengths(Mask):
         check_per_batch(self.key, "Lengths key", shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeyPadding(Mask):
     """Keys that are real: bool `(*batch, *key axes)` or `(*key axes,)`, True = real."""
@@ -214,7 +208,6 @@ class KeyPadding(Mask):
         check_positions(self.mask, "KeyPadding mask", shapes.batch, shapes.key, "key")
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class QueryPadding(Mask):
     """Queries that are real: bool `(*batch, *query axes)` or `(*query axes,)`, True = real; others attend nothing."""
@@ -231,7 +224,6 @@ class QueryPadding(Mask):
         check_positions(self.mask, "QueryPadding mask", shapes.batch, shapes.query, "query")
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segments(Mask):
     """Positions with equal ids attend each other: packed documents (Krell et al. 2021).
@@ -273,7 +265,6 @@ class Segments(Mask):
             )
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Mask):
     """Any bool array: of the rank of the weights `(*batch, N, *query axes, *key axes)` with ones where it broadcasts,
@@ -294,7 +285,6 @@ class Dense(Mask):
         _axes.check_pairs(self.array.shape, "mask", *shapes)
 
 
-@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predicate(Mask):
     """A mask from a function of positions.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._modifier import Checked
+from attnlib._pytree import register
 from attnlib._types import Array
 from attnlib._values import positive_number, size, static_bool
 
@@ -50,7 +51,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return np.concatenate([slopes, between[: num_heads - whole]]).astype(np.float32)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class ALiBi(Checked):
     """logit - slope of the head * |query position - key position|.
@@ -85,7 +86,7 @@ class ALiBi(Checked):
             )
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class RelativeBias(Checked):
     """logit + table[distance along each attention axis, head]: Swin's bias, over any number of axes.
@@ -124,7 +125,7 @@ class RelativeBias(Checked):
             )
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
 class BucketedBias(Checked):
     """logit + table[bucket of the distance, head]: T5's bias, one axis.

@@ -19,14 +19,18 @@ import numpy as np
 from attnlib._additive import additive_logits
 from attnlib._hoist import Hoisted, hoisted
 from attnlib._product import over_features
+from attnlib._pytree import Pytree
 from attnlib._values import is_number
 from attnlib._words import called
 
 __all__ = ["Additive", "Bilinear", "Concat", "Custom", "Dot", "Score"]
 
 
-class Score:
-    """How well a query and a key match; abstract. A kind of score implements `block` and `check`."""
+class Score(Pytree):
+    """How well a query and a key match; abstract. A kind of score implements `block` and `check`.
+
+    It is a pytree: arrays and numbers in its fields are parameters, traced and differentiable.
+    """
 
     may_capture = False  # whether `hoisted` has to be asked
 
@@ -62,7 +66,6 @@ class Score:
             )
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dot(Score):
     """scale * <query, key> (Luong et al. 2015; scaled: Vaswani et al. 2017).
@@ -89,7 +92,6 @@ class Dot(Score):
         _check_shape(self.scale, "Dot scale", ((), (heads,)))
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product(Score):
     """<query, key>: what Dot and Bilinear leave to the tiles."""
@@ -101,7 +103,6 @@ class Product(Score):
         return 1
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Additive(Score):
     """sum_d scale_d * tanh(query_d + key_d) (Bahdanau et al. 2015).
@@ -132,7 +133,6 @@ class Additive(Score):
         _check_shape(self.scale, "additive scale", ((), (query_features,), (heads, query_features)))
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class TanhSum(Score):
     """sum_d scale_d tanh(query_d + key_d), fast: what Additive and Concat leave to the tiles.
@@ -151,7 +151,6 @@ class TanhSum(Score):
         return 1
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Concat(Score):
     """weight * sum_d tanh(scale * (query_d + key_d)): Keras' `score_mode="concat"` (after Luong et al. 2015).
@@ -185,7 +184,6 @@ class Concat(Score):
         _check_shape(self.scale, "Concat scale", ((),))
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bilinear(Score):
     """query^T kernel key, unscaled (Luong et al. 2015, "general").
@@ -219,7 +217,6 @@ class Bilinear(Score):
         _check_shape(self.kernel, "Bilinear kernel", (shape, (heads, *shape)))
 
 
-@jax.tree_util.register_pytree_node_class
 class Custom(Score):
     """Any function of one query vector and one key vector; the library batches it.
 
@@ -254,36 +251,42 @@ class Custom(Score):
 
         with called("Custom"):
             program, result = hoisted(flat, query, key, *leaves)
-        if not program.captured or getattr(result, "shape", None) != ():  # `check` says what is wrong
-            return self
-        return Custom(_of_program, program, leaves)
+        _check_result(result, query_features, key_features)
+        return _Converted(program, leaves)
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         del heads
         query, key = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (query_features, key_features))
         # A question of shapes: the dtypes to come are not known here.
         with jax.numpy_dtype_promotion("standard"), called("Custom"):
-            result = jax.eval_shape(self.fn, query, key, *self.params)
-        if getattr(result, "shape", None) != ():
-            raise ValueError(
-                f"Custom fn must return a scalar for one query ({query_features},) and one key ({key_features},); got "
-                f"{result}. It is written for one pair: the library batches it over positions and heads."
-            )
-        if jnp.issubdtype(result.dtype, jnp.complexfloating) or result.dtype == jnp.bool_:
-            raise TypeError(f"Custom fn must return a real number; got {result.dtype}.")
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return self.params, self.fn
-
-    @classmethod
-    def tree_unflatten(cls, fn: Any, params: Any) -> Custom:
-        score = object.__new__(cls)
-        score.fn, score.params = fn, tuple(params)
-        return score
+            result = jax.eval_shape(lambda *args: self.fn(*args), query, key, *self.params)  # new: not remembered
+        _check_result(result, query_features, key_features)
 
 
-def _of_program(query: jax.Array, key: jax.Array, program: Hoisted, params: Sequence[jax.Array]) -> jax.Array:
-    return program(query, key, *params)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Converted(Score):
+    """A Custom whose function was traced: what it captured is a part of the program, and traced too."""
+
+    function: Hoisted
+    params: Sequence[jax.Array]
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        del precision
+        pairwise = jnp.vectorize(lambda q, k: self.function(q, k, *self.params), signature="(d),(e)->()")
+        return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        """It was checked when it was made."""
+
+
+def _check_result(result: Any, query_features: int, key_features: int) -> None:
+    if getattr(result, "shape", None) != ():
+        raise ValueError(
+            f"Custom fn must return a scalar for one query ({query_features},) and one key ({key_features},); got "
+            f"{result}. It is written for one pair: the library batches it over positions and heads."
+        )
+    if jnp.issubdtype(result.dtype, jnp.complexfloating) or result.dtype == jnp.bool_:
+        raise TypeError(f"Custom fn must return a real number; got {result.dtype}.")
 
 
 def _cast(parameter: Any, like: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlib._identity import node_types
 from attnlib._linear import Bound, Shown
 from attnlib._problem import Problem
 from attnlib._ruled import ruled, tangent_of
@@ -41,7 +42,7 @@ def output_of(
     floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
     pairs = list(zip(leaves, floating, strict=True))
     moving, fixed = [leaf for leaf, can in pairs if can], [leaf for leaf, can in pairs if not can]
-    return _output(_Call(tree, floating, natively, generally, elsewhere), False, moving, fixed)
+    return _output(_Call(tree, node_types(tree), floating, natively, generally, elsewhere), False, moving, fixed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class _Call:
     """All that is static of a problem and how it is computed; with its leaves it is the problem again."""
 
     tree: Any
+    node_types: tuple[type, ...]  # of the tree: two equal ones may differ in their classes
     floating: tuple[bool, ...]  # which leaves can have derivatives
     natively: Callable[[Problem, bool], jax.Array]
     generally: Callable[[Problem], jax.Array]

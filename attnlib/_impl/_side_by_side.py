@@ -176,7 +176,6 @@ def _in_tiles(plan: Plan, arrays: Arrays, running: Running, absorb: Absorb) -> R
     return running
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Given(Score):
     """Logits that were computed before."""

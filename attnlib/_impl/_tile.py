@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib import _axes, _dropout, _online_softmax
+from attnlib._identity import node_types
 from attnlib._mask import Mask
 from attnlib._modifier import Modifier
 from attnlib._positions import Positions
@@ -101,6 +102,7 @@ class Plan:
     """All that is static of a call; equal plans are equal programs."""
 
     tree: Any  # the structure of Arrays
+    node_types: tuple[type, ...]  # and its classes, which two equal structures may differ in
     floating: tuple[bool, ...]  # which of its leaves can have derivatives
     axes: tuple[Cut, ...]  # how those are cut
     tile: tuple[int, int]
@@ -119,8 +121,8 @@ class Plan:
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
         return cls(
-            tree, floating, axes, tile, in_turn, side_by_side, problem.heads, problem.query_shape, problem.key_shape,
-            problem.dropout_rate, problem.logits_soft_cap, problem.precision,
+            tree, node_types(tree), floating, axes, tile, in_turn, side_by_side, problem.heads, problem.query_shape,
+            problem.key_shape, problem.dropout_rate, problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
 
     def split(self, arrays: Arrays) -> tuple[list[Any], list[Any]]:
