@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import x64
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, modifiers, scores
@@ -318,7 +317,7 @@ def like(tree: Any, seed: int) -> Any:
 def derivatives(case: Case, name: str) -> dict[str, Any]:
     """Values, a tangent and a pullback of a case, all from one compiled program."""
 
-    @quick_jit
+    @jax.jit
     def everything(operands, traced, tangents, cotangents):
         def function(operands):
             return run(operands, traced, case.options, name)
@@ -338,7 +337,7 @@ def derivatives(case: Case, name: str) -> dict[str, Any]:
 def second_derivatives(case: Case, name: str) -> dict[str, Any]:
     """Products of the second derivative of a scalar with a vector, by forward over reverse and reverse over reverse."""
 
-    @quick_jit
+    @jax.jit
     def everything(operands, traced, tangents):
         def loss(operands):
             output, weights, lse = run(operands, traced, case.options, name)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from cases import BLOCK_SIZES, NAMES, SIDE_BY_SIDE, by_name, like, run, unsupported, variant
 from conftest import assert_close, assert_finite, assert_same, assert_zero, x64
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, scores
@@ -83,7 +82,7 @@ def test_1_rows_that_attend_nothing_are_zero(implementation, kind, score, keys):
         operands["bias"] = options.pop("bias")
     skip_unless_supported(implementation, operands, **options)
 
-    @quick_jit
+    @jax.jit
     def program(operands, options, rows):
         """Values, and derivatives of a loss of some rows (B, T)."""
 
@@ -120,7 +119,7 @@ def test_1_third_derivatives_of_rows_that_attend_nothing(implementation, keys):
         return jnp.stack([jnp.sum(jnp.sin(empty_rows_of)), jnp.sum(jnp.sin(output))])
 
     derivative = jax.jacfwd(jax.jacrev(jax.jacfwd(along)))
-    of_empty, of_all = quick_jit(derivative)(jnp.float32(0.0))
+    of_empty, of_all = jax.jit(derivative)(jnp.float32(0.0))
     assert of_empty == 0
     assert np.isfinite(of_all)
     assert of_all != 0
@@ -171,7 +170,7 @@ def test_2_masked_content_cannot_matter(implementation, kind, score, keys):
     skip_unless_supported(implementation, operands, mask=mask)
     tangents = like(operands, 6)
 
-    @(jax.jit if kind == "dense" else quick_jit)
+    @jax.jit
     def program(operands, mask):
         def function(operands):
             return run(operands, {"mask": mask}, {}, implementation)
@@ -227,7 +226,7 @@ def test_2_masked_bias_cannot_matter(implementation, soft_cap, keys):
     options = dict(logits_soft_cap=soft_cap)
     skip_unless_supported(implementation, operands, mask=mask, **options)
 
-    @quick_jit
+    @jax.jit
     def program(operands):
         def loss(operands):
             return jnp.sum(run(operands, {"mask": mask}, options, implementation)[0] ** 2)
@@ -265,7 +264,7 @@ def test_3_statistics_are_float32(implementation, dtype, keys):
     operands["bias"] = keys.normal(5, 7, dtype=dtype)
     skip_unless_supported(implementation, operands, score=scores.Dot())
 
-    @quick_jit
+    @jax.jit
     def program(operands):
         def function(operands):
             return run({**operands, "score": scores.Dot()}, {}, {}, implementation)
@@ -328,7 +327,7 @@ def test_4_every_broadcast_shape(implementation, keys):
     skip_unless_supported(implementation, operands, mask=jnp.ones(whole, bool), bias=jnp.ones(whole))
     direction = keys.normal(2, 5, 4, 6)
 
-    @quick_jit
+    @jax.jit
     def program(mask, bias):
         def loss(bias):
             return jnp.vdot(run({**operands, "bias": bias}, {"mask": mask}, {}, implementation)[0], direction)

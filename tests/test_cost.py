@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import BY_NAME, CASES, COMPLETE, build, context
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import _choose, masks, scores
@@ -35,11 +34,11 @@ def operations_of_xla(program):
     return counts.get("flops", 0) + counts.get("transcendentals", 0)
 
 
-def both(*operands, jit=jax.jit, **options):
+def both(*operands, **options):
     """(the lowered program of a call, of which arrays are arguments, what is explained of it)."""
     traced = {name: options.pop(name) for name in ("score", "mask", "bias", "dropout_rng") if name in options}
     traced.setdefault("score", scores.Dot())
-    program = jit(lambda operands, traced: attnlib.attention(*operands, **traced, **options))
+    program = jax.jit(lambda operands, traced: attnlib.attention(*operands, **traced, **options))
     return program.lower(operands, traced), attnlib.explain(*operands, **traced, **options)
 
 
@@ -78,6 +77,7 @@ LARGER = {
 COMPILED = {("additive", "blockwise"): 0.2}
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("name", COMPLETE)
 @pytest.mark.parametrize("case", LARGER)
 def test_operations_of_larger_operands(case, name):
@@ -142,13 +142,13 @@ BYTES = """dot|additive scale a head|custom|grouped|multi-query|causal|lengths|s
 second axis|batch of one broadcasts|no keys, causal|bfloat16|float64""".replace("\n", "|").split("|")
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_are_of_arguments_and_results(name, weights):
     with context(BY_NAME[name]):
-        program, explained = of_case(
-            BY_NAME[name], return_lse=weights, return_weights=weights, implementation="reference", jit=quick_jit
-        )
+        options = dict(return_lse=weights, return_weights=weights, implementation="reference")
+        program, explained = of_case(BY_NAME[name], **options)
         memory = program.compile().memory_analysis()
     pointers = 3 * 8 if weights else 0  # of a tuple of results
     arguments = memory.argument_size_in_bytes
@@ -158,6 +158,7 @@ def test_bytes_are_of_arguments_and_results(name, weights):
     assert explained.bytes == arguments + memory.output_size_in_bytes - pointers
 
 
+@pytest.mark.measured
 def test_bytes_are_what_is_moved_where_little_else_is():
     """One query of many keys has few pairs: XLA counts the keys and values, twice at most, and hardly anything more."""
     query, key = operand(1, 1, 1, 64), operand(1, 4096, 1, 64)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from cases import BY_NAME, COMPLETE, IN_TURN, build, by_name, context, like
 from conftest import assert_close, assert_finite, assert_zero, x64
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import inspect, masks, modifiers, scores
@@ -97,7 +96,7 @@ def check(case, implementation):
         rows, spread = chosen(case), len(attention_axes(case))
         key_shape = tuple(case.key[axis] for axis in attention_axes(case))
         k = min(3, int(np.prod(key_shape)))
-        made = quick_jit(
+        made = jax.jit(
             lambda operands, traced, rows: everything(operands, traced, {**options, **by_name(implementation)}, rows, k)
         )(operands, traced, jnp.asarray(rows))
         want = expected(operands, traced, options, rows, k, spread)
@@ -163,7 +162,7 @@ def test_gradients(name, few_at_a_time):
             return {n: made[n] for n in names}
 
         def pulled(function):
-            return quick_jit(lambda operands, bars: jax.vjp(function, operands)[1](bars)[0])(operands, cotangents)
+            return jax.jit(lambda operands, bars: jax.vjp(function, operands)[1](bars)[0])(operands, cotangents)
 
         made = pulled(ours)
         assert_finite(made)
@@ -194,7 +193,7 @@ def test_what_is_masked_cannot_matter(score, few_at_a_time):
         made["largest"] = largest
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(made)), (made, keys)
 
-    run = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, made), gradients = run(list(map(jnp.asarray, bad)))
     (_, want), want_gradients = run(list(map(jnp.asarray, clean)))
     assert_finite(made)
@@ -335,6 +334,7 @@ COUNTED += [(name, "additive", False) for name in ("received", "entropy", "top")
 
 
 @pytest.mark.parametrize(("name", "option", "gradient"), COUNTED)
+@pytest.mark.measured
 def test_memory_is_linear(name, option, gradient):
     long, half = (temporaries(name, option, length, gradient) for length in (LENGTH, LENGTH // 2))
     assert long <= SQUARE_MB / 8

@@ -8,6 +8,7 @@ import attnlib
 from attnlib import masks, modifiers, scores
 from attnlib._impl import _sizes
 
+pytestmark = pytest.mark.measured
 HEADS, FEATURES = 2, 64
 LIMITS_MB = {"forward": 60, "jvp": 90, "grad": 90, "forward over reverse": 200, "grad of grad": 250}
 SCORES = {
