@@ -6,7 +6,7 @@ import zlib
 import cpu_seconds
 import processes
 
-processes.set_up()
+os.environ.update(processes.environment())
 
 import jax
 import jax.numpy as jnp

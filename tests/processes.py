@@ -22,26 +22,28 @@ ROOT = Path(__file__).parent.parent
 # Measured on 9 tests: 58 CPU s as users compile, 35 with the first of these, 19 with both.
 QUICK = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
 EIGHT = ("--xla_force_host_platform_device_count=8",)
-KINDS = {
-    "measured": ((), "programs as users compile them: memory, cost, text and speed"),
-    "devices": ((*QUICK, *EIGHT), "eight CPU devices"),
-}
+KINDS = {"measured": (), "devices": (*QUICK, *EIGHT)}
 OWN = os.environ.get("ATTNLIB_TEST_PROCESS")  # the kind of this process; None: the default
 
 
-def set_up():
-    """Settles what this process is, and where compiled programs are kept; to be called before JAX is imported.
+def environment():
+    """What settles the kind of this process, and where compiled programs are kept, if set before JAX is imported.
 
-    The environment hands both on: to workers, notebooks and programs that tests start.
+    It is handed on: to workers, notebooks and programs that tests start.
     """
-    flags, _ = KINDS.get(OWN, (QUICK, ""))
+    flags = KINDS.get(OWN, QUICK)
+    known = os.environ.get("ATTNLIB_KNOWN_FLAGS") or " ".join(filter(_known, (*QUICK, *EIGHT)))
     others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in (*QUICK, *EIGHT)]
-    known = os.environ.setdefault("ATTNLIB_KNOWN_FLAGS", " ".join(filter(_known, (*QUICK, *EIGHT)))).split()
-    os.environ["XLA_FLAGS"] = " ".join([*others, *(flag for flag in flags if flag in known)])
-    cache = ROOT / ".cache/jax" / importlib.metadata.version("jaxlib")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    settings = dict(
+        JAX_COMPILATION_CACHE_DIR=str(ROOT / ".cache/jax" / importlib.metadata.version("jaxlib")),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
+    return {
+        **{name: os.environ.get(name, value) for name, value in settings.items()},
+        "ATTNLIB_KNOWN_FLAGS": known,
+        "XLA_FLAGS": " ".join([*others, *(flag for flag in flags if flag in known.split())]),
+    }
 
 
 def _known(flag):
@@ -83,7 +85,9 @@ class Process(pytest.Item):
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
             options = ["-q", "-m", "", "-p", "no:cacheprovider", f"--junitxml={report}"]
-            options += [f"--{name}={value}" for name in ("fuzz", "max-cpu") if (value := self.config.getoption(f"--{name}"))]
+            for name in ("--fuzz", "--max-cpu"):
+                if value := self.config.getoption(name):
+                    options.append(f"{name}={value}")
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", *options, *self.ids],
                 cwd=self.config.rootpath,
@@ -96,7 +100,8 @@ class Process(pytest.Item):
                 pytest.fail(f"in a process of kind {self.kind!r}:\n{done.stdout}", pytrace=False)
             cases = list(ElementTree.parse(report).iter("testcase"))
         assert len(cases) == len(self.ids), f"{len(cases)} of {len(self.ids)} tests ran:\n{done.stdout}"
-        skipped = [skip.get("message") for case in cases for skip in case.iter("skipped") if "xfail" not in skip.get("type")]
+        skips = [skip for case in cases for skip in case.iter("skipped")]
+        skipped = [skip.get("message") for skip in skips if "xfail" not in skip.get("type")]
         if skipped:
             reasons = "; ".join(sorted(set(skipped)))
             self.user_properties.append(("skipped inside", f"{len(skipped)} of {len(cases)}: {reasons}"))
