@@ -91,7 +91,7 @@ def expected(operands, traced, options, rows, k, spread):
 
 def check(case, implementation):
     """Every function of a case, on an implementation, against the dense weights."""
-    with context(case, implementation):
+    with context(case):
         operands, traced, options = split(case)
         rows, spread = chosen(case), len(attention_axes(case))
         key_shape = tuple(case.key[axis] for axis in attention_axes(case))
