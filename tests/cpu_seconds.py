@@ -29,7 +29,7 @@ class CpuSeconds:
         return report
 
     def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.cpu_seconds
+        self.seconds[report.nodeid] += getattr(report, "cpu_seconds", 0.0)  # a worker that died says nothing
 
     def over(self):
         found = [(seconds, name) for name, seconds in self.seconds.items() if seconds > self.limit]
