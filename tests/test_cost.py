@@ -93,7 +93,7 @@ def test_every_tile_that_is_computed_counts():
     """Of a causal square of 4 x 4 tiles: 6 full ones and 4 that the mask cuts; XLA counts one of each."""
     size = 64
     whole, tile = operand(1, 4 * size, 2, 64), operand(1, size, 2, 64)
-    options = dict(implementation="blockwise", block_sizes=(size, size))
+    options = dict(implementation=blockwise("all_heads"), block_sizes=(size, size))
     program, explained = both(whole, whole, whole, **options, is_causal=True)
     assert explained.tiles == (10, 16)
     full, cut = (operations_of_xla(both(tile, tile, tile, **options, is_causal=causal)[0]) for causal in (False, True))
