@@ -133,7 +133,8 @@ def few_at_a_time(monkeypatch):
 
 
 CHECKED = [(name, "blockwise") for name in TABLE]
-CHECKED += [(name, implementation) for name in OTHERS for implementation in ("reference", IN_TURN)]
+CHECKED += [(name, "reference") for name in OTHERS]
+CHECKED += [(name, IN_TURN) for name in OTHERS if name != "custom"]  # its score has arrays, which are not cut
 
 
 @pytest.mark.parametrize(("name", "implementation"), CHECKED)
