@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attnlib import _axes, _checks, _choose, _dropout
 from attnlib._mask import Mask, Placed, Shapes
 from attnlib._modifier import Modifier
-from attnlib._problem import Problem, Result, compute_dtype
+from attnlib._problem import Asked, Problem, Result, compute_dtype
 from attnlib._pytree import jit
 from attnlib._sink import with_sink
 from attnlib._types import Array
@@ -113,7 +113,7 @@ def attend(arrays: Arrays, *, return_lse, implementation, **static):
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def solve(problem: Problem, implementation: str | tuple[str, ...] | None) -> Result:
+def solve(problem: Problem, implementation: Asked) -> Result:
     """What the chosen implementation gives, with the sink."""
     return with_sink(_choose.choose(problem, implementation).run(problem), problem)
 

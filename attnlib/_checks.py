@@ -14,6 +14,7 @@ import numpy as np
 from attnlib import _axes
 from attnlib._axes import Axes
 from attnlib._mask import Mask, Shapes, check_positions
+from attnlib._problem import Asked, Implementation
 from attnlib._values import fits, is_number, positive_number, static_number
 from attnlib._values import size as size
 from attnlib._values import static_bool as static_bool
@@ -146,21 +147,23 @@ def soft_cap(value: Any) -> float | None:
     return None if value is None else positive_number(value, "logits_soft_cap", otherwise=" or None")
 
 
-def implementation(value: Any, known: tuple[str, ...]) -> str | tuple[str, ...] | None:
+def implementation(value: Any, known: tuple[str, ...]) -> Asked:
+    """A name or several that are known. An `Implementation` itself is taken too: tests ask for variants of one."""
     if value is None:
         return None
-    names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+    one = isinstance(value, (str, Implementation))
+    names = (value,) if one else value
+    if not isinstance(names, Sequence) or not names or not all(isinstance(n, (str, Implementation)) for n in names):
         raise TypeError(
             f"implementation must be None, one of {', '.join(map(repr, known))}, or a sequence of them to try in "
             f"order; got {value!r}."
         )
     for name in names:
-        if name not in known:
+        if isinstance(name, str) and name not in known:
             raise ValueError(
                 f"implementation {name!r} is unknown; known are {', '.join(map(repr, known))}, and None to choose."
             )
-    return value if isinstance(value, str) else tuple(names)
+    return value if one else tuple(names)
 
 
 def block_sizes(value: Any) -> tuple[int, int] | None:

@@ -7,19 +7,19 @@ import dataclasses
 import jax
 
 from attnlib._cost import operations
-from attnlib._impl._sizes import heads_in_turn, side_by_side
+from attnlib._impl._sizes import choose_kind
 from attnlib._impl.blockwise import blockwise
 from attnlib._impl.cudnn import cudnn
 from attnlib._impl.reference import reference
-from attnlib._problem import Implementation, Problem
+from attnlib._problem import Asked, Implementation, Problem
 from attnlib._sink import with_sink
 
 # Implementations never import each other, so the derivatives that cuDNN lacks are handed to it here.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise, reference, cudnn(blockwise, elsewhere=False))
+IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise(), reference, cudnn(blockwise(), elsewhere=False))
 NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 
 # Chosen for a GPU that is a default: the program may still be placed on another device, and then runs blockwise.
-_CUDNN_OR_BLOCKWISE = cudnn(blockwise, elsewhere=True)
+_CUDNN_OR_BLOCKWISE = cudnn(blockwise(), elsewhere=True)
 
 # Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
 # cores, time dense / tiled, forward and training. Dot, 8 heads x 64 features, in turn: 1.03, 0.79 at 1 M numbers
@@ -29,13 +29,13 @@ _CUDNN_OR_BLOCKWISE = cudnn(blockwise, elsewhere=True)
 DENSE_NUMBERS_IN_TURN, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23, 2**24
 
 
-def choose(problem: Problem, asked: str | tuple[str, ...] | None) -> Implementation:
+def choose(problem: Problem, asked: Asked) -> Implementation:
     """The first implementation, of those asked for by name or of all in order of preference, that can compute it.
 
     Raises:
       ValueError: none can; the message gives each one's reason.
     """
-    names = (asked,) if isinstance(asked, str) else asked
+    names = asked if asked is None or isinstance(asked, tuple) else (asked,)
     candidates = preferred(problem) if names is None else tuple(map(_named, names))
     reasons = {implementation.name: implementation.unsupported(problem) for implementation in candidates}
     for implementation in candidates:
@@ -53,20 +53,23 @@ def preferred(problem: Problem) -> tuple[Implementation, ...]:
     features = problem.query.shape[-1]
     pair_size = problem.score.pair_size(features)
     if problem.score.prepared_pair_size(features) < pair_size:  # additive scores: tiled, the faster one at every size
-        return blockwise, reference
+        return blockwise(), reference
     # In half precision, keys and values have to be converted first, which the dense path does while it moves them:
     # dense / side by side 0.33 of a query against 4096 keys, with lengths 0.82, training 0.61, 0.80.
     stored = problem.key.dtype == problem.value.dtype == problem.dtype
-    if side_by_side(problem) and stored and not problem.return_weights:
-        return blockwise, reference
-    limit = DENSE_NUMBERS_IN_TURN if heads_in_turn(problem) else DENSE_NUMBERS
+    kind = choose_kind(problem)
+    if kind == "decode" and stored and not problem.return_weights:
+        return blockwise(), reference
+    limit = DENSE_NUMBERS_IN_TURN if kind == "loop_over_heads" else DENSE_NUMBERS
     limit = limit if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES
     dense = problem.return_weights or problem.rows * problem.key_length * pair_size <= limit
-    anywhere = (reference, blockwise) if dense else (blockwise, reference)
+    anywhere = (reference, blockwise()) if dense else (blockwise(), reference)
     return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere
 
 
-def _named(name: str) -> Implementation:
+def _named(name: str | Implementation) -> Implementation:
+    if isinstance(name, Implementation):
+        return name
     return next(implementation for implementation in IMPLEMENTATIONS if implementation.name == name)
 
 
@@ -115,7 +118,7 @@ def _short(number: int) -> str:
     return f"{rounded / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
-def explain(problem: Problem, asked: str | tuple[str, ...] | None) -> Explanation:
+def explain(problem: Problem, asked: Asked) -> Explanation:
     chosen = choose(problem, asked)
     others = [implementation for implementation in IMPLEMENTATIONS if implementation.name != chosen.name]
     tried = {implementation.name for implementation in preferred(problem)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ class Estimate(NamedTuple):
     tiles: tuple[int, int] | None = None  # (tiles computed, all tiles)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Implementation:
     """A way to compute a Problem. `unsupported` says why it cannot compute one (None: it can); all who ask, ask it."""
 
@@ -130,6 +130,13 @@ class Implementation:
     unsupported: Callable[[Problem], str | None]
     run: Callable[[Problem], Result]
     estimate: Callable[[Problem], Estimate]
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+# What may be asked for: a name, or one that has none that users know, or several to try in order; None: chosen.
+Asked: TypeAlias = str | Implementation | tuple[str | Implementation, ...] | None
 
 
 def compute_dtype(*arrays: Array) -> Any:

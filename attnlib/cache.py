@@ -116,9 +116,7 @@ class KVCache:
         window = None if window is None else operator.index(window)
         return cls(**held._asdict(), length=jnp.zeros(batch if ragged else (), jnp.int32), window=window)
 
-    def replace(self, **changes: Any) -> KVCache:
-        """The same cache with other attributes."""
-        return dataclasses.replace(self, **changes)
+    replace = dataclasses.replace
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -4,38 +4,33 @@ Every size of a case is distinct along its axes where the case allows it, so tha
 holds factories, not arrays: `build` draws the same operands each time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import x64
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, modifiers, scores
 from attnlib._choose import NAMES as NAMES
-from attnlib._impl import _side_by_side, _sizes
+from attnlib._impl.blockwise import blockwise
 
 # Those that take every call; the others have tests of their own, and are skipped with their reason where they refuse.
 COMPLETE = tuple(name for name in NAMES if name != "cudnn")
 
-# What blockwise does with long operands on a CPU with one device, which the tests do not have.
-IN_TURN = "blockwise, heads in turn"
+# What blockwise does with long operands on a CPU with one device, and there with few queries against many keys; with
+# the small ones here it has all heads at once.
+IN_TURN, SIDE_BY_SIDE = "blockwise, loop_over_heads", "blockwise, decode"
+VARIANTS = {IN_TURN: blockwise("loop_over_heads"), SIDE_BY_SIDE: blockwise("decode")}
 
-# What it does there with few queries against many keys.
-SIDE_BY_SIDE = "blockwise, heads side by side"
-
-# Block sizes that cut the small operands here into several tiles, the last ones incomplete; or, with heads side by
-# side, into none. They must differ: JAX keeps what it has traced for the same arguments.
-BLOCK_SIZES = {"blockwise": (3, 4), IN_TURN: (4, 3), SIDE_BY_SIDE: (64, 64)}
-ANY_ROWS = dict(_ROWS_SIDE_BY_SIDE=10**9, _ROWS_OF_A_KEY_HEAD=10**9, _KEYS_SIDE_BY_SIDE=1)
+# Block sizes that cut the small operands here into several tiles, the last ones incomplete. With heads side by side
+# there is one tile, and these are of what is computed again.
+BLOCK_SIZES = {"blockwise": (3, 4), IN_TURN: (4, 3), SIDE_BY_SIDE: (64, 3)}
 
 
 class Draw:
@@ -233,24 +228,9 @@ BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES), "two cases share a name"
 
 
-@contextlib.contextmanager
-def context(case: Case, name: str | None = None):
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(x64(case.dtype == "float64"))
-        stack.enter_context(variant(name))
-        yield
-
-
-@contextlib.contextmanager
-def variant(name: str | None):
-    """Where a named variant of an implementation is what that implementation does."""
-    with contextlib.ExitStack() as stack:
-        if name == IN_TURN:
-            stack.enter_context(mock.patch.multiple(_sizes, _alone=lambda: True, _PAIRS_IN_TURN=1))
-        if name == SIDE_BY_SIDE:
-            stack.enter_context(mock.patch.multiple(_sizes, _alone=lambda: True, **ANY_ROWS))
-            stack.enter_context(mock.patch.object(_side_by_side, "_TILE", 3))  # 7 keys: two tiles and a rest
-        yield
+def context(case: Case):
+    """Where its dtype exists."""
+    return x64(case.dtype == "float64")
 
 
 def build(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -282,18 +262,14 @@ def run(operands: dict[str, Any], traced: dict[str, Any], options: dict[str, Any
 
 def by_name(implementation: str | None) -> dict[str, Any]:
     """The options that ask for an implementation, in several blocks where it has them."""
-    name = "blockwise" if implementation in (IN_TURN, SIDE_BY_SIDE) else implementation
-    return dict(implementation=name, block_sizes=BLOCK_SIZES.get(implementation))
+    how = VARIANTS.get(implementation, implementation)
+    return dict(implementation=how, block_sizes=BLOCK_SIZES.get(implementation))
 
 
 def refusal(case: Case, name: str) -> str | None:
     """Why an implementation does not run a case; None where it does."""
     with context(case):
         operands, traced, options = build(case)
-        if name == IN_TURN and jax.tree.leaves(operands["score"]):
-            return "the score has arrays, which are not cut"
-        if name == SIDE_BY_SIDE and not isinstance(operands["score"], (scores.Dot, scores.Bilinear)):
-            return "the score is not a product"
         return unsupported(name, **operands, **traced, **options, return_weights=True, return_lse=True)
 
 
@@ -318,7 +294,7 @@ def like(tree: Any, seed: int) -> Any:
 def derivatives(case: Case, name: str) -> dict[str, Any]:
     """Values, a tangent and a pullback of a case, all from one compiled program."""
 
-    @quick_jit
+    @jax.jit
     def everything(operands, traced, tangents, cotangents):
         def function(operands):
             return run(operands, traced, case.options, name)
@@ -327,7 +303,7 @@ def derivatives(case: Case, name: str) -> dict[str, Any]:
         _, tangent = jax.jvp(function, (operands,), (tangents,))
         return dict(results=results, tangent=tangent, gradients=pullback(cotangents)[0])
 
-    with context(case, name):
+    with context(case):
         operands, traced, options = build(case)
         shapes = jax.eval_shape(lambda *args: run(*args, options, name), operands, traced)
         tangents, cotangents = like(operands, 1), like(shapes, 2)
@@ -338,7 +314,7 @@ def derivatives(case: Case, name: str) -> dict[str, Any]:
 def second_derivatives(case: Case, name: str) -> dict[str, Any]:
     """Products of the second derivative of a scalar with a vector, by forward over reverse and reverse over reverse."""
 
-    @quick_jit
+    @jax.jit
     def everything(operands, traced, tangents):
         def loss(operands):
             output, weights, lse = run(operands, traced, case.options, name)
@@ -349,6 +325,6 @@ def second_derivatives(case: Case, name: str) -> dict[str, Any]:
         _, pullback = jax.vjp(jax.grad(loss), operands)
         return dict(gradient=gradient, forward=forward, reverse=pullback(tangents)[0])
 
-    with context(case, name):
+    with context(case):
         operands, traced, _ = build(case)
         return everything(operands, traced, like(operands, 3))

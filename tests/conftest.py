@@ -1,10 +1,12 @@
-"""What all tests share: random keys, dtype settings, and closeness to rounding."""
+"""What all tests share: their processes, random keys, dtype settings, and closeness to rounding."""
 
 import os
 import zlib
 
-# Sharding is tested on four devices that share this machine's CPU; it has to be said before JAX starts.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+import cpu_seconds
+import processes
+
+os.environ.update(processes.environment())
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,37 @@ from hypothesis import HealthCheck, settings
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, metavar="N", help="draw N times as many examples in fuzz tests, anew")
+    parser.addoption("--no-cache", action="store_true", help="compile anew what earlier runs compiled")
+    parser.addoption("--max-cpu", type=float, metavar="S", help="fail if a test takes more than S seconds of CPU time")
 
 
 def pytest_configure(config):
     global _fuzz_times
     _fuzz_times = config.getoption("--fuzz")
+    if config.getoption("--no-cache"):
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        jax.config.update("jax_enable_compilation_cache", False)
+    config.pluginmanager.register(cpu_seconds.CpuSeconds(config))
+
+
+@pytest.hookimpl(trylast=True)  # after -k, -m and --deselect
+def pytest_collection_modifyitems(config, items):
+    if processes.OWN is None and not config.getoption("--collect-only"):
+        processes.gather(items)
+
+
+def pytest_runtest_setup(item):
+    if not isinstance(item, processes.Process) and processes.kind_of(item) != processes.OWN:
+        pytest.fail(f"this process is of kind {processes.OWN}, the test needs {processes.kind_of(item)}", pytrace=False)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    """Says what was skipped in processes of their own, where pytest itself cannot see it."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "skipped inside" and report.when == "call":
+                terminalreporter.line(f"SKIPPED inside {report.nodeid}: {text}")
 
 
 _fuzz_times = None  # by default the same examples each time

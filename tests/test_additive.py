@@ -154,6 +154,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_no_array_of_queries_keys_and_features(derivative):
     """The largest array of the compiled program, fused ones included, holds far less than T * S * D numbers."""

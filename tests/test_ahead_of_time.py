@@ -17,6 +17,7 @@ import sys
 import pytest
 from ahead_of_time import FEATURES, HEADS, LENGTH, SCORES
 
+pytestmark = pytest.mark.measured
 PROGRAM = pathlib.Path(__file__).with_name("ahead_of_time.py")
 PROGRAMS = 9  # of each score, and the last is of the reference
 COMPILERS = {"tpu": ["libtpu"], "h100": ["jax-cuda12-plugin", "jax-cuda12-pjrt"]}

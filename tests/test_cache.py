@@ -10,7 +10,6 @@ import pytest
 from conftest import assert_close, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import KVCache, masks, scores
@@ -71,13 +70,13 @@ def whole(query, key, value, window=None, score=None, mask=None, **options):
 
 @functools.cache
 def whole_of(name, window):
-    return quick_jit(lambda *arrays: whole(*arrays, window, **OPTIONS[name]()))(*tokens())
+    return jax.jit(lambda *arrays: whole(*arrays, window, **OPTIONS[name]()))(*tokens())
 
 
 @functools.cache
 def decoder(name):
     """`decode`, compiled: again only for other numbers of tokens and other forms of the cache."""
-    return quick_jit(lambda cache, lengths, *arrays: cache.decode(*arrays, lengths, **OPTIONS[name]()))
+    return jax.jit(lambda cache, lengths, *arrays: cache.decode(*arrays, lengths, **OPTIONS[name]()))
 
 
 CHUNKS = 6, 3, 1  # few sizes: each is a program to compile
@@ -160,7 +159,7 @@ def test_one_by_one_is_the_definition(window):
     share = 1 / (1 + np.exp(SINK[:, None] - lse))
     output = (output * np.moveaxis(share, 1, 2)[..., None]).astype(np.float32)
     options = dict(score=scores.Additive(SCALE), score_mod=alibi, sink=jnp.asarray(SINK))
-    step = quick_jit(lambda cache, *arrays: cache.decode(*arrays, **options))
+    step = jax.jit(lambda cache, *arrays: cache.decode(*arrays, **options))
     cache = empty((2,), capacity=window or TOKENS, window=window)
     for at in range(TOKENS):
         found, cache = step(cache, *(x[:, at : at + 1] for x in (query, key, value)))
@@ -184,7 +183,7 @@ def test_attend_takes_the_last_tokens_of_each_sequence():
     query, key, value = tokens()
     lengths = jnp.array([[0, 1, 2], [3, 2, 1]])
 
-    @quick_jit
+    @jax.jit
     def program(cache, lengths):
         cache = cache.append(key[..., :6, :, :], value[..., :6, :, :])
         cache = cache.append(key[..., 6:9, :, :], value[..., 6:9, :, :], lengths)
@@ -255,7 +254,7 @@ def test_the_axis_of_tokens_may_stand_anywhere(axis):
 def test_without_batch_axes():
     arrays = tokens(batch=())
     output, cache = empty(()).decode(*arrays)
-    assert_close(output, quick_jit(whole)(*arrays), length=TOKENS)
+    assert_close(output, jax.jit(whole)(*arrays), length=TOKENS)
     part = empty(()).append(*arrays[1:], jnp.int32(4))
     assert int(part.length) == 4 and cache.length.shape == part.length.shape == ()
 
@@ -270,5 +269,5 @@ def test_what_empty_slots_hold_cannot_matter(form):
         output, cache = cache.decode(*(x[..., :3, :, :] for x in (query, key, value)))
         return jnp.sum(jnp.sin(output)) + jnp.sum(cache.attend(query[..., 2:3, :, :]))
 
-    gradient = quick_jit(jax.value_and_grad(loss))
+    gradient = jax.jit(jax.value_and_grad(loss))
     assert_same(gradient(query, poisoned), gradient(query, cache))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close, assert_same
-from quick_jit import quick_jit
 from test_cache import FORMS, HEADS, TOKENS, WINDOW, empty, tokens, whole
 
 import attnlib
@@ -36,13 +35,14 @@ def test_all_steps_are_one_program(held):
         traced.append(1)
         return cache.decode(*arrays)
 
-    compiled, cache = quick_jit(step, donate_argnums=0), empty(BATCH, **HELD[held])
+    compiled, cache = jax.jit(step, donate_argnums=0), empty(BATCH, **HELD[held])
     for n in range(TOKENS):
         _, cache = compiled(cache, *at(tokens(BATCH), n, n + 1))
     assert len(traced) == 1 and compiled._cache_size() == 1
     assert np.all(np.asarray(cache.length) == TOKENS)
 
 
+@pytest.mark.measured
 @on_every_held
 @pytest.mark.parametrize("new", [1, 3])
 def test_appending_is_in_place(held, new):
@@ -58,6 +58,7 @@ def test_appending_is_in_place(held, new):
     assert cache.key.is_deleted() and cache.value.is_deleted()
 
 
+@pytest.mark.measured
 def test_a_step_makes_no_copy_of_the_cache():
     """Nor does it when it attends, and the output does not keep the old arrays alive."""
     cache = KVCache.create((2,), 4096, 2, 16)
@@ -69,6 +70,7 @@ def test_a_step_makes_no_copy_of_the_cache():
     assert not copies
 
 
+@pytest.mark.measured
 def test_a_ring_costs_the_same_however_long_the_sequence():
     """The arrays of a step are those of the window; the prompt's own length is all that prefill adds."""
     cache = jax.eval_shape(lambda: KVCache.create((1,), 64, 2, 16, window=64))
@@ -87,12 +89,12 @@ def test_survives_scan_vmap_and_tree_map():
     arrays = tokens(BATCH)
     expected = whole(*arrays)
     steps = [jnp.moveaxis(x, 1, 0)[:, :, None] for x in arrays]
-    scanned = quick_jit(lambda cache, steps: jax.lax.scan(lambda cache, x: cache.decode(*x)[::-1], cache, steps))
+    scanned = jax.jit(lambda cache, steps: jax.lax.scan(lambda cache, x: cache.decode(*x)[::-1], cache, steps))
     cache, outputs = scanned(empty(BATCH), steps)
     assert_close(jnp.moveaxis(outputs[:, :, 0], 0, 1), expected, length=TOKENS)
     assert int(cache.length) == TOKENS
 
-    single = quick_jit(jax.vmap(lambda cache, *x: cache.decode(*x)))
+    single = jax.jit(jax.vmap(lambda cache, *x: cache.decode(*x)))
     outputs, ragged = single(empty(BATCH, ragged=True), *arrays)
     assert_close(outputs, expected, length=TOKENS)
     assert_same(dataclasses.replace(ragged, length=cache.length), cache)
@@ -128,7 +130,7 @@ def test_gradients_are_those_of_the_whole(form):
         return jnp.concatenate(outputs, -3)
 
     def gradients(function):
-        return quick_jit(jax.grad(lambda *x: jnp.sum(jnp.sin(3 * function(*x))), (0, 1, 2)))(*arrays)
+        return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(3 * function(*x))), (0, 1, 2)))(*arrays)
 
     expected = gradients(lambda *x: whole(*x, FORMS[form].get("window"), score=score))
     assert_close(gradients(split), expected, length=TOKENS**2)
@@ -151,7 +153,7 @@ def test_gradients_by_what_the_cache_holds():
         return jnp.sum(jnp.sin(jnp.where(real, output, 0)))
 
     operands = (query[:, 8:], cache.key, cache.value, key[:, 8:], value[:, 8:])
-    found, expected = (quick_jit(jax.grad(f, (0, 1, 2, 3, 4)))(*operands) for f in (split, joined))
+    found, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3, 4)))(*operands) for f in (split, joined))
     assert_close(found, expected, length=TOKENS)
     assert not jnp.any(found[1][:, 8:]) and not jnp.any(found[3][1, 1:])
 
@@ -246,7 +248,7 @@ def test_overflow_is_nan_where_it_is_not_known(ragged):
     lengths = jnp.array([5, 2]) if ragged else None
     cache = empty(BATCH, capacity=6, ragged=ragged).append(*at(arrays[1:], 5), lengths)
     options = dict(return_weights=True, return_lse=True)
-    results, cache = quick_jit(lambda cache, *x: cache.decode(*x, **options))(cache, *at(arrays, 5, 8))
+    results, cache = jax.jit(lambda cache, *x: cache.decode(*x, **options))(cache, *at(arrays, 5, 8))
     for result in (*results, cache.attend(arrays[0][:, -1:])):
         assert jnp.all(jnp.isnan(result[0]))
         assert jnp.all(jnp.isnan(result[1])) != ragged  # the second sequence has 5 tokens of 6

@@ -101,7 +101,7 @@ def test_heads_are_in_turn(name, starts):
     Where a tile starts is a row of a table: of tiles that are whole (1 of 4, then no loop, and 2 of 6), of the others.
     """
     case = BY_NAME["grouped"]
-    with context(case, name):
+    with context(case):
         operands, traced, options = build(case)
         program = jax.jit(lambda *args: run(*args, options, name)).lower(operands, traced).as_text()
     assert starts <= set(re.findall(r"tensor<(\d+x\d+)xi32>", program))
@@ -111,7 +111,7 @@ def test_heads_are_in_turn(name, starts):
 def test_heads_are_side_by_side(name, wide):
     """Likewise: keys of 2 heads x 4 features are one matrix, in a product with the 6 heads of 5 queries."""
     case = BY_NAME["grouped"]
-    with context(case, name):
+    with context(case):
         operands, traced, options = build(case)
         program = jax.jit(lambda *args: run(*args, options, name)).lower(operands, traced).as_text()
     assert bool(re.search(r"dot_general.*tensor<2x7x8xf32>, tensor<2x30x8xf32>", program)) == wide
@@ -120,7 +120,7 @@ def test_heads_are_side_by_side(name, wide):
 def test_a_batch_of_heads_side_by_side_branches_once():
     """Under vmap too, what is computed again where something is not finite is a branch: else both would run."""
     case = BY_NAME["grouped"]
-    with context(case, SIDE_BY_SIDE):
+    with context(case):
         operands, _, options = build(case)
         batch = jax.tree.map(lambda x: jnp.stack([x, x + 1]), operands)
         program = jax.jit(jax.vmap(lambda operands: run(operands, {}, options, SIDE_BY_SIDE)[0]))

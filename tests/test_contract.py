@@ -8,21 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BLOCK_SIZES, NAMES, SIDE_BY_SIDE, by_name, like, run, unsupported, variant
+from cases import BLOCK_SIZES, NAMES, SIDE_BY_SIDE, by_name, like, run, unsupported
 from conftest import assert_close, assert_finite, assert_same, assert_zero, x64
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, scores
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 on_every_implementation = pytest.mark.parametrize("implementation", [*NAMES, SIDE_BY_SIDE])
-
-
-@pytest.fixture(autouse=True)
-def as_the_variant_says(request):
-    with variant(getattr(request.node, "callspec", None) and request.node.callspec.params.get("implementation")):
-        yield
 
 
 SHAPES = dict(query=(2, 5, 4, 3), key=(2, 7, 2, 3), value=(2, 7, 2, 6))  # B, T or S, N or K, D or E
@@ -83,7 +76,7 @@ def test_1_rows_that_attend_nothing_are_zero(implementation, kind, score, keys):
         operands["bias"] = options.pop("bias")
     skip_unless_supported(implementation, operands, **options)
 
-    @quick_jit
+    @jax.jit
     def program(operands, options, rows):
         """Values, and derivatives of a loss of some rows (B, T)."""
 
@@ -120,7 +113,7 @@ def test_1_third_derivatives_of_rows_that_attend_nothing(implementation, keys):
         return jnp.stack([jnp.sum(jnp.sin(empty_rows_of)), jnp.sum(jnp.sin(output))])
 
     derivative = jax.jacfwd(jax.jacrev(jax.jacfwd(along)))
-    of_empty, of_all = quick_jit(derivative)(jnp.float32(0.0))
+    of_empty, of_all = jax.jit(derivative)(jnp.float32(0.0))
     assert of_empty == 0
     assert np.isfinite(of_all)
     assert of_all != 0
@@ -171,7 +164,7 @@ def test_2_masked_content_cannot_matter(implementation, kind, score, keys):
     skip_unless_supported(implementation, operands, mask=mask)
     tangents = like(operands, 6)
 
-    @(jax.jit if kind == "dense" else quick_jit)
+    @jax.jit
     def program(operands, mask):
         def function(operands):
             return run(operands, {"mask": mask}, {}, implementation)
@@ -227,7 +220,7 @@ def test_2_masked_bias_cannot_matter(implementation, soft_cap, keys):
     options = dict(logits_soft_cap=soft_cap)
     skip_unless_supported(implementation, operands, mask=mask, **options)
 
-    @quick_jit
+    @jax.jit
     def program(operands):
         def loss(operands):
             return jnp.sum(run(operands, {"mask": mask}, options, implementation)[0] ** 2)
@@ -265,7 +258,7 @@ def test_3_statistics_are_float32(implementation, dtype, keys):
     operands["bias"] = keys.normal(5, 7, dtype=dtype)
     skip_unless_supported(implementation, operands, score=scores.Dot())
 
-    @quick_jit
+    @jax.jit
     def program(operands):
         def function(operands):
             return run({**operands, "score": scores.Dot()}, {}, {}, implementation)
@@ -328,7 +321,7 @@ def test_4_every_broadcast_shape(implementation, keys):
     skip_unless_supported(implementation, operands, mask=jnp.ones(whole, bool), bias=jnp.ones(whole))
     direction = keys.normal(2, 5, 4, 6)
 
-    @quick_jit
+    @jax.jit
     def program(mask, bias):
         def loss(bias):
             return jnp.vdot(run({**operands, "bias": bias}, {"mask": mask}, {}, implementation)[0], direction)
@@ -355,7 +348,7 @@ def test_7_two_runs_are_equal_bit_by_bit(implementation, keys):
     operands = draw_operands(keys, **shapes)
     options = dict(dropout_rate=0.2, dropout_rng=next(keys), is_causal=True)
     skip_unless_supported(implementation, operands, **options)
-    sizes = {SIDE_BY_SIDE: (67, 131)}.get(implementation, (32, 32) if implementation in BLOCK_SIZES else None)
+    sizes = (32, 32) if implementation in BLOCK_SIZES else None
 
     @jax.jit
     @jax.value_and_grad

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import BY_NAME, CASES, COMPLETE, build, context
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import _choose, masks, scores
 from attnlib._cost import operations
-from attnlib._impl import _sizes
+from attnlib._impl.blockwise import blockwise
 
 # Without pairs XLA has nothing left to count; `reference` prepares operands that nothing uses.
 WITHOUT_PAIRS = ("0 queries, 7 keys", "5 queries, 0 keys", "no keys, causal", "no batch entries")
@@ -35,11 +34,11 @@ def operations_of_xla(program):
     return counts.get("flops", 0) + counts.get("transcendentals", 0)
 
 
-def both(*operands, jit=jax.jit, **options):
+def both(*operands, **options):
     """(the lowered program of a call, of which arrays are arguments, what is explained of it)."""
     traced = {name: options.pop(name) for name in ("score", "mask", "bias", "dropout_rng") if name in options}
     traced.setdefault("score", scores.Dot())
-    program = jit(lambda operands, traced: attnlib.attention(*operands, **traced, **options))
+    program = jax.jit(lambda operands, traced: attnlib.attention(*operands, **traced, **options))
     return program.lower(operands, traced), attnlib.explain(*operands, **traced, **options)
 
 
@@ -78,6 +77,7 @@ LARGER = {
 COMPILED = {("additive", "blockwise"): 0.2}
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("name", COMPLETE)
 @pytest.mark.parametrize("case", LARGER)
 def test_operations_of_larger_operands(case, name):
@@ -93,7 +93,7 @@ def test_every_tile_that_is_computed_counts():
     """Of a causal square of 4 x 4 tiles: 6 full ones and 4 that the mask cuts; XLA counts one of each."""
     size = 64
     whole, tile = operand(1, 4 * size, 2, 64), operand(1, size, 2, 64)
-    options = dict(implementation="blockwise", block_sizes=(size, size))
+    options = dict(implementation=blockwise("all_heads"), block_sizes=(size, size))
     program, explained = both(whole, whole, whole, **options, is_causal=True)
     assert explained.tiles == (10, 16)
     full, cut = (operations_of_xla(both(tile, tile, tile, **options, is_causal=causal)[0]) for causal in (False, True))
@@ -109,12 +109,13 @@ def test_tiles_that_a_mask_empties_cost_nothing():
     assert cost(8192, mask=window) == pytest.approx(cost(8192) * 127 / 4096, rel=0.1)  # tiles of each, 4 of which cut
 
 
-def test_heads_in_turn_cost_the_same(monkeypatch):
+def test_heads_in_turn_cost_the_same():
     x = [operand(2, 512, 3, 64)] * 3
-    options = dict(implementation="blockwise", block_sizes=(128, 128))
-    at_once = attnlib.explain(*x, **options).flops
-    monkeypatch.setattr(_sizes, "_alone", lambda: True)
-    assert attnlib.explain(*x, **options).flops == pytest.approx(at_once, rel=0.001)
+
+    def cost(kind):
+        return attnlib.explain(*x, implementation=blockwise(kind), block_sizes=(128, 128)).flops
+
+    assert cost("loop_over_heads") == pytest.approx(cost("all_heads"), rel=0.001)
 
 
 def test_additive_scores_cost_by_the_feature():
@@ -142,13 +143,13 @@ BYTES = """dot|additive scale a head|custom|grouped|multi-query|causal|lengths|s
 second axis|batch of one broadcasts|no keys, causal|bfloat16|float64""".replace("\n", "|").split("|")
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_are_of_arguments_and_results(name, weights):
     with context(BY_NAME[name]):
-        program, explained = of_case(
-            BY_NAME[name], return_lse=weights, return_weights=weights, implementation="reference", jit=quick_jit
-        )
+        options = dict(return_lse=weights, return_weights=weights, implementation="reference")
+        program, explained = of_case(BY_NAME[name], **options)
         memory = program.compile().memory_analysis()
     pointers = 3 * 8 if weights else 0  # of a tuple of results
     arguments = memory.argument_size_in_bytes
@@ -158,6 +159,7 @@ def test_bytes_are_of_arguments_and_results(name, weights):
     assert explained.bytes == arguments + memory.output_size_in_bytes - pointers
 
 
+@pytest.mark.measured
 def test_bytes_are_what_is_moved_where_little_else_is():
     """One query of many keys has few pairs: XLA counts the keys and values, twice at most, and hardly anything more."""
     query, key = operand(1, 1, 1, 64), operand(1, 4096, 1, 64)

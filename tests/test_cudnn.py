@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from cases import Case, Draw, build, like, unsupported
 from conftest import assert_close, assert_finite, assert_same, assert_zero
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, scores
@@ -137,9 +136,9 @@ def test_values_and_derivatives(case, cudnn):
         _, tangent = jax.jvp(function, (operands,), (like(operands, 1),))
         return dict(output=output, gradients=pullback(like(output, 2))[0], tangent=tangent)
 
-    made = quick_jit(lambda: everything("cudnn"))()
+    made = jax.jit(lambda: everything("cudnn"))()
     assert_finite(made)
-    assert_close(made, quick_jit(lambda: everything("reference"))(), length=8, eps=EPS)
+    assert_close(made, jax.jit(lambda: everything("reference"))(), length=8, eps=EPS)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.second_order], ids=str)
@@ -160,9 +159,9 @@ def test_second_derivatives(case, cudnn):
         _, pullback = jax.vjp(jax.grad(loss), operands)
         return dict(forward=forward, reverse=pullback(tangents)[0], mixed=jax.grad(slope)(operands))
 
-    made = quick_jit(lambda: everything("cudnn"))()
+    made = jax.jit(lambda: everything("cudnn"))()
     assert_finite(made)
-    assert_close(made, quick_jit(lambda: everything("reference"))(), length=16, eps=EPS)
+    assert_close(made, jax.jit(lambda: everything("reference"))(), length=16, eps=EPS)
 
 
 def test_it_ran(cudnn):
@@ -186,7 +185,7 @@ def test_what_is_masked_cannot_matter(mask, cudnn):
     query = query.at[1, 2, 3, 0].set(jnp.nan)
     key, value = key.at[:, 6, 1, 0].set(-jnp.inf), value.at[:, 4, 0, 3].set(jnp.nan)
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, operands, kept):
         def call(*operands):
             return attnlib.dot_product_attention(*operands, mask=mask(), implementation=implementation)
@@ -236,8 +235,8 @@ def test_vmap_of_some_operands(axes, cudnn):
         pick = [x if a is None else jnp.take(x, n, a) for x, a in zip((*operands, lengths), axes, strict=True)]
         return call(*pick)
 
-    mapped = quick_jit(jax.vmap(call, axes))(*operands, lengths)
-    call = quick_jit(call)
+    mapped = jax.jit(jax.vmap(call, axes))(*operands, lengths)
+    call = jax.jit(call)
     expected = jax.tree.map(lambda *parts: jnp.stack(parts), *map(one, range(3)))
     assert_close(mapped, expected, length=8)
 
@@ -256,7 +255,7 @@ def test_inside_other_transformations(cudnn):
     def squared(x, implementation):
         return jnp.sum(jax.grad(loss)(x, implementation).astype(jnp.float32) ** 2)
 
-    @functools.partial(quick_jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1)
     def mapped(x, implementation):
         return jax.vmap(lambda x: jax.grad(squared)(x, implementation))(x)
 

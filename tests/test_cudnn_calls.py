@@ -206,6 +206,7 @@ def test_mixed_dtypes_are_refused():
     )
 
 
+@pytest.mark.devices
 def test_operands_sharded_over_explicit_axes_are_refused():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):

@@ -7,7 +7,6 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import assert_close, assert_same
 from flax import linen as nn
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, modifiers
@@ -31,7 +30,7 @@ SPLITS = [[1] * LENGTH, [5, 1, 1, 5], [LENGTH], [7, 4, 1]]
 
 def in_parts(layer, variables, x, split, axis=1, **options):
     """(output, cache) of the tokens in parts."""
-    step = quick_jit(lambda cache, part: layer.apply(
+    step = jax.jit(lambda cache, part: layer.apply(
         {"params": variables["params"], "cache": cache}, part, mutable=["cache"], **options
     ))  # fmt: skip
     cache, parts = variables["cache"], []

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from cases import BLOCK_SIZES, NAMES, unsupported
 from conftest import assert_close, x64
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks
@@ -174,7 +173,7 @@ def test_weights_returned_are_the_weights_used(implementation, keys):
         pytest.skip(f"{implementation}: {reason}")
     cotangent = keys.normal(2, 5, 4, 6)
 
-    @quick_jit
+    @jax.jit
     def program(value):
         def function(value):
             return attnlib.dot_product_attention(query, key, value, **options)
@@ -210,7 +209,7 @@ def test_derivatives_are_of_the_function_with_that_mask(implementation, keys):
         if reason is not None:
             pytest.skip(f"{implementation}: {reason}")
 
-        @quick_jit
+        @jax.jit
         def program(operands):
             def loss(operands):
                 output = attnlib.dot_product_attention(

@@ -10,7 +10,6 @@ import pytest
 from cases import COMPLETE, by_name
 from conftest import assert_close
 from jax import export
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import convert, inspect, masks, modifiers, positions, scores
@@ -187,8 +186,8 @@ def test_exports_for_every_platform(implementation, name):
     program = functools.partial(function, by_name(implementation))
     exported = export.export(jax.jit(program), platforms=PLATFORMS)(*arguments)
     assert exported.platforms == PLATFORMS
-    made = quick_jit(exported.call)(*arguments)
-    assert_close(jax.tree.leaves(made), jax.tree.leaves(quick_jit(program)(*arguments)), length=8)
+    made = jax.jit(exported.call)(*arguments)
+    assert_close(jax.tree.leaves(made), jax.tree.leaves(jax.jit(program)(*arguments)), length=8)
 
 
 def test_the_whole_api_is_exported_here():

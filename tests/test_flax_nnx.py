@@ -9,7 +9,6 @@ from conftest import assert_close, assert_same
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks
@@ -133,7 +132,7 @@ def test_what_the_layer_sows():
     assert not hasattr(model, "regularization")
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices: conftest forces them on CPU")
+@pytest.mark.devices
 def test_named_axes_are_sharded_under_a_mesh():
     """NNX places variables by their names as they are made, and keeps the names."""
     layer = attnlib.MultiHeadAttention(
@@ -149,5 +148,5 @@ def test_named_axes_are_sharded_under_a_mesh():
     for name, shape in shards.items():
         array = getattr(model, name)["kernel"][...]
         assert {shard.data.shape for shard in array.addressable_shards} == {shape}
-    expected = quick_jit(lambda params, x: attnlib.multi_head_attention(params, x))(params, X)
+    expected = jax.jit(lambda params, x: attnlib.multi_head_attention(params, x))(params, X)
     assert_close(jax.tree.map(np.asarray, outputs), np.asarray(expected), length=12)

@@ -9,14 +9,10 @@ from conftest import assert_close, assert_same
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick_jit import quick_jit
 
 import attnlib
 
-pytestmark = [
-    pytest.mark.usefixtures("strict_dtypes"),
-    pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices: conftest forces them on CPU"),
-]
+pytestmark = [pytest.mark.usefixtures("strict_dtypes"), pytest.mark.devices]
 X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
 RNG = jax.random.key(0)
 RULES = (("heads", "model"), ("features", None), ("batch", "data"))
@@ -72,7 +68,7 @@ def test_boxed_parameters_are_the_bare_ones_with_names(kind, name):
     assert_same(nn.meta.unbox(variables), expected)
 
     def gradients(layer):
-        return quick_jit(jax.value_and_grad(lambda variables: jnp.sum(jnp.sin(layer.apply(variables, X)))))
+        return jax.jit(jax.value_and_grad(lambda variables: jnp.sum(jnp.sin(layer.apply(variables, X)))))
 
     value, slopes = gradients(named)(variables)
     assert_same((value, nn.meta.unbox(slopes)), gradients(plain)(expected))
@@ -121,8 +117,8 @@ def test_sharded_over_heads_and_batch(kind, name):
         )(variables, x)
 
     with jax.set_mesh(mesh()), nn.logical_axis_rules(RULES):
-        variables = quick_jit(layer.init, out_shardings=places)(RNG, x)
-        compiled = quick_jit(run(layer)).lower(variables, x).compile()
+        variables = jax.jit(layer.init, out_shardings=places)(RNG, x)
+        compiled = jax.jit(run(layer)).lower(variables, x).compile()
         value, slopes = compiled(variables, x)
         eager = layer.init(RNG, X)
     for params in (nn.meta.unbox(variables)["params"], nn.meta.unbox(slopes[0])["params"]):
@@ -134,7 +130,7 @@ def test_sharded_over_heads_and_batch(kind, name):
     assert "all-to-all" not in compiled.as_text()
 
     expected = plain.init(RNG, X)
-    bare_value, bare_slopes = quick_jit(run(plain))(expected, X)
+    bare_value, bare_slopes = jax.jit(run(plain))(expected, X)
     assert_same(nn.meta.unbox(eager), expected)
     assert_close(nn.meta.unbox(variables), expected)
     assert_close((value, nn.meta.unbox(slopes)), (bare_value, bare_slopes), length=64)

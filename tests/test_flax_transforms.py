@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import assert_close
 from flax import linen as nn
-from quick_jit import quick_jit
 
 import attnlib
 
@@ -86,7 +85,7 @@ def inner(tree):
 def lifted(stack, name):
     """Initialises a lifted block and runs it: parameters, results, the keys that layers drew, the program."""
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    params = quick_jit(stack.init)(rngs, X)["params"]
+    params = jax.jit(stack.init)(rngs, X)["params"]
     numbers = np.random.default_rng(1)  # biases and scales that are all zeros or ones would hide mistakes
     params = jax.tree.map(lambda leaf: leaf + numbers.normal(scale=0.2, size=leaf.shape).astype(np.float32), params)
 
@@ -94,7 +93,7 @@ def lifted(stack, name):
         (output, _), updates = stack.apply({"params": params}, x, rngs={"dropout": jax.random.key(2)}, mutable=["keys"])
         return output, updates["keys"]
 
-    traced = quick_jit(value_and_grads(apply)).trace(params, X)
+    traced = jax.jit(value_and_grads(apply)).trace(params, X)
     results, keys = traced.lower().compile()(params, X)
     return params, results, inner(keys)["dropout"], str(traced.jaxpr)
 
@@ -127,7 +126,7 @@ def test_scan_with_remat_inside(name):
             x = single(name, layer_of(params, index), keys[index], x)
         return x, None
 
-    expected, _ = quick_jit(value_and_grads(in_the_block(params, loop)))(params, X)
+    expected, _ = jax.jit(value_and_grads(in_the_block(params, loop)))(params, X)
     assert_close(results, expected, length=12 * LAYERS)
 
 
@@ -136,7 +135,7 @@ def test_remat(name):
     params, results, key, program = lifted(nn.remat(Block)(name), name)
     assert "remat" in program or "checkpoint" in program
     once = in_the_block(params, lambda params, x: (single(name, params, key, x), None))
-    expected, _ = quick_jit(value_and_grads(once))(params, X)
+    expected, _ = jax.jit(value_and_grads(once))(params, X)
     assert_close(results, expected, length=12)
 
 
@@ -154,5 +153,5 @@ def test_vmap_makes_an_ensemble(name):
     def loop(params, x):
         return jnp.stack([single(name, layer_of(params, i), keys[i], x) for i in range(LAYERS)]), None
 
-    expected, _ = quick_jit(value_and_grads(in_the_block(params, loop)))(params, X)
+    expected, _ = jax.jit(value_and_grads(in_the_block(params, loop)))(params, X)
     assert_close(results, expected, length=12 * LAYERS)

@@ -13,7 +13,6 @@ from conftest import assert_close, fuzz
 from fuzzing import define, numbers
 from hypothesis import given
 from hypothesis import strategies as st
-from quick_jit import quick_jit
 from test_fuzz import wide
 
 import attnlib
@@ -82,6 +81,6 @@ def test_right_calls_give_the_numbers_of_the_definition(implementation, call, se
         return attnlib.attention(*operands, **options, **how)
 
     with wide(arguments):
-        made = quick_jit(run)(*operands)
+        made = jax.jit(run)(*operands)
     expected = tuple(x.astype(np.float32) for x in by_definition(*operands, sizes=call.sizes, **options))
     assert_close(made, expected, length=np.prod(call.sizes.key, dtype=int) + 8)

@@ -122,7 +122,7 @@ def test_a_function_is_known_by_what_it_reads():
         return key <= query + width
 
     outputs = []
-    for width in (1, 2, 1):  # noqa: B007: the function reads it
+    for width in (1, 2, 1):  # noqa: B007
         _, weights = attnlib.dot_product_attention(X, Y, Y, mask=masks.Predicate(near), return_weights=True)
         outputs.append(np.asarray(weights)[0, 0, 0] > 0)
     assert [list(row) for row in outputs] == [[True, True, False], [True, True, True], [True, True, False]]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import assert_close, x64
 from keras_cases import CONFIGURATIONS, COUNTS, QUERY_SIZES, build, keras, our_module, parameters_of
-from quick_jit import quick_jit
 
 import attnlib
 
@@ -32,7 +31,7 @@ def evaluate(case, run, parameters, inputs):
 def evaluate_both(case):
     """Ours and theirs, compiled as one program."""
 
-    @quick_jit
+    @jax.jit
     def both(parameters, inputs):
         ours = evaluate(case, case.run_ours, parameters, inputs)
         with jax.numpy_dtype_promotion("standard"):  # Keras mixes types
@@ -108,7 +107,7 @@ def test_same_regularization_loss(layer, use_gate):
         def their_loss(values, theirs=theirs):
             return sum(theirs.stateless_call(values, [], x, x, return_losses=True)[2])
 
-        @quick_jit
+        @jax.jit
         def both(values, our_loss=our_loss, their_loss=their_loss):
             with jax.numpy_dtype_promotion("standard"):
                 return jax.value_and_grad(our_loss)(values), jax.value_and_grad(their_loss)(values)
@@ -141,7 +140,7 @@ def test_dropout_obeys_the_same_laws(layer, rate):
         assert_close(theirs(*arguments, training=False), plain, length=x.size)
         their_samples = np.stack([theirs(*arguments, training=True) for _ in range(100)])
 
-    @quick_jit
+    @jax.jit
     def sample(key):
         return ours.apply(variables, x, deterministic=False, dropout_rng=key, return_weights=True)
 

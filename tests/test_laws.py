@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from cases import NAMES, by_name, like, unsupported
 from conftest import assert_close, assert_finite, assert_same
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, scores
@@ -47,7 +46,7 @@ def compiled(static, **options):
     def function(traced):
         return attnlib.attention(**traced, **dict(static), **options)
 
-    alone = quick_jit(function)
+    alone = jax.jit(function)
     return lambda traced: function(traced) if is_traced(traced) else alone(traced)
 
 
@@ -134,7 +133,7 @@ def test_permuting_keys_changes_nothing(attend, keys):
     (bias,), mask = draw(keys, (1, 4, 5, 7)), keys.bools(2, 1, 5, 7)
     order = keys.permutation(7)
 
-    @quick_jit
+    @jax.jit
     def program(query, key, value, mask, bias):
         def loss(query, key, value, bias):
             output = attend(query, key, value, mask=mask, bias=bias)
@@ -169,7 +168,7 @@ def test_splitting_keys_and_merging(attend, score, keys):
     def whole(query, key, value, bias):
         return attend(query, key, value, score=scorer, mask=masks.KeyPadding(real), bias=bias, return_lse=True)
 
-    @quick_jit
+    @jax.jit
     def program(arguments, cotangents):
         results = []
         for function in (parts, whole):
@@ -227,7 +226,7 @@ def test_causality_is_read_off_the_gradient(attend, mask, keys):
     """d output[t] / d key[s] and d value[s] are zero exactly where t may not attend s, and nowhere else."""
     query, key, value = draw(keys, (1, 5, 1, 3), (1, 7, 1, 3), (1, 7, 1, 2))
 
-    @quick_jit
+    @jax.jit
     def jacobians(query, key, value):
         def outputs(key, value):
             return attend(query, key, value, mask=mask)[0, :, 0]
@@ -311,7 +310,7 @@ def test_vmap_over_any_operands_is_a_loop(attend, mapped, keys):
         score = scores.Dot(options.pop("scale"))
         return attend(**options, score=score, dropout_rate=0.3)
 
-    batched = quick_jit(jax.vmap(call, in_axes=(axes,)))(stacked)
+    batched = jax.jit(jax.vmap(call, in_axes=(axes,)))(stacked)
     for i in range(count):
         one = {name: jax.tree.map(lambda x, i=i: x[i], stacked[name]) if name in mapped else stacked[name]
                for name in stacked}  # fmt: skip
@@ -338,7 +337,7 @@ def test_transformations_agree(attend, keys):
     def branched(x):
         return jnp.sum(jnp.sin(jax.lax.cond(x[0, 0, 0, 0] < 1e9, lambda x: step(step(x)), jnp.zeros_like, x)))
 
-    @quick_jit
+    @jax.jit
     def program(query):
         value, gradient = jax.value_and_grad(loss)(query)
         others = [scanned, branched, lambda x: loss(x, jax.checkpoint(step))]
@@ -360,7 +359,7 @@ def test_jacobians_and_hessian_agree(attend, keys):
     def loss(query):
         return jnp.sum(jnp.sin(attend(query, key, value, score=scores.Additive())))
 
-    @quick_jit
+    @jax.jit
     def program(query):
         gradient = jax.grad(loss)
         return jax.jacfwd(loss)(query), gradient(query), jax.hessian(loss)(query), jax.jacrev(gradient)(query)

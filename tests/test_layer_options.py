@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close, assert_same
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, modifiers, positions, scores
@@ -141,7 +140,7 @@ def test_gradients_reach_every_parameter(keys):
         keys, 2, 3, 4, use_sink=True, normalize_qk=True, use_scale=True, use_gate=True, rotary=True,
         score_mod=attnlib.RelativePositionBias(sizes=(3, 4)),
     )  # fmt: skip
-    gradients = quick_jit(jax.grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x)))))(params)
+    gradients = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x)))))(params)
     assert jax.tree.structure(gradients) == jax.tree.structure(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.all(np.isfinite(gradient)) and np.any(gradient != 0), jax.tree_util.keystr(path)

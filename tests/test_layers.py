@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from cases import COMPLETE, by_name
 from conftest import assert_close, assert_finite, assert_same
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, scores
@@ -154,7 +153,7 @@ def test_padding_may_hold_anything(implementation, keys):
     query_mask = keys.bools(2, 5).at[0, 0].set(False).at[0, 1].set(True)  # the first example has a real query and key
     key_mask = keys.bools(2, 6).at[0, 0].set(True).at[0, 1].set(False).at[1].set(False)
 
-    @quick_jit
+    @jax.jit
     def program(params, operands):
         def loss(params, operands):
             output = attnlib.multi_head_attention(

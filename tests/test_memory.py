@@ -6,8 +6,9 @@ import pytest
 
 import attnlib
 from attnlib import masks, modifiers, scores
-from attnlib._impl import _sizes
+from attnlib._impl.blockwise import blockwise
 
+pytestmark = pytest.mark.measured
 HEADS, FEATURES = 2, 64
 LIMITS_MB = {"forward": 60, "jvp": 90, "grad": 90, "forward over reverse": 200, "grad of grad": 250}
 SCORES = {
@@ -54,31 +55,27 @@ CASES += [("dot", "modified, with a sink", d) for d in ("forward", "jvp", "grad"
 
 @pytest.mark.parametrize(("score", "option", "derivative"), CASES)
 def test_linear_in_length(score, option, derivative):
-    long, half = (temporaries(length, score, option, derivative) for length in (16384, 8192))
+    check_linear(score, option, derivative)
+
+
+def check_linear(score, option, derivative, implementation=None):
+    long, half = (temporaries(length, score, option, derivative, implementation) for length in (16384, 8192))
     assert long <= LIMITS_MB[derivative]
     assert long <= 2.4 * half
 
 
-@pytest.fixture
-def heads_in_turn(monkeypatch):
-    """As on a CPU with one device; what was traced for the devices of the tests is forgotten, and again afterwards."""
-    monkeypatch.setattr(_sizes, "_alone", lambda: True)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+AT_ONCE = [("plain", d) for d in LIMITS_MB] + [("causal with dropout", "grad")]
 
 
-IN_TURN = [("plain", d) for d in LIMITS_MB] + [("causal with dropout", "grad")]
-
-
-@pytest.mark.parametrize(("option", "derivative"), IN_TURN)
-def test_linear_with_heads_in_turn(option, derivative, heads_in_turn):
-    test_linear_in_length("dot", option, derivative)
+@pytest.mark.parametrize(("option", "derivative"), AT_ONCE)
+def test_linear_with_all_heads_at_once(option, derivative):
+    """As on several devices; on this one, heads are computed in turn."""
+    check_linear("dot", option, derivative, blockwise("all_heads"))
 
 
 @pytest.mark.parametrize("mask", [None, "lengths"])
 @pytest.mark.parametrize("keys", [32768, 32771])
-def test_decoding_copies_no_keys(keys, mask, heads_in_turn):
+def test_decoding_copies_no_keys(keys, mask):
     """Not even where the length is no multiple of anything; in megabytes: the keys have 67."""
     query, key = (jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32) for length in (1, keys))
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -9,7 +9,6 @@ import oracle
 import pytest
 from cases import BLOCK_SIZES, COMPLETE
 from conftest import assert_close
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, modifiers
@@ -107,7 +106,7 @@ def test_schemes_are_their_biases(implementation, mask, scheme, keys):
     cotangent = keys.normal(2, QUERIES, HEADS, 5)
     linear = np.stack([bias_of(np.asarray(unit)) for unit in np.eye(table.size).reshape(-1, *shape)])
 
-    @quick_jit
+    @jax.jit
     def with_modifier(table, arrays):
         def loss(table, arrays):
             output, weights, lse = attend(*arrays, score_mod=modifier(table), mask=mask, implementation=implementation)
@@ -115,7 +114,7 @@ def test_schemes_are_their_biases(implementation, mask, scheme, keys):
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(table, arrays)
 
-    @quick_jit
+    @jax.jit
     def with_bias(bias, arrays):
         def loss(bias, arrays):
             output, weights, lse = attend(*arrays, bias=bias, mask=mask, implementation="reference")
@@ -257,7 +256,7 @@ def test_derivatives_of_a_sink(implementation, keys):
         def loss(*args):
             return jnp.sum(jnp.sin(function(*args)))
 
-        return quick_jit(lambda *args: jax.jvp(jax.grad(loss, (0, 1)), args, direction))(sink, query)
+        return jax.jit(lambda *args: jax.jvp(jax.grad(loss, (0, 1)), args, direction))(sink, query)
 
     direction = keys.normal(HEADS), keys.normal(*query.shape)
     assert_close(derivatives(direct), derivatives(as_a_key), length=QUERIES)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from conftest import assert_close, assert_finite, assert_same
 from flax import linen as nn
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, scores
@@ -143,13 +142,13 @@ def test_layers_without_heads_are_attention_of_one_head(kind, axes, keys):
                    scores.Concat(weight, scale)),
     }[kind]  # fmt: skip
     fields = dict(use_scale=True, score_mode="concat") if kind == "concat" else {}
-    made = quick_jit(
+    made = jax.jit(
         lambda *operands: layer(attention_axes=axes, **fields).apply(
             {"params": params}, *operands, is_causal=True, return_weights=True
         )
     )(query, key, value)
     with_heads = {None: None, -2: -3, (-3, -2): (-4, -3), (1,): (1,)}[axes]
-    output, weights = quick_jit(
+    output, weights = jax.jit(
         lambda *operands: attnlib.attention(
             *(x[..., None, :] for x in operands), score=score, attention_axes=with_heads, is_causal=True,
             return_weights=True,
@@ -189,7 +188,7 @@ def test_padding_may_hold_anything(layer):
     query_mask, key_mask = np.arange(10).reshape(2, 5) % 3 != 1, REAL
     params = layer.init(RNG, X[..., :8], KEY)["params"]
 
-    @quick_jit
+    @jax.jit
     def program(query, key):
         def loss(params):
             output = layer.apply({"params": params}, query, key, query_mask=query_mask, key_mask=key_mask)
@@ -297,7 +296,7 @@ def test_lifted_transformations():
             output, _ = module.apply({"params": params}, X, rngs={"dropout": jax.random.key(2)})
             return jnp.sum(output**2)
 
-        return quick_jit(jax.value_and_grad(function))(params)
+        return jax.jit(jax.value_and_grad(function))(params)
 
     assert_close(loss(nn.remat(Block)()), loss(block), length=12)
     assert_close(loss(nn.jit(Block)(rate=0.0)), loss(Block(rate=0.0)), length=12)  # Flax's jit gives other streams
@@ -305,13 +304,13 @@ def test_lifted_transformations():
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=3)()
     variables = stack.init(rngs, X, None)
     assert variables["params"]["attention"]["query"]["kernel"].shape == (3, 12, 2, 6)
-    output, _ = quick_jit(lambda v: stack.apply(v, X, None, rngs={"dropout": jax.random.key(2)}))(variables)
+    output, _ = jax.jit(lambda v: stack.apply(v, X, None, rngs={"dropout": jax.random.key(2)}))(variables)
     assert_finite(output)
 
     many = nn.vmap(Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, in_axes=0)()
     xs = np.stack([X, X, X])
     variables = many.init(rngs, xs)
-    outputs, _ = quick_jit(lambda v: many.apply(v, xs, rngs={"dropout": jax.random.key(2)}))(variables)
+    outputs, _ = jax.jit(lambda v: many.apply(v, xs, rngs={"dropout": jax.random.key(2)}))(variables)
     assert not np.array_equal(outputs[0], outputs[1])  # parameters and dropout of their own
 
 

@@ -15,7 +15,6 @@ import oracle
 import pytest
 from cases import COMPLETE
 from conftest import assert_close, x64
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import scores
@@ -133,7 +132,7 @@ def run_attnlib(configuration, dtype, **static):
     traced = {name: x for name, x in configuration.options.items() if isinstance(x, np.ndarray)}
     static |= {name: x for name, x in configuration.options.items() if name not in traced}
 
-    @quick_jit
+    @jax.jit
     def run(operands, parameters, traced):
         options = static | traced | {"return_weights": True, "return_lse": True}
         if configuration.kind == "dot":

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from cases import COMPLETE, NAMES, by_name, unsupported
 from conftest import assert_close, assert_finite, x64
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import scores
@@ -88,7 +87,7 @@ def test_additive_is_exact_for_large_inputs(implementation, size, keys):
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
 
-    @quick_jit
+    @jax.jit
     def program(query, key):
         def function(query, key):
             return attnlib.attention(query, key, value, score=score, **by_name(implementation))
@@ -140,7 +139,7 @@ def test_parameters_have_gradients(implementation, keys):
         if reason is not None:
             pytest.skip(f"{implementation}: {reason}")
 
-        @quick_jit
+        @jax.jit
         def program(params):
             def loss(params):
                 score = scores.Custom(fn, params)
@@ -183,7 +182,7 @@ def test_a_users_own_score(implementation, keys):
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
 
-    @quick_jit
+    @jax.jit
     def program(sharpness):
         def loss(make):
             def function(query, sharpness):
@@ -226,6 +225,6 @@ def test_custom_functions_may_capture_arrays(implementation, keys):
             return jnp.sum(jnp.sin(output))
 
         params = matrix, offset
-        return quick_jit(lambda *args: (loss(*args), jax.jvp(jax.grad(loss, (0, 1)), args, params)))(*params)
+        return jax.jit(lambda *args: (loss(*args), jax.jvp(jax.grad(loss, (0, 1)), args, params)))(*params)
 
     assert_close(derivatives(capturing), derivatives(explicit), length=7)

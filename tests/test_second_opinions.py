@@ -11,7 +11,6 @@ import oracle
 import pytest
 from cases import COMPLETE
 from conftest import assert_close, assert_zero
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks
@@ -47,7 +46,7 @@ def value_and_gradients(function, arrays):
 
 
 def assert_same_function(ours, theirs, arrays):
-    @quick_jit
+    @jax.jit
     def both(arrays):
         return value_and_gradients(ours, arrays), value_and_gradients(theirs, arrays)
 

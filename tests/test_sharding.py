@@ -29,7 +29,7 @@ OPTIONS = {
         dropout_rng=jax.random.key(0),
     ),
 }
-needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices: conftest forces them on CPU")
+pytestmark = pytest.mark.devices
 
 
 def _programs(score, options):
@@ -63,7 +63,6 @@ CASES += [("dot", "alibi, sink", "both", program) for program in ("forward", "gr
 CASES += [("additive", "plain", "both", program) for program in ("forward", "grad", "jvp", "second order")]
 
 
-@needs_devices
 @pytest.mark.parametrize(("score", "options", "layout", "program"), CASES)
 def test_no_collectives(score, options, layout, program):
     function = _programs(score, options)[program]
@@ -80,7 +79,6 @@ def test_no_collectives(score, options, layout, program):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * scale)
 
 
-@needs_devices
 @pytest.mark.parametrize("layout", SPECS)
 def test_explicit_mesh(layout):
     """With explicit axes the type of every array carries its sharding."""
@@ -97,7 +95,6 @@ def test_explicit_mesh(layout):
                 np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(want))))
 
 
-@needs_devices
 def test_the_pattern_finds_collectives():
     sharding = NamedSharding(_mesh("batch", AxisType.Auto), P("x"))
     x = jax.device_put(jnp.ones((4, 3)), sharding)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from cases import COMPLETE, like
 from conftest import assert_close
-from quick_jit import quick_jit
 
 import attnlib
 from attnlib import masks, positions
@@ -119,7 +118,7 @@ def attend(score, query, key, value, **options):
     return function(query, key, value, **options)
 
 
-@quick_jit
+@jax.jit
 def plain(operands, allowed, cotangents):
     """Outputs and gradients of both scores from all pairs at once, written down here."""
 
@@ -147,7 +146,7 @@ def test_a_shape_is_attention_over_the_pairs_of_its_rule(name, implementation, k
     shape = SHAPES[name]
     blocks = (TILE, TILE) if implementation == "blockwise" else None
 
-    @quick_jit
+    @jax.jit
     def run(operands, mask, cotangents):
         def outputs(operands):
             return [

@@ -64,7 +64,7 @@ DROPOUT = slice(8, 10)
 def printed(flags, setting):
     """What the program prints; warnings are errors."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path, **setting}
+    environment = {**os.environ, "PYTHONPATH": path, **setting}
     # Those of imports are not ours.
     code = "import warnings, jax, flax, optax, jaxtyping; warnings.simplefilter('error')\n" + PROGRAM
     done = subprocess.run(

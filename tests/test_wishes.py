@@ -280,6 +280,7 @@ def test_bfloat16_has_float32_statistics_and_float64_is_honoured(attend, operand
         assert_close(attend(*double), expected, length=S)
 
 
+@pytest.mark.measured
 def test_grouped_heads_do_not_repeat_keys(attend):
     """No array of the compiled program is as large as keys repeated for every query head."""
     query = jax.ShapeDtypeStruct((1, 8, 64, 16), jnp.float32)
@@ -289,7 +290,7 @@ def test_grouped_heads_do_not_repeat_keys(attend):
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * logits + repeated / 4
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices: conftest forces them on CPU")
+@pytest.mark.devices
 def test_partitions_without_collectives(attend):
     sharding = jax.NamedSharding(jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,)), jax.P("x"))
     query = jax.device_put(jnp.ones((2, 8, 2, 4)), sharding)

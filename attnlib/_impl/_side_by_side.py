@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from attnlib import _online_softmax
+from attnlib._impl._sizes import BlockwiseStrategy
 from attnlib._impl._tile import Arrays, Plan, Tile, tile_kinds
 from attnlib._linear import unbroadcast
 from attnlib._online_softmax import Running
@@ -29,17 +30,14 @@ from attnlib._problem import Problem
 from attnlib._tiles import EMPTY
 from attnlib.scores import Score
 
-# Keys in a tile of what is computed again forward: few, so that what moves is small.
-_TILE = 512
-
 Absorb = Callable[[Running, Tile], Running]
 
 
-def numbers(problem: Problem) -> int:
+def numbers(problem: Problem, strategy: BlockwiseStrategy) -> int:
     """About how many numbers the temporaries of a forward pass hold."""
     features = problem.key.shape[-1] + problem.value.shape[-1]
     pairs_and_rows = problem.rows * (2 * problem.key_length + problem.kv_heads * features)
-    moved = math.prod(problem.batch) * problem.kv_heads * min(_TILE, problem.key_length) * features
+    moved = math.prod(problem.batch) * problem.kv_heads * min(strategy.keys_again, problem.key_length) * features
     converted = 0 if problem.key.dtype == problem.dtype else problem.key.size + problem.value.size
     return pairs_and_rows + moved + converted
 
@@ -160,10 +158,11 @@ def _kind(plan: Plan, arrays: Arrays) -> int:
 
 def _in_tiles(plan: Plan, arrays: Arrays, running: Running, absorb: Absorb) -> Running:
     """The same as any tiles have it, NaN and all."""
-    length = arrays.key.shape[-3]
-    whole = length // _TILE * _TILE
-    for size, starts in ((_TILE, range(0, whole, _TILE)), (length - whole, range(whole, length, _TILE))):
-        smaller = dataclasses.replace(plan, tile=(plan.tile[0], size))
+    length, side = arrays.key.shape[-3], plan.strategy.keys_again
+    whole = length // side * side
+    for size, starts in ((side, range(0, whole, side)), (length - whole, range(whole, length, side))):
+        strategy = dataclasses.replace(plan.strategy, block_sizes=(plan.tile[0], size))
+        smaller = dataclasses.replace(plan, strategy=strategy)
 
         def step(running: Running, start: Any, plan: Plan = smaller) -> tuple[Running, None]:
             at = plan.place(start, asked=arrays.mask is not None)

@@ -1,8 +1,13 @@
-"""How large tiles are: small enough that the largest array of one stays in cache, and even, so as to pad little."""
+"""How a problem is cut: into heads or not, and into tiles.
+
+Tiles are small enough that the largest array of one stays in cache, and even, so as to pad little.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Literal
 
 import jax
 import numpy as np
@@ -28,62 +33,90 @@ _PAIRS_IN_TURN = 2**16
 _ROWS_SIDE_BY_SIDE, _ROWS_OF_A_KEY_HEAD, _KEYS_SIDE_BY_SIDE = 64, 8, 512
 
 
-def tile_sizes(problem: Problem) -> tuple[int, int]:
-    """(queries, keys) of a tile: what the user asked for, or what suits the cache."""
-    lengths = problem.query_length, problem.key_length
-    if side_by_side(problem):
-        return lengths
-    return _tile_sizes(problem)
+Kind = Literal["all_heads", "loop_over_heads", "decode"]
 
 
-def _tile_sizes(problem: Problem) -> tuple[int, int]:
-    lengths = problem.query_length, problem.key_length
-    if problem.block_sizes is not None:
-        return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
-    pair_size = problem.score.prepared_pair_size(problem.query.shape[-1])
-    numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows_at_once(problem) * pair_size, 1)
-    keys = min(_power_of_two(math.sqrt(numbers)), _LONGEST[1])
-    queries = min(_power_of_two(numbers / keys), _LONGEST[0])
-    queries, keys = min(queries, _up_to(lengths[0])), min(keys, _up_to(lengths[1]))
-    size = _narrowed(problem, queries, keys)
-    return _evenly(lengths[0], size[0]), _evenly(lengths[1], size[1])
+@dataclasses.dataclass(frozen=True)
+class BlockwiseStrategy:
+    """How a problem is cut.
 
-
-def rows_at_once(problem: Problem) -> int:
-    """How many rows a tile has for each of its queries."""
-    return problem.groups if heads_in_turn(problem) else problem.rows // problem.query_length
-
-
-def heads_in_turn(problem: Problem) -> bool:
-    """Whether to compute one batch index and key head after another rather than all at once.
-
-    That is faster on a CPU where they are long. It would gather what is sharded, so there may be one device only; and
-    a score's own arrays are not cut.
+    Attributes:
+      kind: `"all_heads"` at once; `"loop_over_heads"`, one batch index and key head after another; or `"decode"`, the
+        forward pass has all heads in one product, with keys and values as they lie, and one tile.
+      block_sizes: (queries, keys) of a tile.
+      keys_again: of `"decode"`, the keys of a tile where it has to compute again what was not finite; few, so that what
+        moves is small.
     """
-    pairs = problem.groups * problem.query_length * problem.key_length
-    long = pairs >= _PAIRS_IN_TURN and not side_by_side(problem)
-    return _alone() and long and not jax.tree.leaves(problem.score)
+
+    kind: Kind
+    block_sizes: tuple[int, int]
+    keys_again: int = 512
 
 
-def side_by_side(problem: Problem) -> bool:
-    """Whether the forward pass has all heads in one product, with keys and values as they lie, and one tile.
+def plan_blocks(problem: Problem, kind: Kind | None = None) -> BlockwiseStrategy:
+    """The strategy of that kind, or of the one likely fastest on this machine, in blocks as the user asked for."""
+    kind = choose_kind(problem) if kind is None else kind
+    if kind != "decode":
+        return BlockwiseStrategy(kind, _tile_sizes(problem, kind))
+    whole = BlockwiseStrategy(kind, (problem.query_length, problem.key_length))
+    if problem.block_sizes is None:
+        return whole
+    return dataclasses.replace(whole, keys_again=min(whole.keys_again, problem.block_sizes[1]))
 
-    Faster on a CPU for few queries and many keys; it would gather what is sharded, so there may be one device only.
+
+def choose_kind(problem: Problem) -> Kind:
+    """The kind likely fastest.
+
+    Only all heads at once does not gather what is sharded; the others are faster on a CPU and need it for themselves.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return "all_heads"
+    if unsupported(problem, "decode") is None and _few_queries(problem):
+        return "decode"
+    long = problem.groups * problem.query_length * problem.key_length >= _PAIRS_IN_TURN
+    return "loop_over_heads" if long and unsupported(problem, "loop_over_heads") is None else "all_heads"
+
+
+def unsupported(problem: Problem, kind: Kind | None) -> str | None:
+    """Why a kind cannot compute a problem; None where it can."""
+    if kind == "loop_over_heads" and jax.tree.leaves(problem.score):
+        return "the score has arrays, which are not cut"
+    if kind == "decode" and not isinstance(problem.score, (Dot, Bilinear, Product)):
+        return "the score is not a product"
+    return None
+
+
+def _few_queries(problem: Problem) -> bool:
+    """Whether there are few queries and many keys.
+
     Not where the user asks for several tiles, or a static mask (a window, say) leaves most of the keys out.
     """
     lengths, rows = (problem.query_length, problem.key_length), problem.groups * problem.query_length
     few = rows <= _ROWS_OF_A_KEY_HEAD and problem.kv_heads * rows <= _ROWS_SIDE_BY_SIDE
     few = few and min(problem.rows, problem.query_length) > 0 and problem.key_length >= _KEYS_SIDE_BY_SIDE
-    few = few and (problem.kv_heads > 1 or problem.mask is not None)
-    if not (_alone() and few and isinstance(problem.score, (Dot, Bilinear, Product))):
+    if not (few and (problem.kv_heads > 1 or problem.mask is not None)):
         return False
     if problem.block_sizes is not None:
         return problem.block_sizes[0] >= lengths[0] and problem.block_sizes[1] >= lengths[1]
     return problem.mask is None or 2 * pairs_computed(problem, lengths[0], 128) > lengths[0] * lengths[1]
 
 
-def _alone() -> bool:
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+def rows_at_once(problem: Problem, kind: Kind) -> int:
+    """How many rows a tile has for each of its queries."""
+    return problem.groups if kind == "loop_over_heads" else problem.rows // problem.query_length
+
+
+def _tile_sizes(problem: Problem, kind: Kind) -> tuple[int, int]:
+    lengths = problem.query_length, problem.key_length
+    if problem.block_sizes is not None:
+        return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
+    pair_size = problem.score.prepared_pair_size(problem.query.shape[-1])
+    numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows_at_once(problem, kind) * pair_size, 1)
+    keys = min(_power_of_two(math.sqrt(numbers)), _LONGEST[1])
+    queries = min(_power_of_two(numbers / keys), _LONGEST[0])
+    queries, keys = min(queries, _up_to(lengths[0])), min(keys, _up_to(lengths[1]))
+    size = _narrowed(problem, queries, keys)
+    return _evenly(lengths[0], size[0]), _evenly(lengths[1], size[1])
 
 
 def _power_of_two(number: float) -> int:

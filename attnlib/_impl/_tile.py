@@ -13,6 +13,7 @@ import numpy as np
 
 from attnlib import _axes, _dropout, _online_softmax
 from attnlib._identity import node_types
+from attnlib._impl._sizes import BlockwiseStrategy
 from attnlib._mask import Mask
 from attnlib._modifier import Modifier
 from attnlib._positions import Positions
@@ -105,9 +106,7 @@ class Plan:
     node_types: tuple[type, ...]  # and its classes, which two equal structures may differ in
     floating: tuple[bool, ...]  # which of its leaves can have derivatives
     axes: tuple[Cut, ...]  # how those are cut
-    tile: tuple[int, int]
-    in_turn: bool  # one batch index and key head after another
-    side_by_side: bool  # all heads in one product, forward
+    strategy: BlockwiseStrategy
     heads: tuple[int, ...]  # (*batch, K, G)
     query_shape: tuple[int, ...]
     key_shape: tuple[int, ...]
@@ -116,14 +115,18 @@ class Plan:
     precision: Any
 
     @classmethod
-    def of(cls, problem: Problem, tile: tuple[int, int], in_turn: bool, side_by_side: bool, arrays: Arrays) -> Plan:
+    def of(cls, problem: Problem, strategy: BlockwiseStrategy, arrays: Arrays) -> Plan:
         leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
         return cls(
-            tree, node_types(tree), floating, axes, tile, in_turn, side_by_side, problem.heads, problem.query_shape,
-            problem.key_shape, problem.dropout_rate, problem.logits_soft_cap, problem.precision,
+            tree, node_types(tree), floating, axes, strategy, problem.heads, problem.query_shape, problem.key_shape,
+            problem.dropout_rate, problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.strategy.block_sizes
 
     def split(self, arrays: Arrays) -> tuple[list[Any], list[Any]]:
         """(leaves that can have derivatives, the others)."""
@@ -138,7 +141,8 @@ class Plan:
     def schedule(self, mask: Mask | None) -> list[tuple[bool, np.ndarray]]:
         """(whether to ask the mask, starts `(tiles, leads + 2)`): the tiles that it fills, then those it may cut."""
         kinds = tile_kinds(mask, self.query_shape, self.key_shape, self.tile)
-        leads = np.argwhere(np.ones(self.heads[:-1])) if self.in_turn else np.zeros((1, 0), int)
+        looped = self.strategy.kind == "loop_over_heads"
+        leads = np.argwhere(np.ones(self.heads[:-1])) if looped else np.zeros((1, 0), int)
         runs = []
         for kind in (FULL, PARTIAL):
             tiles = np.argwhere(kinds == kind) * np.array(self.tile)

@@ -15,7 +15,9 @@ batch indices and heads, or on a CPU one head after another: then the scans run 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 from attnlib import _axes, _online_softmax
 from attnlib._cost import operations
 from attnlib._impl import _side_by_side
-from attnlib._impl._sizes import heads_in_turn, rows_at_once, side_by_side, tile_sizes
+from attnlib._impl._sizes import Kind, plan_blocks, rows_at_once, unsupported
 from attnlib._impl._tile import Arrays, Place, Plan, Tile, tile_kinds
 from attnlib._linear import Bound, unbroadcast
 from attnlib._loops import nought
@@ -43,13 +45,22 @@ _RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
 _OPERANDS = 0, 1, 2
 
 
-def _run(problem: Problem) -> Result:
+@functools.cache
+def blockwise(kind: Kind | None = None) -> Implementation:
+    """The implementation, by a strategy of that kind, or of the one likely fastest."""
+    name = "blockwise" if kind is None else f"blockwise, {kind}"
+    return Implementation(
+        name, partial(unsupported, kind=kind), partial(_run, kind=kind), partial(_estimate, kind=kind)
+    )
+
+
+def _run(problem: Problem, kind: Kind | None) -> Result:
     if problem.query_length == 0 or problem.key_length == 0:
         return _nothing(problem)
     problem = _prepared(problem)
-    tile = tile_sizes(problem)
-    arrays = _padded(problem, tile)
-    plan = Plan.of(problem, tile, heads_in_turn(problem), side_by_side(problem), arrays)
+    strategy = plan_blocks(problem, kind)
+    arrays = _padded(problem, strategy.block_sizes)
+    plan = Plan.of(problem, strategy, arrays)
     moving, fixed = plan.split(arrays)
     output, lse = _attend(plan, moving, fixed)
     output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
@@ -157,7 +168,7 @@ def _forward(plan: Plan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     rows = jnp.sum(nought(arrays.query[..., :1]), -1)
     start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
-    if plan.side_by_side:
+    if plan.strategy.kind == "decode":
         return _online_softmax.finish(_side_by_side.attend(plan, arrays, start, body))
     return _online_softmax.finish(loop.run(body, start, checkpoint=False))
 
@@ -183,7 +194,7 @@ def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: L
 
 def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
     """Cotangents of the active leaves from those of (output, lse)."""
-    if not plan.side_by_side or not set(active) <= set(_OPERANDS):
+    if plan.strategy.kind != "decode" or not set(active) <= set(_OPERANDS):
         return _transpose_tiles(plan, active, residuals, cotangents)
     bound = plan, active, len(residuals)
     return ruled(Bound(_transpose_at_once, bound), Bound(_transpose_rule, bound), (*residuals, *cotangents))
@@ -238,23 +249,18 @@ def _transpose_tiles(plan: Plan, active: tuple[int, ...], residuals: Leaves, cot
     return loop.run(body, [nought(loop.moving[n]) for n in active], checkpoint=True)
 
 
-def _unsupported(problem: Problem) -> str | None:
-    return None
-
-
-def _estimate(problem: Problem) -> Estimate:
+def _estimate(problem: Problem, kind: Kind | None) -> Estimate:
     """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
     if problem.query_length == 0 or problem.key_length == 0:
         return Estimate(memory=0, flops=0)
-    tile = tile_sizes(problem)
+    strategy = plan_blocks(problem, kind)
+    tile = strategy.block_sizes
     kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
     whole = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
     whole += problem.key.size + problem.value.size
     itemsize = jnp.dtype(problem.dtype).itemsize
-    memory = (whole + 2 * rows_at_once(problem) * tile[0] * tile[1]) * itemsize
-    if side_by_side(problem):
-        memory = _side_by_side.numbers(problem) * itemsize
-    return Estimate(memory, operations(_run, problem), tile, (int((kinds != EMPTY).sum()), kinds.size))
-
-
-blockwise = Implementation("blockwise", _unsupported, _run, _estimate)
+    memory = (whole + 2 * rows_at_once(problem, strategy.kind) * tile[0] * tile[1]) * itemsize
+    if strategy.kind == "decode":
+        memory = _side_by_side.numbers(problem, strategy) * itemsize
+    flops = operations(partial(_run, kind=kind), problem)
+    return Estimate(memory, flops, tile, (int((kinds != EMPTY).sum()), kinds.size))
