@@ -1,5 +1,6 @@
 """The table of cases on every implementation: values, first and second derivatives, forward and reverse mode."""
 
+import contextlib
 import math
 import re
 
@@ -20,32 +21,72 @@ from cases import (
     refusal,
     run,
     second_derivatives,
+    values,
 )
 from conftest import assert_close, assert_finite
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN, SIDE_BY_SIDE])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_derivatives(case, implementation):
+VARIANTS = [*NAMES, IN_TURN, SIDE_BY_SIDE]
+
+
+def named(cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def running(case, names=VARIANTS):
+    """The names of those that run a case, the reference first; about each, the check of it says so if it fails."""
+    return sorted((name for name in names if refusal(case, name) is None), key=lambda name: name != "reference")
+
+
+@contextlib.contextmanager
+def about(name):
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"implementation: {name}")
+        raise
+
+
+@named([case for case in CASES if not case.values_only])
+def test_values_and_derivatives(case):
+    """Of every implementation: so the reference is computed once."""
+    check_derivatives(case)
+
+
+@pytest.mark.slow
+@named([case for case in CASES if case.values_only])
+def test_derivatives_of_every_mask(case):
+    check_derivatives(case)
+
+
+def check_derivatives(case):
     """Forward and reverse mode agree with each other, and both with the reference."""
-    reason = refusal(case, implementation)
-    if reason is not None:
-        pytest.skip(f"{implementation}: {reason}")
-    made = derivatives(case, implementation)
-    check_results(case, *made["results"])
-    assert_finite((made["gradients"], made["tangent"]))
+    expected = None
+    for name in running(case):
+        with about(name):
+            made = derivatives(case, name)
+            check_results(case, *made["results"])
+            assert_finite((made["gradients"], made["tangent"]))
 
-    forward = inner(made["cotangents"], made["tangent"])
-    reverse = inner(made["gradients"], made["tangents"])
-    eps = float(jnp.finfo(case.dtype).eps)
-    assert abs(forward[0] - reverse[0]) <= 16 * eps * max(forward[1], reverse[1])
+            forward = inner(made["cotangents"], made["tangent"])
+            reverse = inner(made["gradients"], made["tangents"])
+            eps = float(jnp.finfo(case.dtype).eps)
+            assert abs(forward[0] - reverse[0]) <= 16 * eps * max(forward[1], reverse[1])
 
-    if implementation != "reference":
-        expected = derivatives(case, "reference")
-        for part in ("results", "tangent", "gradients"):
-            assert_close(made[part], expected[part], length=max(case.query[1], case.key[1]))
+            expected = made if expected is None else expected
+            for part in ("results", "tangent", "gradients"):
+                assert_close(made[part], expected[part], length=max(case.query[1], case.key[1]))
+
+
+@named([case for case in CASES if case.values_only])
+def test_values(case):
+    made = values(case, running(case))
+    for name, results in made.items():
+        with about(name):
+            check_results(case, *results)
+            assert_close(results, made["reference"], length=max(case.query[1], case.key[1]))
 
 
 def check_results(case, output, weights, lse):
@@ -73,18 +114,33 @@ def inner(a, b):
     return sum(np.sum(term) for term in terms), sum(np.sum(np.abs(term)) for term in terms)
 
 
-@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN, SIDE_BY_SIDE])
-@pytest.mark.parametrize("case", [case for case in CASES if case.second_order], ids=str)
-def test_second_derivatives(case, implementation):
+# Which cases show the second derivatives of a variant of blockwise. Heads in turn cut a modifier's table and a bias;
+# heads side by side have a rule of their own for the operands alone, and tiles for the others.
+SECOND_ORDER = [case for case in CASES if case.second_order]
+OF_VARIANTS = {IN_TURN: ["alibi"], SIDE_BY_SIDE: ["dot", "soft cap"]}
+
+
+@named(SECOND_ORDER)
+def test_second_derivatives(case):
+    check_second_derivatives(case, [name for name in VARIANTS if case.name in OF_VARIANTS.get(name, [case.name])])
+
+
+@pytest.mark.slow
+@named(SECOND_ORDER)
+def test_second_derivatives_of_every_variant(case):
+    check_second_derivatives(case, VARIANTS)
+
+
+def check_second_derivatives(case, names):
     """Forward over reverse equals reverse over reverse (the second derivative is symmetric), and the reference."""
-    reason = refusal(case, implementation)
-    if reason is not None:
-        pytest.skip(f"{implementation}: {reason}")
-    made = second_derivatives(case, implementation)
-    assert_finite(made)
-    assert_close(made["forward"], made["reverse"], length=16)
-    if implementation != "reference":
-        assert_close(made, second_derivatives(case, "reference"), length=16)
+    expected = None
+    for name in running(case, names):
+        with about(name):
+            made = second_derivatives(case, name)
+            assert_finite(made)
+            assert_close(made["forward"], made["reverse"], length=16)
+            expected = made if expected is None else expected
+            assert_close(made, expected, length=16)
 
 
 @pytest.mark.parametrize("implementation", [*COMPLETE, IN_TURN, SIDE_BY_SIDE])
