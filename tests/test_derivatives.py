@@ -1,6 +1,8 @@
 """Every derivative and transformation of the tiled implementation, against the same of the reference, in float64.
 
-Both are one compiled program: outside of one, JAX compiles one for each primitive and shape. A few run outside too.
+Both are one compiled program: outside of one, JAX compiles one for each primitive and shape. A few run outside too. A
+transformation gives all that it computes on the way, as a gradient beside its tangent; what gives no more than another
+one does is slow.
 """
 
 import jax
@@ -98,17 +100,17 @@ def _grads(function):
 
 TRANSFORMATIONS = {
     "value": lambda f: f(*f.operands),
-    "jvp": lambda f: jax.jvp(f, f.operands, f.tangents)[1],
+    "jvp": lambda f: jax.jvp(f, f.operands, f.tangents),
     "linearize": lambda f: jax.linearize(f, *f.operands)[1](*f.tangents),
     "grad": lambda f: f.gradient(*f.operands),
     "grad of grad": lambda f: _grads(lambda *x: f.dot(f.gradient(*x), f.tangents))(*f.operands),
-    "forward over reverse": lambda f: jax.jvp(f.gradient, f.operands, f.tangents)[1],
+    "forward over reverse": lambda f: jax.jvp(f.gradient, f.operands, f.tangents),
     "reverse over forward": lambda f: _grads(
         lambda *x: jnp.sum(jax.jvp(f, x, f.tangents)[1] * f.out_bar)
     )(*f.operands),
-    "forward over forward": lambda f: jax.jvp(lambda *x: jax.jvp(f, x, f.tangents)[1], f.operands, f.tangents)[1],
-    "third order": lambda f: _grads(
-        lambda *x: f.dot(jax.jvp(f.gradient, x, f.tangents)[1], f.tangents)
+    "forward over forward": lambda f: jax.jvp(lambda *x: jax.jvp(f, x, f.tangents)[1], f.operands, f.tangents),
+    "third order": lambda f: jax.value_and_grad(
+        lambda *x: f.dot(jax.jvp(f.gradient, x, f.tangents)[1], f.tangents), (0, 1, 2)
     )(*f.operands),
     "jacfwd": lambda f: jax.jacfwd(lambda s: f(f.query * s, f.key, f.value))(1.3),
     "jacfwd of value": lambda f: jax.jacfwd(lambda v: f(f.query, f.key, f.value.at[0, 0, 0].set(v)))(f.value[0, 0, 0]),
@@ -122,17 +124,17 @@ TRANSFORMATIONS = {
         f.query, f.key, jnp.stack([f.value, -f.value], 1)
     ),
     "grad of vmap": lambda f: _grads(lambda *x: jnp.sum(jax.vmap(f)(*x) * f.out_bar))(*f.pairs()),
-    "jvp of vmap": lambda f: jax.jvp(jax.vmap(f), f.pairs(), f.pairs())[1],
+    "jvp of vmap": lambda f: jax.jvp(jax.vmap(f), f.pairs(), f.pairs()),
     "linearize of vmap": lambda f: jax.linearize(jax.vmap(f), *f.pairs())[1](*f.pairs()),
     "vmap of second order": lambda f: jax.vmap(
-        lambda *x: jax.jvp(f.gradient, x, f.tangents)[1], (0, None, 0)
+        lambda *x: jax.jvp(f.gradient, x, f.tangents), (0, None, 0)
     )(f.pairs()[0], f.key, f.pairs()[2]),
     "grad of checkpoint": lambda f: _grads(jax.checkpoint(f.loss))(*f.operands),
-    "second order of checkpoint": lambda f: jax.jvp(_grads(jax.checkpoint(f.loss)), f.operands, f.tangents)[1],
+    "second order of checkpoint": lambda f: jax.jvp(_grads(jax.checkpoint(f.loss)), f.operands, f.tangents),
     "jvp of checkpoint": lambda f: jax.jvp(jax.checkpoint(f), f.operands, f.tangents)[1],
     "grad of scan": lambda f: _grads(f.scanned)(*f.operands),
     "jvp of scan": lambda f: jax.jvp(f.scanned, f.operands, f.tangents)[1],
-    "second order of scan": lambda f: jax.jvp(_grads(f.scanned), f.operands, f.tangents)[1],
+    "second order of scan": lambda f: jax.jvp(_grads(f.scanned), f.operands, f.tangents),
     "while_loop": lambda f: lax.fori_loop(0, 3, lambda _, q: q + f(q, f.key, f.value)[..., :3], f.query),
     "grad of cond": lambda f: _grads(
         lambda *x: lax.cond(x[0][0, 0, 0, 0] > -9, f.loss, lambda *x: 0.0 * x[0].sum(), *x)
@@ -149,7 +151,7 @@ TRANSFORMATIONS = {
             (0, 1),
         ),
         (f.score, f.bias), (jax.tree.map(jnp.ones_like, f.score), jnp.cos(f.bias)),
-    )[1],
+    ),
     "grad of lse": lambda f: _grads(
         lambda *x: jnp.sum(jnp.sin(attnlib.attention(*x, score=f.score, return_lse=True, **f.options)[1]))
     )(*f.operands),
@@ -172,8 +174,8 @@ def _shard_map(derivative, check_vma):
         functions = {
             "value": lambda: mapped(*f.operands),
             "grad": lambda: _grads(loss)(*f.operands),
-            "jvp": lambda: jax.jvp(mapped, f.operands, f.tangents)[1],
-            "second order": lambda: jax.jvp(_grads(loss), f.operands, f.tangents)[1],
+            "jvp": lambda: jax.jvp(mapped, f.operands, f.tangents),
+            "second order": lambda: jax.jvp(_grads(loss), f.operands, f.tangents),
         }
         return functions[derivative]()
 
@@ -188,7 +190,7 @@ def _explicit(derivative):
             functions = {
                 "value": lambda: jax.jit(f)(*x),
                 "grad": lambda: jax.jit(f.gradient)(*x),
-                "second order": lambda: jax.jit(lambda x, t: jax.jvp(f.gradient, x, t)[1])(x, t),
+                "second order": lambda: jax.jit(lambda x, t: jax.jvp(f.gradient, x, t))(x, t),
             }
             return jax.tree.map(np.asarray, functions[derivative]())
 
@@ -209,7 +211,15 @@ CASES = [("dot", name) for name in TRANSFORMATIONS if name != "grad of score"]
 CASES += [(score, name) for score in ("additive", "custom") for name in OF_SCORES]
 CASES += [(score, "second order of score and bias") for score in ("concat", "bilinear")]
 
-SLOW = ()
+PARTS_OF_OTHERS = (
+    "value", "grad", "vmap", "jacfwd", "vmap of grad", "linearize of vmap", "grad of checkpoint", "grad of scan",
+    "grad of bias", "grad of score", "shard_map value, check_vma=True", "shard_map value, check_vma=False",
+    "shard_map grad, check_vma=True", "explicit mesh value", "explicit mesh grad",
+)  # fmt: skip
+# With one setting of check_vma each; test_cases.py has second orders in reverse over reverse.
+PAIRED = ("shard_map jvp, check_vma=True", "shard_map second order, check_vma=False", "grad of grad")
+SLOW = [case for case in CASES if case[1] in PARTS_OF_OTHERS + PAIRED]
+SLOW += [("concat", "second order of score and bias")]  # the products of "additive", by one number more
 OUTSIDE = [case for case in CASES if "shard_map" not in case[1]]  # which is for programs
 SLOW_OUTSIDE = [case for case in OUTSIDE if case not in [("dot", "grad"), ("dot", "linearize")]]
 
@@ -232,7 +242,9 @@ def test_agrees_with_reference_outside_of_a_program(score, name):
         check(derived(name, "blockwise", drawn), jax.jit(lambda drawn: derived(name, "reference", drawn))(drawn))
 
 
-@pytest.mark.parametrize("name", EXPLICIT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in PARTS_OF_OTHERS)) for name in EXPLICIT]
+)
 def test_agrees_with_reference_on_an_explicit_mesh(name):
     with x64():
         drawn = draw("dot")

@@ -64,24 +64,42 @@ def by_definition(query, key, value, *, score, sizes, mask=None, attention_axes=
     return output, weights, lse
 
 
-@pytest.mark.parametrize("implementation", COMPLETE)
-@fuzz(100)
-@given(
+DRAWN = dict(
     call=fuzzing_calls.calls(floats=("float32",), lengths=(3, 1, 2, 5, 0)),
     seed=st.integers(0, 99),
     blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
 )
-def test_right_calls_give_the_numbers_of_the_definition(implementation, call, seed, blocks):
+
+
+@fuzz(40)
+@given(**DRAWN)
+def test_right_calls_give_the_numbers_of_the_definition(call, seed, blocks):
+    check(call, seed, blocks)
+
+
+@pytest.mark.slow
+@fuzz(100)
+@given(**DRAWN)
+def test_more_right_calls_give_the_numbers_of_the_definition(call, seed, blocks):
+    check(call, seed, blocks)
+
+
+def check(call, seed, blocks):
+    """All implementations in one program."""
     arguments = concrete(call.arguments, seed)
     operands = [arguments[name] for name in ("query", "key", "value")]
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
-    blocks = blocks if implementation in BLOCK_SIZES else None
 
-    def run(*operands):
-        how = dict(implementation=implementation, block_sizes=blocks, return_weights=True, return_lse=True)
-        return attnlib.attention(*operands, **options, **how)
+    @quick_jit
+    def program(*operands):
+        made = []
+        for name in COMPLETE:
+            how = dict(implementation=name, block_sizes=blocks if name in BLOCK_SIZES else None)
+            made.append(attnlib.attention(*operands, **options, **how, return_weights=True, return_lse=True))
+        return made
 
     with wide(arguments):
-        made = quick_jit(run)(*operands)
+        every = program(*operands)
     expected = tuple(x.astype(np.float32) for x in by_definition(*operands, sizes=call.sizes, **options))
-    assert_close(made, expected, length=np.prod(call.sizes.key, dtype=int) + 8)
+    for made in every:
+        assert_close(made, expected, length=np.prod(call.sizes.key, dtype=int) + 8)
