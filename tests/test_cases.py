@@ -43,8 +43,9 @@ OF_VARIANTS = {
         "dot", "grouped", "grouped, mask and bias a head", "multi-query", "is_causal and a mask",
         "causal, offset a batch index", "key padding", "segments", "dense, batch and head", "nothing attends",
         "bias (7,)", "bias (1, 3, 1, 1)", "bias (2, 1, 5, 1)", "dropout, grouped, causal", "alibi",
-        "bucketed bias, causal, grouped", "score_mod, no batch", "score_mod, two batch axes before", "positions, modified",
-        "two axes, partly broadcast", "outer axes, reversed", "batch of one broadcasts", "query of one broadcasts", "11 queries, 13 keys", "bfloat16",
+        "bucketed bias, causal, grouped", "score_mod, no batch", "score_mod, two batch axes before",
+        "positions, modified", "two axes, partly broadcast", "outer axes, reversed", "batch of one broadcasts",
+        "query of one broadcasts", "11 queries, 13 keys", "bfloat16",
     ),
     SIDE_BY_SIDE: (
         "dot", "dot scale a head", "bilinear a head, unequal features", "grouped", "grouped, mask and bias a head",

@@ -7,10 +7,9 @@ import fuzzing_calls
 import jax
 import numpy as np
 import oracle
-import pytest
 from cases import BLOCK_SIZES, COMPLETE
 from conftest import assert_close, fuzz
-from fuzzing import define, numbers
+from fuzzing import define, few_and_many, numbers
 from hypothesis import given
 from hypothesis import strategies as st
 from quick_jit import quick_jit
@@ -64,24 +63,18 @@ def by_definition(query, key, value, *, score, sizes, mask=None, attention_axes=
     return output, weights, lse
 
 
-DRAWN = dict(
-    call=fuzzing_calls.calls(floats=("float32",), lengths=(3, 1, 2, 5, 0)),
-    seed=st.integers(0, 99),
-    blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-)
+@few_and_many(40, 100)
+def test_right_calls_give_the_numbers_of_the_definition(examples):
+    @fuzz(examples)
+    @given(
+        call=fuzzing_calls.calls(floats=("float32",), lengths=(3, 1, 2, 5, 0)),
+        seed=st.integers(0, 99),
+        blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    )
+    def law(call, seed, blocks):
+        check(call, seed, blocks)
 
-
-@fuzz(40)
-@given(**DRAWN)
-def test_right_calls_give_the_numbers_of_the_definition(call, seed, blocks):
-    check(call, seed, blocks)
-
-
-@pytest.mark.slow
-@fuzz(100)
-@given(**DRAWN)
-def test_more_right_calls_give_the_numbers_of_the_definition(call, seed, blocks):
-    check(call, seed, blocks)
+    law()
 
 
 def check(call, seed, blocks):
