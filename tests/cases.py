@@ -5,9 +5,8 @@ holds factories, not arrays: `build` draws the same operands each time.
 """
 
 import dataclasses
-import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from conftest import x64
 
 import attnlib
-from attnlib import masks, modifiers, scores
+from attnlib import _call, _choose, masks, modifiers, scores
 from attnlib._choose import NAMES as NAMES
 from attnlib._impl.blockwise import blockwise
 
@@ -66,6 +65,7 @@ class Case:
     positions: Callable[[Draw], tuple[Any, Any]] | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     second_order: bool = False  # also compared in second derivatives, which cost most to compile
+    values_only: bool = False  # its derivatives are compared in the slow tests only
 
     def __str__(self) -> str:
         return self.name
@@ -104,6 +104,10 @@ GRID = dict(query=(2, 3, 4, 2, 6), key=(2, 5, 2, 2, 6), value=(2, 5, 2, 2, 7))  
 SQUARE = dict(query=(2, 7, 3, 4), key=(2, 7, 3, 4), value=(2, 7, 3, 6))
 WHOLE = (2, 3, 5, 7)  # the weights of the default shapes
 DROPOUT = dict(dropout_rate=0.4)
+# An implementation sees a mask through three methods alone (which pairs, which tiles, padded). So derivatives are made
+# for each way a mask is laid out, not for each kind: none, static with full, partial and empty tiles, an array a batch
+# index or head, a length that is traced, nothing. For the others, values show that the three methods agree.
+VALUES = dict(values_only=True)
 
 
 def _of(length: int) -> dict[str, Any]:
@@ -129,30 +133,31 @@ def _cases() -> list[Case]:
         Case("multi-query", query=(2, 5, 6, 4), key=(2, 7, 1, 4), value=(2, 7, 1, 3), bias=(1, 6, 5, 1)),
         # masks, one of every kind
         Case("causal", mask=lambda draw: masks.Causal()),
-        Case("is_causal and a mask", mask=lambda draw: draw.bools(2, 1, 5, 7), options=dict(is_causal=True)),
-        Case("causal, offset a batch index", mask=lambda draw: masks.Causal(offset=draw.integers(-2, 5, 2))),
-        Case("causal, negative offset", mask=lambda draw: masks.Causal(offset=-2)),
-        Case("sliding window", mask=lambda draw: masks.SlidingWindow(2, 1)),
-        Case("sliding window, one side open", mask=lambda draw: masks.SlidingWindow(None, 1)),
-        Case("neighborhood", **SQUARE, mask=lambda draw: masks.Neighborhood(3)),
-        Case("neighborhood, clipped and dilated", **SQUARE, mask=lambda draw: masks.Neighborhood(3, 2, "clip")),
-        Case("block local", mask=lambda draw: masks.BlockLocal(3, before=1)),
-        Case("block sparse", mask=lambda draw: masks.BlockSparse(["101", "011"], 3)),
-        Case("dilated", mask=lambda draw: masks.Dilated(2)),
-        Case("prefix", mask=lambda draw: masks.Prefix(draw.integers(0, 8, 2))),
-        Case("causal or prefix", mask=lambda draw: masks.Causal() | masks.Prefix(3)),
+        Case("is_causal and a mask", **VALUES, mask=lambda draw: draw.bools(2, 1, 5, 7), options=dict(is_causal=True)),
+        Case("causal, offset a batch index", **VALUES, mask=lambda draw: masks.Causal(offset=draw.integers(-2, 5, 2))),
+        Case("causal, negative offset", **VALUES, mask=lambda draw: masks.Causal(offset=-2)),
+        Case("sliding window", **VALUES, mask=lambda draw: masks.SlidingWindow(2, 1)),
+        Case("sliding window, one side open", **VALUES, mask=lambda draw: masks.SlidingWindow(None, 1)),
+        Case("neighborhood", **VALUES, **SQUARE, mask=lambda draw: masks.Neighborhood(3)),
+        Case("neighborhood, clipped and dilated", **VALUES, **SQUARE,
+             mask=lambda draw: masks.Neighborhood(3, 2, "clip")),
+        Case("block local", **VALUES, mask=lambda draw: masks.BlockLocal(3, before=1)),
+        Case("block sparse", **VALUES, mask=lambda draw: masks.BlockSparse(["101", "011"], 3)),
+        Case("dilated", **VALUES, mask=lambda draw: masks.Dilated(2)),
+        Case("prefix", **VALUES, mask=lambda draw: masks.Prefix(draw.integers(0, 8, 2))),
+        Case("causal or prefix", **VALUES, mask=lambda draw: masks.Causal() | masks.Prefix(3)),
         Case("lengths", mask=lambda draw: masks.Lengths(draw.integers(0, 6, 2), draw.integers(0, 8, 2))),
         Case("key padding", mask=lambda draw: masks.KeyPadding(draw.bools(2, 7))),
-        Case("query padding", mask=lambda draw: masks.QueryPadding(draw.bools(2, 5))),
-        Case("segments", **SQUARE, mask=lambda draw: masks.Segments(draw.integers(0, 3, 2, 7), padding_id=0)),
-        Case("segments of two sides",
+        Case("query padding", **VALUES, mask=lambda draw: masks.QueryPadding(draw.bools(2, 5))),
+        Case("segments", **VALUES, **SQUARE, mask=lambda draw: masks.Segments(draw.integers(0, 3, 2, 7), padding_id=0)),
+        Case("segments of two sides", **VALUES,
              mask=lambda draw: masks.Segments(draw.integers(0, 3, 2, 5), draw.integers(0, 3, 2, 7))),
-        Case("predicate", mask=lambda draw: masks.Predicate(lambda q, k: (q + k) % 3 != 1)),
+        Case("predicate", **VALUES, mask=lambda draw: masks.Predicate(lambda q, k: (q + k) % 3 != 1)),
         Case("dense, whole", mask=lambda draw: draw.bools(*WHOLE)),
-        Case("dense, a key row", mask=lambda draw: draw.bools(7)),
-        Case("dense, a query column", mask=lambda draw: draw.bools(5, 1)),
+        Case("dense, a key row", **VALUES, mask=lambda draw: draw.bools(7)),
+        Case("dense, a query column", **VALUES, mask=lambda draw: draw.bools(5, 1)),
         Case("dense, batch and head", mask=lambda draw: draw.bools(2, 3, 1, 1)),
-        Case("masks composed",
+        Case("masks composed", **VALUES,
              mask=lambda draw: (masks.Causal(1) | ~masks.Dense(draw.bools(5, 7))) & masks.KeyPadding(draw.bools(2, 7))),
         Case("nothing attends", mask=lambda draw: masks.Dense(jnp.zeros((1, 1), bool))),
         # biases of every broadcast
@@ -273,15 +278,14 @@ def refusal(case: Case, name: str) -> str | None:
         return unsupported(name, **operands, **traced, **options, return_weights=True, return_lse=True)
 
 
-def unsupported(name: str, *args: Any, **kwargs: Any) -> str | None:
-    """Why an implementation refuses a call; None where it runs."""
-    try:
-        attnlib.explain(*args, **kwargs, **by_name(name))
-    except ValueError as error:
-        head, _, reason = str(error).partition(f"  {name}: ")
-        assert head.startswith("no implementation can compute"), error
-        return reason.splitlines()[0]
-    return None
+def unsupported(name: str, query: Any, key: Any, value: Any, *, score: Any = None, **options: Any) -> str | None:
+    """Why an implementation refuses a call; None where it runs. `explain` says so too, but counts the cost besides."""
+    options = _call.options("explain", {**options, **by_name(name)})
+    arrays, static = _call.arguments(query, key, value, scores.Dot() if score is None else score, **options)
+    asked = static.pop("implementation")
+    problem = jax.eval_shape(lambda arrays: _call.fold(arrays, **static)[0], arrays)
+    reason = next(made for made in _choose.IMPLEMENTATIONS if made.name == asked).unsupported(problem)
+    return None if reason is None else reason.splitlines()[0]
 
 
 def like(tree: Any, seed: int) -> Any:
@@ -290,7 +294,6 @@ def like(tree: Any, seed: int) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape).astype(x.dtype)), tree)
 
 
-@functools.lru_cache(maxsize=4)
 def derivatives(case: Case, name: str) -> dict[str, Any]:
     """Values, a tangent and a pullback of a case, all from one compiled program."""
 
@@ -309,6 +312,21 @@ def derivatives(case: Case, name: str) -> dict[str, Any]:
         tangents, cotangents = like(operands, 1), like(shapes, 2)
         made = everything(operands, traced, tangents, cotangents)
         return dict(**made, operands=operands, tangents=tangents, cotangents=cotangents)
+
+
+def values(case: Case, names: Iterable[str]) -> dict[str, Any]:
+    """Values of a case by name of what computes them, all from one compiled program."""
+
+    @jax.jit
+    def everything(operands, traced):
+        made = {}
+        for name in names:
+            with variant(name):
+                made[name] = run(operands, traced, case.options, name)
+        return made
+
+    with context(case):
+        return everything(*build(case)[:2])
 
 
 def second_derivatives(case: Case, name: str) -> dict[str, Any]:

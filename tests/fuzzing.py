@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from hypothesis import strategies as st
 
 from attnlib import _mask, masks
@@ -32,6 +33,11 @@ class Sizes:
     @property
     def weights(self):
         return (*self.batch, self.heads, *self.query, *self.key)
+
+
+def few_and_many(few, many):
+    """A test takes so many examples, few by default, many among the slow tests."""
+    return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 # Arrays

@@ -1,5 +1,6 @@
 """The table of cases on every implementation: values, first and second derivatives, forward and reverse mode."""
 
+import contextlib
 import math
 import re
 
@@ -20,32 +21,97 @@ from cases import (
     refusal,
     run,
     second_derivatives,
+    values,
 )
 from conftest import assert_close, assert_finite
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN, SIDE_BY_SIDE])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_derivatives(case, implementation):
+VARIANTS = [*NAMES, IN_TURN, SIDE_BY_SIDE]
+
+
+def named(cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+# The variants of blockwise share its code but for a few functions. So they run the cases that these see; the slow tests
+# run all. Heads in turn cut by batch index and head what has such axes: operands, masks, biases, tables. Heads side by
+# side have products of their own, forward and backward; what is added to their logits is that of a tile.
+OF_VARIANTS = {
+    IN_TURN: (
+        "dot", "grouped", "grouped, mask and bias a head", "multi-query", "is_causal and a mask",
+        "causal, offset a batch index", "key padding", "segments", "dense, batch and head", "nothing attends",
+        "bias (7,)", "bias (1, 3, 1, 1)", "bias (2, 1, 5, 1)", "dropout, grouped, causal", "alibi",
+        "bucketed bias, causal, grouped", "score_mod, no batch", "score_mod, two batch axes before",
+        "positions, modified", "two axes, partly broadcast", "outer axes, reversed", "batch of one broadcasts",
+        "query of one broadcasts", "11 queries, 13 keys", "bfloat16",
+    ),
+    SIDE_BY_SIDE: (
+        "dot", "dot scale a head", "bilinear a head, unequal features", "grouped", "grouped, mask and bias a head",
+        "multi-query", "is_causal and a mask", "causal, offset a batch index", "sliding window", "lengths",
+        "nothing attends", "soft cap", "dropout, grouped, causal", "alibi", "positions, modified",
+        "score_mod, two batch axes before", "two axes, partly broadcast", "batch of one broadcasts",
+        "query of one broadcasts", "1 queries, 7 keys", "bfloat16",
+    ),
+}  # fmt: skip
+# Second derivatives run over the same loops, and with heads side by side by a rule for the operands alone.
+OF_VARIANTS_SECOND_ORDER = {IN_TURN: ("dot",), SIDE_BY_SIDE: ("dot",)}
+
+
+def running(case, of_variants):
+    """The names of those that run a case, the reference first."""
+    names = [name for name in VARIANTS if case.name in of_variants.get(name, BY_NAME)]
+    return sorted((name for name in names if refusal(case, name) is None), key=lambda name: name != "reference")
+
+
+@contextlib.contextmanager
+def about(name):
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"implementation: {name}")
+        raise
+
+
+@named([case for case in CASES if not case.values_only])
+def test_values_and_derivatives(case):
+    """Of all implementations: so the reference is computed once."""
+    check_derivatives(case, running(case, OF_VARIANTS))
+
+
+@pytest.mark.slow
+@named(CASES)
+def test_values_and_derivatives_of_every_variant(case):
+    check_derivatives(case, running(case, {}))
+
+
+def check_derivatives(case, names):
     """Forward and reverse mode agree with each other, and both with the reference."""
-    reason = refusal(case, implementation)
-    if reason is not None:
-        pytest.skip(f"{implementation}: {reason}")
-    made = derivatives(case, implementation)
-    check_results(case, *made["results"])
-    assert_finite((made["gradients"], made["tangent"]))
+    expected = None
+    for name in names:
+        with about(name):
+            made = derivatives(case, name)
+            check_results(case, *made["results"])
+            assert_finite((made["gradients"], made["tangent"]))
 
-    forward = inner(made["cotangents"], made["tangent"])
-    reverse = inner(made["gradients"], made["tangents"])
-    eps = float(jnp.finfo(case.dtype).eps)
-    assert abs(forward[0] - reverse[0]) <= 16 * eps * max(forward[1], reverse[1])
+            forward = inner(made["cotangents"], made["tangent"])
+            reverse = inner(made["gradients"], made["tangents"])
+            eps = float(jnp.finfo(case.dtype).eps)
+            assert abs(forward[0] - reverse[0]) <= 16 * eps * max(forward[1], reverse[1])
 
-    if implementation != "reference":
-        expected = derivatives(case, "reference")
-        for part in ("results", "tangent", "gradients"):
-            assert_close(made[part], expected[part], length=max(case.query[1], case.key[1]))
+            expected = made if expected is None else expected
+            for part in ("results", "tangent", "gradients"):
+                assert_close(made[part], expected[part], length=max(case.query[1], case.key[1]))
+
+
+@named([case for case in CASES if case.values_only])
+def test_values(case):
+    made = values(case, running(case, OF_VARIANTS))
+    for name, results in made.items():
+        with about(name):
+            check_results(case, *results)
+            assert_close(results, made["reference"], length=max(case.query[1], case.key[1]))
 
 
 def check_results(case, output, weights, lse):
@@ -73,25 +139,39 @@ def inner(a, b):
     return sum(np.sum(term) for term in terms), sum(np.sum(np.abs(term)) for term in terms)
 
 
-@pytest.mark.parametrize("implementation", [*NAMES, IN_TURN, SIDE_BY_SIDE])
-@pytest.mark.parametrize("case", [case for case in CASES if case.second_order], ids=str)
-def test_second_derivatives(case, implementation):
+SECOND_ORDER = [case for case in CASES if case.second_order]
+
+
+@named(SECOND_ORDER)
+def test_second_derivatives(case):
+    check_second_derivatives(case, running(case, OF_VARIANTS_SECOND_ORDER))
+
+
+@pytest.mark.slow
+@named(SECOND_ORDER)
+def test_second_derivatives_of_every_variant(case):
+    check_second_derivatives(case, running(case, {}))
+
+
+def check_second_derivatives(case, names):
     """Forward over reverse equals reverse over reverse (the second derivative is symmetric), and the reference."""
-    reason = refusal(case, implementation)
-    if reason is not None:
-        pytest.skip(f"{implementation}: {reason}")
-    made = second_derivatives(case, implementation)
-    assert_finite(made)
-    assert_close(made["forward"], made["reverse"], length=16)
-    if implementation != "reference":
-        assert_close(made, second_derivatives(case, "reference"), length=16)
+    expected = None
+    for name in names:
+        with about(name):
+            made = second_derivatives(case, name)
+            assert_finite(made)
+            assert_close(made["forward"], made["reverse"], length=16)
+            expected = made if expected is None else expected
+            assert_close(made, expected, length=16)
 
 
 @pytest.mark.parametrize("implementation", [*COMPLETE, IN_TURN, SIDE_BY_SIDE])
 def test_enough_cases_ran(implementation):
     """A suite that refuses its way through proves nothing."""
-    ran = [case for case in CASES if refusal(case, implementation) is None]
+    ran = [case.name for case in CASES if refusal(case, implementation) is None]
     assert len(ran) >= (len(CASES) if implementation == "reference" else 10)
+    for of_variants in (OF_VARIANTS, OF_VARIANTS_SECOND_ORDER):
+        assert set(of_variants.get(implementation, ran)) <= set(ran)
 
 
 @pytest.mark.parametrize(("name", "starts"), [("blockwise", {"3x2"}), (IN_TURN, {"8x4", "16x4"})])

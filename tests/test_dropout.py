@@ -12,6 +12,11 @@ from attnlib import masks
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 on_every_implementation = pytest.mark.parametrize("implementation", NAMES)
+# Where the others are shown to drop the same, here and in test_cases.py.
+on_the_reference = pytest.mark.parametrize(
+    "implementation",
+    ["reference", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "reference")],
+)
 
 
 def kept(key, batch, heads, queries, keys, *, rate=0.5, implementation=None, block_sizes=None, kv_heads=1):
@@ -33,16 +38,28 @@ def kept(key, batch, heads, queries, keys, *, rate=0.5, implementation=None, blo
 # The same function everywhere
 
 
-@on_every_implementation
-def test_same_entries_on_every_implementation_and_block_size(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "block_sizes"),
+    [*((name, None) for name in NAMES if name not in BLOCK_SIZES), *(("blockwise", x) for x in ((4, 3), (11, 5))),
+     *(pytest.param("blockwise", x, marks=pytest.mark.slow) for x in (None, (1, 1)))],
+)  # fmt: skip
+def test_same_entries_on_every_implementation_and_block_size(implementation, block_sizes):
+    """In the weights that are returned, made at once, and in the output, made by tile: of unit vectors, the weights."""
     expected = kept(jax.random.key(3), 2, 4, 11, 13, implementation="reference", kv_heads=2)
-    sizes = [None, (1, 1), (4, 3), (11, 5)] if implementation in BLOCK_SIZES else [None]
-    for block_sizes in sizes:
-        made = kept(jax.random.key(3), 2, 4, 11, 13, implementation=implementation, block_sizes=block_sizes, kv_heads=2)
-        np.testing.assert_array_equal(made, expected)
+    query, key = np.zeros((2, 11, 4, 1), np.float32), np.zeros((2, 13, 2, 1), np.float32)
+    value = np.broadcast_to(np.eye(13, dtype=np.float32)[None, :, None], (2, 13, 2, 13))
+    options = dict(dropout_rate=0.5, dropout_rng=jax.random.key(3), return_weights=True)
+    reason = unsupported(implementation, query, key, value, **options)
+    if reason is not None:
+        pytest.skip(f"{implementation}: {reason}")
+    output, weights = attnlib.dot_product_attention(
+        query, key, value, implementation=implementation, block_sizes=block_sizes, **options
+    )
+    np.testing.assert_array_equal(np.asarray(weights) != 0, expected)
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(output), 2, 1) != 0, expected)
 
 
-@on_every_implementation
+@on_the_reference
 def test_an_entry_depends_on_its_own_place_alone(implementation):
     """Longer sequences, more batch entries and grouped heads leave what was there; masks and biases too."""
     key = jax.random.key(3)
@@ -50,7 +67,8 @@ def test_an_entry_depends_on_its_own_place_alone(implementation):
     np.testing.assert_array_equal(kept(key, 2, 4, 5, 7, implementation=implementation), whole[:2, :, :5, :7])
     np.testing.assert_array_equal(kept(key, 3, 4, 9, 10, implementation=implementation, kv_heads=2), whole)
 
-    queries, zeros, bias = jnp.zeros((3, 9, 4, 1)), jnp.zeros((3, 10, 1, 1)), jnp.linspace(-1.0, 1.0, 10)
+    queries, zeros = jnp.zeros((3, 9, 4, 1)), jnp.zeros((3, 10, 1, 1))
+    bias = np.linspace(-1.0, 1.0, 10, dtype=np.float32)
     _, weights = attnlib.dot_product_attention(
         queries, zeros, zeros, dropout_rate=0.5, dropout_rng=key, return_weights=True, bias=bias,
         mask=masks.Causal(), implementation=implementation,
@@ -180,18 +198,18 @@ def test_weights_returned_are_the_weights_used(implementation, keys):
 
         output, pullback = jax.vjp(function, value)
         _, weights = attnlib.dot_product_attention(query, key, value, return_weights=True, **options)
-        return output, jax.jvp(function, (value,), (tangent,))[1], pullback(cotangent)[0], weights
+        plain = dict(options, dropout_rate=0.0)
+        _, undropped = attnlib.dot_product_attention(query, key, value, return_weights=True, **plain)
+        tangents = jax.jvp(function, (value,), (tangent,))[1]
+        return output, tangents, pullback(cotangent)[0], weights, undropped
 
-    output, forward, reverse, weights = program(value)
+    output, forward, reverse, weights, undropped = map(np.asarray, program(value))
     grouped = weights.reshape(2, 2, 2, 5, 7)
-    assert_close(output, jnp.einsum("bkgts,bske->btkge", grouped, value).reshape(output.shape), length=7)
-    assert_close(forward, jnp.einsum("bkgts,bske->btkge", grouped, tangent).reshape(output.shape), length=7)
-    by_group = cotangent.reshape(2, 5, 2, 2, 6)
-    assert_close(reverse, jnp.einsum("bkgts,btkge->bske", grouped, by_group), length=7)
-
-    plain = dict(options, dropout_rate=0.0)
-    _, undropped = attnlib.dot_product_attention(query, key, value, return_weights=True, **plain)
-    assert_close(weights, jnp.where(weights != 0, undropped / 0.6, 0), length=7)
+    assert_close(output, np.einsum("bkgts,bske->btkge", grouped, value).reshape(output.shape), length=7)
+    assert_close(forward, np.einsum("bkgts,bske->btkge", grouped, tangent).reshape(output.shape), length=7)
+    by_group = np.asarray(cotangent).reshape(2, 5, 2, 2, 6)
+    assert_close(reverse, np.einsum("bkgts,btkge->bske", grouped, by_group), length=7)
+    assert_close(weights, np.where(weights != 0, undropped / np.float32(0.6), 0), length=7)
     assert 0.2 < np.mean(weights[:, :, 4, :5] == 0) < 0.6
 
 
@@ -220,9 +238,10 @@ def test_derivatives_are_of_the_function_with_that_mask(implementation, keys):
             return jax.value_and_grad(loss)(operands)
 
         step = 1e-5
+        operands, direction = (jax.tree.map(np.asarray, tree) for tree in (operands, direction))
         up, down = (
-            program(jax.tree.map(lambda x, d, s=sign: x + s * step * d, operands, direction))[0] for sign in (1, -1)
+            program({name: x + sign * step * direction[name] for name, x in operands.items()})[0] for sign in (1, -1)
         )
         gradient = program(operands)[1]
-        slope = sum(float(jnp.vdot(gradient[name], direction[name])) for name in operands)
+        slope = sum(float(np.vdot(gradient[name], direction[name])) for name in operands)
         np.testing.assert_allclose(slope, float(up - down) / (2 * step), rtol=1e-7)

@@ -1,6 +1,6 @@
 """Random calls of the public functions, by tracing alone: each gives what the contract says, or is refused.
 
-Their numbers are in test_fuzz_numbers.py. `--fuzz N` draws N times as many examples, anew each time.
+Their numbers are in test_fuzz_numbers.py. The slow tests draw more examples; `--fuzz N` N times as many, and anew.
 """
 
 import inspect as signatures
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import fuzz, x64
-from fuzzing import Sizes, define, mask_trees
+from fuzzing import Sizes, define, few_and_many, mask_trees
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,16 +69,20 @@ def wide(arguments):
     return x64(any(getattr(x, "dtype", None) in (np.dtype("float64"), np.dtype("int64")) for x in leaves))
 
 
-@fuzz(250)
-@given(call=fuzzing_calls.calls(), promotion=st.sampled_from(("standard", "strict")), explained=st.integers(0, 3))
-def test_right_calls_give_what_the_contract_says(call, promotion, explained):
-    with wide(call.arguments), jax.numpy_dtype_promotion(promotion):
-        got = outcome(attnlib.attention, call.arguments)
-        if isinstance(got, Exception):
-            raise got
-        assert got == fuzzing_calls.expected(call.arguments)
-        if explained == 0:
-            assert not isinstance(outcome(explain, call.arguments), Exception)
+@few_and_many(100, 250)
+def test_right_calls_give_what_the_contract_says(examples):
+    @fuzz(examples)
+    @given(call=fuzzing_calls.calls(), promotion=st.sampled_from(("standard", "strict")), explained=st.integers(0, 3))
+    def law(call, promotion, explained):
+        with wide(call.arguments), jax.numpy_dtype_promotion(promotion):
+            got = outcome(attnlib.attention, call.arguments)
+            if isinstance(got, Exception):
+                raise got
+            assert got == fuzzing_calls.expected(call.arguments)
+            if explained == 0:
+                assert not isinstance(outcome(explain, call.arguments), Exception)
+
+    law()
 
 
 def explain(query, key, value, *, score, **options):
@@ -104,17 +108,21 @@ def words(error):
     return re.sub("0x[0-9a-f]+", "0x", str(error))  # an object's address, which is another one each time
 
 
-@fuzz(700)
-@given(arguments=spoilt(), promotion=st.sampled_from(("standard", "strict")))
-def test_wrong_calls_are_refused_at_the_border(arguments, promotion):
-    with wide(arguments), jax.numpy_dtype_promotion(promotion):
-        got = outcome(attnlib.attention, arguments)
-        if isinstance(got, Exception) and arguments["score"] is not None:  # for which explain has a default
-            said = outcome(explain, arguments)
-            assert (type(said), words(said)) == (type(got), words(got)), (said, got)
-        elif not isinstance(got, Exception):
-            want = fuzzing_calls.expected(arguments)
-            assert got == want, (got, want)
+@few_and_many(350, 700)
+def test_wrong_calls_are_refused_at_the_border(examples):
+    @fuzz(examples)
+    @given(arguments=spoilt(), promotion=st.sampled_from(("standard", "strict")))
+    def law(arguments, promotion):
+        with wide(arguments), jax.numpy_dtype_promotion(promotion):
+            got = outcome(attnlib.attention, arguments)
+            if isinstance(got, Exception) and arguments["score"] is not None:  # for which explain has a default
+                said = outcome(explain, arguments)
+                assert (type(said), words(said)) == (type(got), words(got)), (said, got)
+            elif not isinstance(got, Exception):
+                want = fuzzing_calls.expected(arguments)
+                assert got == want, (got, want)
+
+    law()
 
 
 # Masks, by what they say and by tile
@@ -130,16 +138,20 @@ def placed_masks(draw):
     return draw(mask_trees(sizes, concrete=True)), sizes, (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
 
 
-@fuzz(500)
-@given(drawn=placed_masks())
-def test_masks_say_what_their_definition_says(drawn):
-    mask, sizes, tile = drawn
-    with wide(mask):
-        dense = define(mask, sizes)
-        got = np.asarray(mask.as_array(sizes.query, sizes.key))
-        assert np.array_equal(np.broadcast_to(got, dense.shape), dense)
-        queries, keys = np.prod(sizes.query), np.prod(sizes.key)
-        for place, kind in np.ndenumerate(tile_kinds(mask, sizes.query, sizes.key, tile)):
-            (row, column), pairs = place, dense.reshape(-1, queries, keys)
-            part = pairs[:, row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
-            assert not part.any() if kind == EMPTY else part.all() or kind != FULL
+@few_and_many(200, 500)
+def test_masks_say_what_their_definition_says(examples):
+    @fuzz(examples)
+    @given(drawn=placed_masks())
+    def law(drawn):
+        mask, sizes, tile = drawn
+        with wide(mask):
+            dense = define(mask, sizes)
+            got = np.asarray(mask.as_array(sizes.query, sizes.key))
+            assert np.array_equal(np.broadcast_to(got, dense.shape), dense)
+            queries, keys = np.prod(sizes.query), np.prod(sizes.key)
+            for place, kind in np.ndenumerate(tile_kinds(mask, sizes.query, sizes.key, tile)):
+                (row, column), pairs = place, dense.reshape(-1, queries, keys)
+                part = pairs[:, row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
+                assert not part.any() if kind == EMPTY else part.all() or kind != FULL
+
+    law()

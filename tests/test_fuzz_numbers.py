@@ -7,10 +7,9 @@ import fuzzing_calls
 import jax
 import numpy as np
 import oracle
-import pytest
 from cases import BLOCK_SIZES, COMPLETE
 from conftest import assert_close, fuzz
-from fuzzing import define, numbers
+from fuzzing import define, few_and_many, numbers
 from hypothesis import given
 from hypothesis import strategies as st
 from test_fuzz import wide
@@ -63,24 +62,36 @@ def by_definition(query, key, value, *, score, sizes, mask=None, attention_axes=
     return output, weights, lse
 
 
-@pytest.mark.parametrize("implementation", COMPLETE)
-@fuzz(100)
-@given(
-    call=fuzzing_calls.calls(floats=("float32",), lengths=(3, 1, 2, 5, 0)),
-    seed=st.integers(0, 99),
-    blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-)
-def test_right_calls_give_the_numbers_of_the_definition(implementation, call, seed, blocks):
+@few_and_many(40, 100)
+def test_right_calls_give_the_numbers_of_the_definition(examples):
+    @fuzz(examples)
+    @given(
+        call=fuzzing_calls.calls(floats=("float32",), lengths=(3, 1, 2, 5, 0)),
+        seed=st.integers(0, 99),
+        blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    )
+    def law(call, seed, blocks):
+        check(call, seed, blocks)
+
+    law()
+
+
+def check(call, seed, blocks):
+    """All implementations in one program."""
     arguments = concrete(call.arguments, seed)
     operands = [arguments[name] for name in ("query", "key", "value")]
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
-    blocks = blocks if implementation in BLOCK_SIZES else None
 
-    def run(*operands):
-        how = dict(implementation=implementation, block_sizes=blocks, return_weights=True, return_lse=True)
-        return attnlib.attention(*operands, **options, **how)
+    @jax.jit
+    def program(*operands):
+        made = []
+        for name in COMPLETE:
+            how = dict(implementation=name, block_sizes=blocks if name in BLOCK_SIZES else None)
+            made.append(attnlib.attention(*operands, **options, **how, return_weights=True, return_lse=True))
+        return made
 
     with wide(arguments):
-        made = jax.jit(run)(*operands)
+        every = program(*operands)
     expected = tuple(x.astype(np.float32) for x in by_definition(*operands, sizes=call.sizes, **options))
-    assert_close(made, expected, length=np.prod(call.sizes.key, dtype=int) + 8)
+    for made in every:
+        assert_close(made, expected, length=np.prod(call.sizes.key, dtype=int) + 8)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import fuzz
+from fuzzing import few_and_many
 from hypothesis import given
 from hypothesis import strategies as st
 from test_fuzz import outcome, whole_tracebacks
@@ -156,10 +157,14 @@ def spoilt(draw):
     return name, arguments
 
 
-@fuzz(1000)
-@given(drawn=spoilt())
-def test_wrong_arguments_are_refused(drawn):
-    name, arguments = drawn
-    got = outcome(TABLE[name][0], arguments, WORDS)
-    if name in OF_ATTENTION and not isinstance(got, Exception):
-        assert got == RESULT, got
+@few_and_many(450, 1000)
+def test_wrong_arguments_are_refused(examples):
+    @fuzz(examples)
+    @given(drawn=spoilt())
+    def law(drawn):
+        name, arguments = drawn
+        got = outcome(TABLE[name][0], arguments, WORDS)
+        if name in OF_ATTENTION and not isinstance(got, Exception):
+            assert got == RESULT, got
+
+    law()
