@@ -50,9 +50,20 @@ CASES = [("dot", option, d) for option in ("plain", "causal with dropout") for d
 CASES += [("additive", "plain", d) for d in LIMITS_MB] + [("additive", "causal with dropout", "grad")]
 CASES += [("dot", "segments", "grad"), ("dot", "relative bias", "grad")]
 CASES += [("dot", "modified, with a sink", d) for d in ("forward", "jvp", "grad", "forward over reverse")]
+# Each score, option and derivative, and by default each of them once or twice.
+CHOSEN = [
+    ("dot", "plain", "forward"), ("dot", "causal with dropout", "jvp"), ("dot", "plain", "forward over reverse"),
+    ("dot", "segments", "grad"), ("dot", "relative bias", "grad"), ("dot", "modified, with a sink", "grad"),
+    ("dot", "causal with dropout", "grad of grad"), ("additive", "plain", "grad"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("score", "option", "derivative"), CASES)
+def or_slow(cases, chosen):
+    assert set(chosen) <= set(cases)
+    return [case if case in chosen else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("score", "option", "derivative"), or_slow(CASES, CHOSEN))
 def test_linear_in_length(score, option, derivative):
     long, half = (temporaries(length, score, option, derivative) for length in (16384, 8192))
     assert long <= LIMITS_MB[derivative]
@@ -71,13 +82,20 @@ def heads_in_turn(monkeypatch):
 IN_TURN = [("plain", d) for d in LIMITS_MB] + [("causal with dropout", "grad")]
 
 
-@pytest.mark.parametrize(("option", "derivative"), IN_TURN)
+@pytest.mark.parametrize(
+    ("option", "derivative"),
+    or_slow(IN_TURN, [("plain", "forward"), ("causal with dropout", "grad"), ("plain", "grad of grad")]),
+)
 def test_linear_with_heads_in_turn(option, derivative, heads_in_turn):
     test_linear_in_length("dot", option, derivative)
 
 
-@pytest.mark.parametrize("mask", [None, "lengths"])
-@pytest.mark.parametrize("keys", [32768, 32771])
+@pytest.mark.parametrize(
+    ("keys", "mask"),
+    or_slow(
+        [(keys, mask) for keys in (32768, 32771) for mask in (None, "lengths")], [(32768, None), (32771, "lengths")]
+    ),
+)
 def test_decoding_copies_no_keys(keys, mask, heads_in_turn):
     """Not even where the length is no multiple of anything; in megabytes: the keys have 67."""
     query, key = (jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32) for length in (1, keys))
@@ -96,7 +114,10 @@ def test_decoding_copies_no_keys(keys, mask, heads_in_turn):
     assert counted / 2 <= explained.memory <= counted * 2
 
 
-@pytest.mark.parametrize(("score", "checkpoint"), [("dot", False), ("dot", True), ("additive", False)])
+LOOPS = [("dot", False), ("dot", True), ("additive", False)]
+
+
+@pytest.mark.parametrize(("score", "checkpoint"), or_slow(LOOPS, [("dot", True), ("additive", False)]))
 def test_linear_in_a_loop_of_the_user(score, checkpoint):
     """A model's loop over layers or examples is differentiated as a whole, twice: the tiles in it stay tiles."""
 
