@@ -48,14 +48,19 @@ EQUAL = {
 def test_module_equals_pure_layer_bit_by_bit(name):
     fields, call, pure = EQUAL[name]
     layer = attnlib.MultiHeadAttention(num_heads=4, bias_init=nn.initializers.normal(), **fields)
-    params = layer.init(RNG, X)["params"]
-    made = layer.apply({"params": params}, X, return_weights=True, **call)
-    assert_same(made, attnlib.multi_head_attention(params, X, return_weights=True, **call, **pure))
+
+    @quick_jit
+    def both(x):
+        params = layer.init(RNG, x)["params"]
+        made = layer.apply({"params": params}, x, return_weights=True, **call)
+        return made, attnlib.multi_head_attention(params, x, return_weights=True, **call, **pure)
+
+    assert_same(*both(X))
 
 
 def test_gradients_and_dropout_equal_those_of_the_pure_layer():
     layer = attnlib.MultiHeadAttention(num_heads=4, dropout_rate=0.3, use_gate=True)
-    params = layer.init(RNG, X, deterministic=True)["params"]
+    params = quick_jit(lambda: layer.init(RNG, X, deterministic=True)["params"])()
     key = jax.random.key(7)
 
     def module(params):
@@ -64,14 +69,14 @@ def test_gradients_and_dropout_equal_those_of_the_pure_layer():
     def pure(params):
         return jnp.sum(attnlib.multi_head_attention(params, X, dropout_rate=0.3, dropout_rng=key) ** 2)
 
-    assert_same(jax.value_and_grad(module)(params), jax.value_and_grad(pure)(params))
+    assert_same(*(quick_jit(jax.value_and_grad(function))(params) for function in (module, pure)))
 
 
 def test_parameters_are_laid_out_as_the_pure_layer_makes_them():
     fields = dict(num_heads=4, num_kv_heads=2, value_dim=6, output_shape=(3, 2), use_gate=True, score="additive")
-    variables = attnlib.MultiHeadAttention(**fields).init(RNG, X, KEY)
+    variables = jax.eval_shape(attnlib.MultiHeadAttention(**fields).init, RNG, X, KEY)
     assert set(variables) == {"params"}
-    expected = attnlib.init_multi_head_attention(RNG, 12, key_features=8, **fields)
+    expected = jax.eval_shape(lambda: attnlib.init_multi_head_attention(RNG, 12, key_features=8, **fields))
     assert shapes(variables["params"]) == shapes(expected)
     assert shapes(variables["params"]) == dict(
         query=dict(kernel=(12, 4, 3), bias=(4, 3)), key=dict(kernel=(8, 2, 3), bias=(2, 3)),
@@ -290,7 +295,7 @@ def test_lifted_transformations():
     """nn.remat, nn.jit, nn.vmap and nn.scan over the modules: parameters, dropout streams, gradients."""
     rngs = {"params": RNG, "dropout": jax.random.key(1)}
     block = Block()
-    params = block.init(rngs, X)["params"]
+    params = quick_jit(block.init)(rngs, X)["params"]
 
     def loss(module):
         def function(params):
@@ -303,14 +308,14 @@ def test_lifted_transformations():
     assert_close(loss(nn.jit(Block)(rate=0.0)), loss(Block(rate=0.0)), length=12)  # Flax's jit gives other streams
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=3)()
-    variables = stack.init(rngs, X, None)
+    variables = quick_jit(lambda: stack.init(rngs, X, None))()
     assert variables["params"]["attention"]["query"]["kernel"].shape == (3, 12, 2, 6)
     output, _ = quick_jit(lambda v: stack.apply(v, X, None, rngs={"dropout": jax.random.key(2)}))(variables)
     assert_finite(output)
 
     many = nn.vmap(Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, in_axes=0)()
     xs = np.stack([X, X, X])
-    variables = many.init(rngs, xs)
+    variables = quick_jit(lambda: many.init(rngs, xs))()
     outputs, _ = quick_jit(lambda v: many.apply(v, xs, rngs={"dropout": jax.random.key(2)}))(variables)
     assert not np.array_equal(outputs[0], outputs[1])  # parameters and dropout of their own
 
@@ -326,8 +331,8 @@ def test_a_module_in_setup_and_called_twice():
     variables = Model().init(RNG, X)
     assert set(variables["params"]) == {"attention"}
     params = variables["params"]["attention"]
-    twice = attnlib.multi_head_attention(params, attnlib.multi_head_attention(params, X))
-    assert_same(Model().apply(variables, X), twice)
+    twice = quick_jit(lambda x: attnlib.multi_head_attention(params, attnlib.multi_head_attention(params, x)))
+    assert_same(quick_jit(lambda x: Model().apply(variables, x))(X), twice(X))
 
 
 @pytest.mark.parametrize(
