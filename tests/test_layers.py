@@ -21,7 +21,7 @@ def draw(keys, *shape):
 def make(keys, features=12, **options):
     """Parameters, from one program: eagerly each shape of each initialiser is one."""
     options = dict(num_heads=4, bias_init=jax.nn.initializers.normal()) | options
-    return quick_jit(lambda key: attnlib.init_multi_head_attention(key, features, **options))(next(keys))
+    return jax.jit(lambda key: attnlib.init_multi_head_attention(key, features, **options))(next(keys))
 
 
 # Parameters

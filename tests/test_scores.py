@@ -1,6 +1,7 @@
 """Scores: each kind against a loop over pairs, `prepare` against `block`, parameters, and scores of a user's own."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -76,27 +77,32 @@ def test_features_may_differ_where_the_score_allows_it():
         np.testing.assert_allclose(score.block(query, key), expected, atol=1e-5)
 
 
+@functools.partial(quick_jit, static_argnums=0)
+def additive_and_gradients(implementation, query, key, value, scale):
+    """One program for all sizes."""
+
+    def function(query, key):
+        return attnlib.attention(query, key, value, score=scores.Additive(scale), **by_name(implementation))
+
+    output, pullback = jax.vjp(function, query, key)
+    return output, pullback(jnp.ones_like(output))
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0, 100.0, 3e4, 1e30])
 @pytest.mark.parametrize("implementation", NAMES)
 def test_additive_is_exact_for_large_inputs(implementation, size, keys):
     """tanh saturates; what computes it through exponentials must not overflow, cancel, or lose the derivative."""
     query, key, value = (keys.normal(*shape) for shape in ((1, 3, 1, 4), (1, 5, 1, 4), (1, 5, 1, 2)))
     query, key = size * query, size * key
-    key = key.at[0, 0].set(-query[0, 0] + 0.25)  # sums of moderate size from large parts
+    key = np.array(key)
+    key[0, 0] = np.float32(0.25) - np.asarray(query)[0, 0]  # sums of moderate size from large parts
+    key = jnp.asarray(key)
     score = scores.Additive(keys.normal(4))
     reason = unsupported(implementation, query, key, value, score=score)
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
 
-    @quick_jit
-    def program(query, key):
-        def function(query, key):
-            return attnlib.attention(query, key, value, score=score, **by_name(implementation))
-
-        output, pullback = jax.vjp(function, query, key)
-        return output, pullback(jnp.ones_like(output))
-
-    output, gradients = program(query, key)
+    output, gradients = additive_and_gradients(implementation, query, key, value, score.scale)
     logits = np.tanh(np.asarray(query[0, :, 0, None] + key[0, None, :, 0], np.float64)) @ np.asarray(score.scale)
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(output[0, :, 0], weights @ np.asarray(value[0, :, 0], np.float64), atol=3e-6)
