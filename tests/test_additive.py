@@ -118,17 +118,18 @@ def test_sums_of_every_order_and_axis(platform, keys, monkeypatch):
         orders = [logistic]
         for _ in range(4):
             orders.append(jax.grad(orders[-1]))
-        y = query[:, :, None] + key[:, None]
-        rates = [jax.vmap(f)(y.reshape(-1)).reshape(y.shape) for f in orders]
+        y = np.asarray(query)[:, :, None] + np.asarray(key)[:, None]
+        rates = jax.jit(lambda y: [jax.vmap(f)(y.reshape(-1)).reshape(y.shape) for f in orders])(y)
+        rates = list(map(np.asarray, rates))
         for axes in arrays:
             first, second = (other for other in arrays if other != axes)
             summed = ({*"tsd"} - {*axes}).pop()
             weights = (arrays[first], arrays[second])
-            for order, rate in enumerate(rates):
-                what = Sum(axes, (first, second), (Term(order, (0,)), Term(0, (1, 0))))
-                got = jax.jit(lambda *x, what=what: pair_sum(what, *x))(query, key, weights)
+            sums = [Sum(axes, (first, second), (Term(order, (0,)), Term(0, (1, 0)))) for order in range(len(rates))]
+            made = jax.jit(lambda *x, sums=sums: [pair_sum(what, *x) for what in sums])(query, key, weights)
+            for order, (got, rate) in enumerate(zip(made, rates, strict=True)):
                 letters = f"btsd,b{first}->b{axes}", f"btsd,b{first},b{second}->b{axes}"
-                want = jnp.einsum(letters[0], rate, weights[0]) + jnp.einsum(letters[1], rates[0], *weights)
+                want = np.einsum(letters[0], rate, weights[0]) + np.einsum(letters[1], rates[0], *weights)
                 np.testing.assert_allclose(got, want, atol=1e-12, err_msg=f"order {order}, summed over {summed}")
 
 
@@ -141,7 +142,8 @@ def test_weights_may_broadcast():
     def total(scale):
         return jnp.sum(jnp.sin(pair_sum(what, query, key, (scale,))))
 
-    one, all_ = jax.grad(total)(scale), jax.grad(total)(jnp.broadcast_to(scale, query.shape))
+    gradient = jax.jit(jax.grad(total))
+    one, all_ = gradient(scale), gradient(jnp.broadcast_to(scale, query.shape))
     assert one.shape == scale.shape
     np.testing.assert_allclose(one, all_.sum(1, keepdims=True), rtol=1e-5)
 

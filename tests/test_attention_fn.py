@@ -12,8 +12,7 @@ from flax import nnx
 
 import attnlib
 
-X = jax.random.normal(jax.random.key(0), (2, 5, 12))
-Y = jax.random.normal(jax.random.key(1), (2, 7, 12))
+X, Y = (jnp.asarray(np.random.default_rng(0).normal(size=(2, n, 12)), jnp.float32) for n in (5, 7))
 CAUSAL = nn.make_causal_mask(X[..., 0])
 PADDING = nn.make_attention_mask(jnp.arange(5) < jnp.array([[5], [3]]), jnp.arange(7) < jnp.array([[6], [2]]))
 PADDING = jnp.maximum(PADDING, jnp.arange(7) == 0)  # no empty rows, which Flax averages
@@ -24,26 +23,33 @@ def linen(function, **fields):
 
 
 def both(run):
-    """What `run` gives with ours and with Flax's function."""
-    return run(attnlib.attention_fn), run(None)
+    """What `run` gives with ours and with Flax's function, of one program."""
+    return jax.jit(lambda: (run(attnlib.attention_fn), run(None)))()
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 @pytest.mark.parametrize(("inputs", "mask"), [((X,), None), ((X,), CAUSAL), ((X, Y), PADDING), ((X, Y), PADDING != 0),
                                               ((X, Y), np.arange(7) < 4)])  # fmt: skip
-def test_linen(inputs, mask, implementation):
+def test_linen(inputs, mask):
+    """Both implementations and Flax's function in one program."""
     assert CAUSAL.dtype == jnp.float32, "Flax's masks are numbers"
-    variables = linen(None).init(jax.random.key(2), *inputs)
 
-    def run(function):
-        def loss(variables):
-            output = linen(function).apply(variables, *inputs, mask=mask)
-            return jnp.sum(jnp.sin(output)), output
+    @jax.jit
+    def each(*inputs):
+        variables = linen(None).init(jax.random.key(2), *inputs)
 
-        return jax.grad(loss, has_aux=True)(variables)
+        def run(function):
+            def loss(variables):
+                output = linen(function).apply(variables, *inputs, mask=mask)
+                return jnp.sum(jnp.sin(output)), output
 
-    ours = run(functools.partial(attnlib.attention_fn, implementation=implementation))
-    assert_close(ours, run(None), length=14)
+            return jax.grad(loss, has_aux=True)(variables)
+
+        ours = [functools.partial(attnlib.attention_fn, implementation=name) for name in ("blockwise", "reference")]
+        return [run(function) for function in (None, *ours)]
+
+    expected, *ours = each(*inputs)
+    for made in ours:
+        assert_close(made, expected, length=14)
 
 
 def test_linen_sows_weights():
@@ -68,7 +74,7 @@ def test_linen_decodes():
 
     ours, theirs = both(run)
     assert_close(ours, theirs, length=12)
-    whole = linen(None).apply({"params": linen(None).init(jax.random.key(2), X)["params"]}, X, mask=CAUSAL)
+    whole = jax.jit(lambda: linen(None).init_with_output(jax.random.key(2), X, mask=CAUSAL)[0])()
     assert_close(ours, whole, length=12)
 
 
@@ -104,12 +110,14 @@ def test_nnx_sows_weights():
 
 def test_bias_and_missing_axes():
     """Whatever broadcasts from the right, as in Flax."""
-    q, k = jax.random.normal(jax.random.key(3), (2, 2, 4, 5, 3, 8))
+    rng = np.random.default_rng(3)
+    q, k = rng.normal(size=(2, 2, 4, 5, 3, 8)).astype(np.float32)
     for shape in [(5,), (5, 5), (3, 1, 5), (4, 1, 5, 5), (2, 1, 3, 5, 1)]:
-        bias = jax.random.normal(jax.random.key(4), shape)
+        bias = rng.normal(size=shape).astype(np.float32)
         mask = bias > -0.5
-        mask = mask.at[..., :1].set(True)
-        assert_close(attnlib.attention_fn(q, k, k, bias, mask), nn.dot_product_attention(q, k, k, bias, mask), length=8)
+        mask[..., :1] = True
+        each = jax.jit(lambda *x: [function(*x) for function in (attnlib.attention_fn, nn.dot_product_attention)])
+        assert_close(*each(q, k, k, bias, mask), length=8)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, None])
@@ -131,15 +139,18 @@ def test_is_causal():
 def test_dropout():
     """Its mean over many keys is the output without, and the same key gives the same."""
     layer = linen(attnlib.attention_fn, dropout_rate=0.3, broadcast_dropout=False)
-    variables = layer.init(jax.random.key(2), X, deterministic=True)
+    variables = jax.jit(lambda: layer.init(jax.random.key(2), X, deterministic=True))()
     run = jax.jit(jax.vmap(lambda rng: layer.apply(variables, X, deterministic=False, rngs={"dropout": rng})))
     outputs = run(jax.random.split(jax.random.key(5), 2000))
-    expected = linen(None).apply(variables, X)
-    error = jnp.abs(jnp.mean(outputs, 0) - expected) / (jnp.std(outputs, 0) / 2000**0.5)
-    assert jnp.max(error) < 5
-    assert jnp.min(jnp.std(outputs, 0)) > 0
-    assert_close(run(jax.random.split(jax.random.key(5), 2000))[7], outputs[7])
-    assert_close(layer.apply(variables, X, deterministic=True), expected, length=12)
+    expected, off = jax.jit(
+        lambda variables: (linen(None).apply(variables, X), layer.apply(variables, X, deterministic=True))
+    )(variables)
+    outputs, expected = np.asarray(outputs), np.asarray(expected)
+    error = np.abs(np.mean(outputs, 0) - expected) / (np.std(outputs, 0) / 2000**0.5)
+    assert np.max(error) < 5
+    assert np.min(np.std(outputs, 0)) > 0
+    assert_close(np.asarray(run(jax.random.split(jax.random.key(5), 2000)))[7], outputs[7])
+    assert_close(off, expected, length=12)
 
 
 @pytest.mark.parametrize(("text", "options"), [

@@ -64,11 +64,16 @@ LINEN = {
 def test_linen(name):
     inputs, fields = LINEN[name]
     theirs = nn.MultiHeadDotProductAttention(num_heads=3, **fields)
-    variables = {"params": drawn(theirs.init(jax.random.key(0), *inputs)["params"])}
+    variables = {"params": drawn(jax.eval_shape(theirs.init, jax.random.key(0), *inputs)["params"])}
     params = convert.from_flax(variables["params"])
     normalize = "layer" if "normalize_qk" in fields else False
-    output = attnlib.multi_head_attention(params, *inputs, normalize_qk=normalize)
-    assert_close(output, theirs.apply(variables, *inputs), length=12)
+    output, expected = jax.jit(
+        lambda params, variables, *inputs: (
+            attnlib.multi_head_attention(params, *inputs, normalize_qk=normalize),
+            theirs.apply(variables, *inputs),
+        )
+    )(params, variables, *inputs)
+    assert_close(output, expected, length=12)
     assert convert.module_fields(params).get("normalize_qk", False) == normalize
     assert_same(convert.to_flax(params), variables["params"])
 
@@ -106,12 +111,14 @@ def test_nnx(kv_heads, from_state):
 def test_flax_traced_and_abstract():
     """Under `jit` and `grad` it is a relayout like any other, and shapes alone pass too."""
     theirs = nn.MultiHeadDotProductAttention(num_heads=3)
-    variables = theirs.init(jax.random.key(0), X)
+    variables = {"params": drawn(jax.eval_shape(theirs.init, jax.random.key(0), X)["params"])}
 
     def loss(params):
         return jnp.sum(jnp.sin(attnlib.multi_head_attention(convert.from_flax(params), X)))
 
-    expected = jax.grad(lambda params: jnp.sum(jnp.sin(theirs.apply({"params": params}, X))))(variables["params"])
+    expected = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(theirs.apply({"params": params}, X)))))(
+        variables["params"]
+    )
     assert_close(jax.jit(jax.grad(loss))(variables["params"]), expected, length=24)
     abstract = jax.eval_shape(theirs.init, jax.random.key(0), X)["params"]
     assert jax.tree.map(jnp.shape, convert.from_flax(abstract)) == jax.tree.map(jnp.shape, variables["params"])

@@ -18,7 +18,7 @@ Z = np.random.default_rng(2).normal(size=(2, 7, 9)).astype(np.float32)
 
 def drawn(query_features=12, **fields):
     """Random parameters, biases too."""
-    params = attnlib.init_multi_head_attention(jax.random.key(0), query_features, **fields)
+    params = jax.eval_shape(lambda: attnlib.init_multi_head_attention(jax.random.key(0), query_features, **fields))
     rng = np.random.default_rng(3)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape).astype(np.float32)), params)
 

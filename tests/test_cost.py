@@ -56,8 +56,17 @@ def operand(*shape, dtype="float32"):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-@pytest.mark.parametrize("name", COMPLETE)
-@pytest.mark.parametrize("case", [case for case in CASES if case.name not in WITHOUT_PAIRS], ids=str)
+# Cases of a kind stand next to each other: by default every other one is counted on the one implementation, and the
+# rest on the other.
+WITH_PAIRS = [case for case in CASES if case.name not in WITHOUT_PAIRS]
+COUNTED = [(case, name, n % 2 == i) for i, name in enumerate(COMPLETE) for n, case in enumerate(WITH_PAIRS)]
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [pytest.param(case, name, marks=() if first else pytest.mark.slow) for case, name, first in COUNTED],
+    ids=str,
+)
 def test_operations_of_the_table(case, name):
     with context(case):
         program, explained = of_case(case, **one_tile(name), return_lse=True)
@@ -144,8 +153,14 @@ second axis|batch of one broadcasts|no keys, causal|bfloat16|float64""".replace(
 
 
 @pytest.mark.measured
-@pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        pytest.param(name, weights, marks=() if weights == bool(n % 2) else pytest.mark.slow)
+        for n, name in enumerate(BYTES)
+        for weights in (False, True)
+    ],
+)
 def test_bytes_are_of_arguments_and_results(name, weights):
     with context(BY_NAME[name]):
         options = dict(return_lse=weights, return_weights=weights, implementation="reference")

@@ -28,62 +28,90 @@ LAYERS = {
 SPLITS = [[1] * LENGTH, [5, 1, 1, 5], [LENGTH], [7, 4, 1]]
 
 
-def in_parts(layer, variables, x, split, axis=1, **options):
+def begun(layer, x, key, **options):
+    """(the layer that decodes, its variables, the output of the whole pass), of one program."""
+    decoding = layer.copy(decode=True)
+
+    @jax.jit
+    def each(key, x):
+        variables = decoding.init(key, x)
+        return variables, layer.apply({"params": variables["params"]}, x, is_causal=True, **options)
+
+    return decoding, *each(key, x)
+
+
+def stepping(layer, **options):
+    """A step of a layer, which compiles for each number of tokens once."""
+    return jax.jit(lambda variables, part: layer.apply(variables, part, mutable=["cache"], **options))
+
+
+def in_parts(layer, variables, x, split, axis=1, step=None, **options):
     """(output, cache) of the tokens in parts."""
-    step = jax.jit(lambda cache, part: layer.apply(
-        {"params": variables["params"], "cache": cache}, part, mutable=["cache"], **options
-    ))  # fmt: skip
+    step = step or stepping(layer, **options)
     cache, parts = variables["cache"], []
-    for part in jnp.split(x, np.cumsum(split)[:-1], axis):
-        output, changed = step(cache, part)
+    for part in np.split(np.asarray(x), np.cumsum(split)[:-1], axis):
+        output, changed = step({"params": variables["params"], "cache": cache}, part)
         cache = changed["cache"]
         parts.append(output)
-    return jnp.concatenate(parts, axis), cache
+    return np.concatenate(parts, axis), cache
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_any_split_is_the_whole_pass(name, split, keys):
+# Each number of tokens is a program: all splits by the plain layer, with a window one that is longer than it besides.
+FEW = {name: [[5, 1, 1, 5]] for name in LAYERS} | {"plain": SPLITS, "window": [[5, 1, 1, 5], [7, 4, 1]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [
+        *FEW.items(),
+        *(pytest.param(name, SPLITS, marks=pytest.mark.slow) for name in LAYERS if FEW[name] is not SPLITS),
+    ],
+    ids=lambda x: x if isinstance(x, str) else f"{len(x)} splits",
+)
+def test_any_split_is_the_whole_pass(name, splits, keys):
     layer = attnlib.MultiHeadAttention(num_heads=HEADS, **LAYERS[name])
     x = keys.normal(2, LENGTH, WIDTH)
-    decoding = layer.copy(decode=True)
-    variables = decoding.init(next(keys), x)
-    made, cache = in_parts(decoding, variables, x, split)
-    whole = layer.apply({"params": variables["params"]}, x, is_causal=True)
-    assert_close(made, whole, length=LENGTH)
+    decoding, variables, whole = begun(layer, x, next(keys))
+    step = stepping(decoding)
     kept = min(LENGTH, LAYERS[name].get("sliding_window", LENGTH))
-    assert cache["cached_key"].shape == (2, kept, LAYERS[name].get("num_kv_heads", HEADS), WIDTH // HEADS)
-    assert cache["cached_key"].dtype == made.dtype
-    assert cache["cache_index"] == LENGTH
+    for split in splits:
+        made, cache = in_parts(decoding, variables, x, split, step=step)
+        assert_close(made, np.asarray(whole), length=LENGTH)
+        assert cache["cached_key"].shape == (2, kept, LAYERS[name].get("num_kv_heads", HEADS), WIDTH // HEADS)
+        assert cache["cached_key"].dtype == made.dtype
+        assert cache["cache_index"] == LENGTH
 
 
 def test_along_a_middle_axis(keys):
     layer = attnlib.MultiHeadAttention(num_heads=HEADS, attention_axes=1, rotary=True)
     x = keys.normal(2, LENGTH, 3, WIDTH)
-    decoding = layer.copy(decode=True)
-    variables = decoding.init(next(keys), x)
+    decoding, variables, whole = begun(layer, x, next(keys))
     made, _ = in_parts(decoding, variables, x, [5, 1, 6])
-    assert_close(made, layer.apply({"params": variables["params"]}, x, is_causal=True), length=LENGTH)
+    assert_close(made, whole, length=LENGTH)
 
 
 def test_a_mask_speaks_of_slots(keys):
     """Left padding: the first tokens of a row are none, at every step."""
     layer = attnlib.MultiHeadAttention(num_heads=HEADS)
     x, real = keys.normal(2, LENGTH, WIDTH), jnp.arange(LENGTH) >= jnp.array([[3], [0]])
-    decoding = layer.copy(decode=True)
-    variables = decoding.init(next(keys), x)
+    decoding, variables, whole = begun(layer, x, next(keys), mask=masks.KeyPadding(real))
     made, _ = in_parts(decoding, variables, x, [6, 1, 5], mask=masks.KeyPadding(real))
-    whole = layer.apply({"params": variables["params"]}, x, is_causal=True, mask=masks.KeyPadding(real))
     assert_close(made, whole, length=LENGTH)
 
 
 def test_init_makes_an_empty_cache_and_the_usual_output(keys):
     x = keys.normal(2, LENGTH, WIDTH)
     layer = attnlib.MultiHeadAttention(num_heads=HEADS)
-    output, variables = layer.copy(decode=True).init_with_output(next(keys), x, is_causal=True)
-    assert_same(output, layer.apply({"params": variables["params"]}, x, is_causal=True))
+
+    @jax.jit
+    def each(key, x):
+        output, variables = layer.copy(decode=True).init_with_output(key, x, is_causal=True)
+        return output, variables, layer.apply({"params": variables["params"]}, x, is_causal=True)
+
+    output, variables, expected = each(next(keys), x)
+    assert_same(output, expected)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(variables["cache"]))
-    plain = layer.init(next(keys), x)["params"]
+    plain = jax.eval_shape(layer.init, next(keys), x)["params"]
     assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, variables["params"])
 
 
@@ -92,9 +120,9 @@ def test_as_the_layer_of_flax_decodes(keys):
     theirs = nn.MultiHeadDotProductAttention(num_heads=HEADS, qkv_features=WIDTH, decode=True)
     ours = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True)
     x = keys.normal(2, LENGTH, WIDTH)
-    variables = theirs.init(next(keys), x)
+    variables, own = jax.jit(lambda key, x: (theirs.init(key, x), ours.init(key, x)))(next(keys), x)
     expected, cache = in_parts(theirs, variables, x, [1] * LENGTH)
-    made, held = in_parts(ours, {**ours.init(next(keys), x), "params": variables["params"]}, x, [1] * LENGTH)
+    made, held = in_parts(ours, {**own, "params": variables["params"]}, x, [1] * LENGTH)
     assert_close(made, expected, length=LENGTH)
     assert set(held) == set(cache)
     assert_close(held["cached_value"], cache["cached_value"])
@@ -103,7 +131,7 @@ def test_as_the_layer_of_flax_decodes(keys):
 def test_generation_in_a_scan_compiles_once(keys):
     layer = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True, rotary=True)
     x = keys.normal(2, LENGTH, WIDTH)
-    variables = layer.init(next(keys), x)
+    variables = jax.jit(layer.init)(next(keys), x)
 
     @jax.jit
     def generate(params, cache, first):
@@ -114,9 +142,11 @@ def test_generation_in_a_scan_compiles_once(keys):
 
         return jax.lax.scan(step, (cache, first), length=LENGTH)[1]
 
-    made = generate(variables["params"], variables["cache"], x[:, :1])[:, :, 0].swapaxes(0, 1)
-    fed = jnp.concatenate([x[:, :1], jnp.tanh(made[:, :-1])], 1)
-    whole = layer.copy(decode=False).apply({"params": variables["params"]}, fed, is_causal=True)
+    made = generate(variables["params"], variables["cache"], x[:, :1])
+    made = np.asarray(made)[:, :, 0].swapaxes(0, 1)
+    fed = np.concatenate([np.asarray(x)[:, :1], np.tanh(made[:, :-1])], 1)
+    whole = jax.jit(lambda params, fed: layer.copy(decode=False).apply({"params": params}, fed, is_causal=True))
+    whole = np.asarray(whole(variables["params"], fed))
     assert_close(made, whole, length=LENGTH)
 
 
@@ -124,7 +154,7 @@ def test_checkpoints_give_caches_back(keys, tmp_path):
     """Decoding goes on from what Orbax has saved, to the bit: of a module, and a ragged int8 cache."""
     layer = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True, sliding_window=6)
     x = keys.normal(2, LENGTH, WIDTH)
-    variables = layer.init(next(keys), x)
+    variables = jax.jit(layer.init)(next(keys), x)
     _, cache = in_parts(layer, variables, x[:, :7], [7])
     tokens = keys.normal(2, 5, HEADS, 8)
     held = attnlib.KVCache.create((2,), 12, HEADS, 8, dtype=jnp.int8, ragged=True)
@@ -143,7 +173,7 @@ def test_checkpoints_give_caches_back(keys, tmp_path):
 def test_beyond_the_cache_is_nan_and_never_wrong(keys):
     layer = attnlib.MultiHeadAttention(num_heads=HEADS, decode=True)
     x = keys.normal(2, 5, WIDTH)
-    variables = layer.init(next(keys), x[:, :4])
+    variables = jax.jit(layer.init)(next(keys), x[:, :4])
     made, _ = in_parts(layer, variables, x, [4, 1])
     assert np.all(np.isfinite(made[:, :4])) and np.all(np.isnan(made[:, 4:]))
 

@@ -41,7 +41,13 @@ MODULES = {
         use_scale=True, score_mode="concat", dropout_rate=RATE
     ),
 }
-every_module = pytest.mark.parametrize("name", MODULES)
+
+
+def modules(*chosen):
+    """A transformation knows nothing of what is in the module: each module meets one or two, and all if slow."""
+    return pytest.mark.parametrize(
+        "name", [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
+    )
 
 
 class Block(nn.Module):
@@ -108,7 +114,7 @@ def layer_of(tree, index):
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-@every_module
+@modules("grouped, gate", "AdditiveAttention")
 def test_scan_with_remat_inside(name):
     """Stacked parameters, another dropout key each layer, and blocks that are computed again in the backward pass."""
     stack = nn.scan(
@@ -130,7 +136,7 @@ def test_scan_with_remat_inside(name):
     assert_close(results, expected, length=12 * LAYERS)
 
 
-@every_module
+@modules("additive")
 def test_remat(name):
     params, results, key, program = lifted(nn.remat(Block)(name), name)
     assert "remat" in program or "checkpoint" in program
@@ -139,7 +145,7 @@ def test_remat(name):
     assert_close(results, expected, length=12)
 
 
-@every_module
+@modules("multi-head", "DotProductAttention")
 def test_vmap_makes_an_ensemble(name):
     """Members with parameters and dropout of their own see the same input."""
     members = nn.vmap(

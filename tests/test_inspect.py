@@ -12,19 +12,23 @@ from conftest import assert_close, assert_finite, assert_zero, x64
 import attnlib
 from attnlib import inspect, masks, modifiers, scores
 
-# Each score, kind of mask and of broadcast, rows of nothing, and lengths that tiles do not divide.
+# Each score, kind of broadcast, rows of nothing, and lengths that tiles do not divide. The functions see a mask through
+# its tiles alone, so that a few kinds of masks are enough here; `test_cases` has them all.
 TABLE = [
-    "dot", "additive scale a head", "bilinear a head, unequal features", "custom, unequal features",
-    "grouped, mask and bias a head", "multi-query", "is_causal and a mask", "causal, offset a batch index",
-    "sliding window", "neighborhood, clipped and dilated", "block sparse", "lengths", "query padding", "segments",
-    "predicate", "masks composed", "nothing attends", "soft cap, causal, additive", "bucketed bias, causal, grouped",
-    "relative bias, two axes", "score_mod, two batch axes before", "sink", "sink, rows of nothing",
-    "positions", "positions, modified", "two axes, partly broadcast", "two axes, neighborhood",
-    "outer axes, reversed", "query of one broadcasts", "1 queries, 7 keys", "0 queries, 7 keys", "no keys, causal",
-    "no batch entries", "bfloat16", "float64",
+    "dot", "bilinear a head, unequal features", "custom, unequal features", "grouped, mask and bias a head",
+    "causal, offset a batch index", "block sparse", "lengths", "query padding", "masks composed", "nothing attends",
+    "soft cap, causal, additive", "relative bias, two axes", "score_mod, two batch axes before", "sink",
+    "positions", "two axes, partly broadcast", "outer axes, reversed", "query of one broadcasts",
+    "1 queries, 7 keys", "0 queries, 7 keys", "no keys, causal", "no batch entries", "bfloat16", "float64",
 ]  # fmt: skip
-OTHERS = ["custom", "masks composed", "alibi", "sink, rows of nothing", "two axes, row-major"]
-SMOOTH = ["grouped", "soft cap, causal, additive", "custom", "relative bias, two axes", "sink, rows of nothing"]
+MORE = [
+    "additive scale a head", "multi-query", "is_causal and a mask", "sliding window",
+    "neighborhood, clipped and dilated", "segments", "predicate", "bucketed bias, causal, grouped",
+    "sink, rows of nothing", "positions, modified", "two axes, neighborhood",
+]  # fmt: skip
+FUNCTIONS = ("rows", "received", "mean", "entropy", "top")
+# The mean is what is received, divided: once for each kind of rows that attend nothing, and of axes.
+WITH_MEAN = ("dot", "lengths", "nothing attends", "two axes, partly broadcast", "no keys, causal", "0 queries, 7 keys")
 WITHOUT = ("value",)
 
 
@@ -47,45 +51,51 @@ def attention_axes(case):
     return tuple(axis % rank for axis in (axes if isinstance(axes, tuple) else (axes,)))
 
 
-def dense(operands, traced, options, spread):
-    """(weights `(*batch, N, T, S)`, entropies `(*batch, N, T)`) from all weights at once."""
+def dense(operands, traced, options):
+    """(weights `(*batch, N, *query axes, *key axes)`, lse) of all pairs at once."""
     query, key = operands["query"], operands["key"]
     value = jnp.ones((*key.shape[:-1], 1), query.dtype)
     options = {**options, "implementation": "reference"}
-    _, weights, lse = attnlib.attention(
+    return attnlib.attention(
         **operands, value=value, **traced, **options, return_weights=True, return_lse=True
-    )
+    )[1:]  # fmt: skip
+
+
+def flattened(weights, lse, sink, spread, xp):
+    """(weights `(*batch, N, T, S)`, entropies `(*batch, N, T)`)."""
     lead = weights.shape[: weights.ndim - 2 * spread]
     queries, keys = weights.shape[len(lead) : len(lead) + spread], weights.shape[len(lead) + spread :]
     weights = weights.reshape(*lead, np.prod(queries, dtype=int), np.prod(keys, dtype=int))
     shares = weights
-    if operands.get("sink") is not None:
-        sink = jnp.broadcast_to(operands["sink"], lead[-1:])[:, None]
-        rest = jnp.where(jnp.any(weights > 0, -1), jnp.exp(sink - lse.reshape(weights.shape[:-1])), 1)
-        shares = jnp.concatenate([weights, rest[..., None]], -1)
-    safe = jnp.where(shares > 0, shares, 1)
-    return weights, -jnp.sum(safe * jnp.log(safe) * (shares > 0), -1)
+    if sink is not None:
+        sink = xp.broadcast_to(xp.asarray(sink), lead[-1:])[:, None]
+        rest = xp.where(xp.any(weights > 0, -1), xp.exp(sink - lse.reshape(weights.shape[:-1])), 1)
+        shares = xp.concatenate([weights, rest[..., None]], -1)
+    safe = xp.where(shares > 0, shares, 1)
+    return weights, -xp.sum(safe * xp.log(safe) * (shares > 0), -1)
 
 
-def everything(operands, traced, options, rows, k):
+def everything(operands, traced, options, rows, k, functions=FUNCTIONS):
     call = {**operands, **traced, **options}
-    return dict(
-        rows=inspect.attention_rows(**call, rows=rows),
-        received=inspect.attention_received(**call),
-        mean=inspect.attention_received(**call, mean=True),
-        entropy=inspect.attention_entropy(**call),
-        top=inspect.top_keys(**call, k=k) if k else None,
+    every = dict(
+        rows=lambda: inspect.attention_rows(**call, rows=rows),
+        received=lambda: inspect.attention_received(**call),
+        mean=lambda: inspect.attention_received(**call, mean=True),
+        entropy=lambda: inspect.attention_entropy(**call),
+        top=lambda: inspect.top_keys(**call, k=k) if k else None,
     )
+    return {name: every[name]() for name in functions}
 
 
-def expected(operands, traced, options, rows, k, spread):
-    """The same of the dense weights; what is flat there keeps its flat axes."""
-    weights, entropy = dense(operands, traced, options, spread)
-    attending = jnp.sum(jnp.any(weights > 0, -1), -1)[..., None]
-    received = jnp.sum(weights, -2)
+def expected(weights, lse, sink, rows, k, spread, xp=np):
+    """The same of the dense weights; what is flat there keeps its flat axes. NumPy compiles nothing."""
+    weights, entropy = flattened(weights, lse, sink, spread, xp)
+    attending = xp.sum(xp.any(weights > 0, -1), -1)[..., None]
+    received = xp.sum(weights, -2)
     return dict(
-        rows=weights[..., rows, :], received=received, mean=received / jnp.maximum(attending, 1), entropy=entropy,
-        largest=jnp.sort(weights, -1)[..., ::-1][..., :k], weights=weights,
+        rows=weights[..., rows, :], received=received,
+        mean=received / xp.maximum(attending, 1).astype(weights.dtype), entropy=entropy,
+        largest=xp.sort(weights, -1)[..., ::-1][..., :k], weights=weights,
     )  # fmt: skip
 
 
@@ -96,15 +106,20 @@ def check(case, implementation):
         rows, spread = chosen(case), len(attention_axes(case))
         key_shape = tuple(case.key[axis] for axis in attention_axes(case))
         k = min(3, int(np.prod(key_shape)))
-        made = jax.jit(
-            lambda operands, traced, rows: everything(operands, traced, {**options, **by_name(implementation)}, rows, k)
-        )(operands, traced, jnp.asarray(rows))
-        want = expected(operands, traced, options, rows, k, spread)
+        functions = [name for name in FUNCTIONS if name != "mean" or case.name in WITH_MEAN]
+
+        @jax.jit
+        def both(operands, traced, rows):
+            made = everything(operands, traced, {**options, **by_name(implementation)}, rows, k, functions)
+            return made, dense(operands, traced, options)
+
+        made, (weights, lse) = jax.tree.map(np.asarray, both(operands, traced, jnp.asarray(rows)))
+        want = expected(weights, lse, operands.get("sink"), rows, k, spread)
         lead = want["received"].shape[:-1]
         assert made["entropy"].shape == (*lead, *(case.query[axis] for axis in attention_axes(case)))
         assert made["rows"].shape == (*lead, len(rows), *key_shape)
         assert made["received"].shape == (*lead, *key_shape)
-        for name in ("rows", "received", "mean", "entropy"):
+        for name in set(functions) - {"top"}:
             length = max(case.query[1], case.key[1])
             got = made[name].reshape(want[name].shape)
             if name == "entropy":  # rounded as the logits are
@@ -133,41 +148,60 @@ def few_at_a_time(monkeypatch):
 
 
 CHECKED = [(name, "blockwise") for name in TABLE]
-CHECKED += [(name, "reference") for name in OTHERS]
-CHECKED += [(name, IN_TURN) for name in OTHERS if name != "custom"]  # its score has arrays, which are not cut
+CHECKED += [(name, "reference") for name in ("masks composed", "sink, rows of nothing", "two axes, row-major")]
+CHECKED += [(name, IN_TURN) for name in ("masks composed", "sink, rows of nothing", "two axes, row-major")]
+REST = [(name, "blockwise") for name in MORE]
+REST += [("custom", "reference"), ("alibi", "reference"), ("alibi", IN_TURN)]
 
 
-@pytest.mark.parametrize(("name", "implementation"), CHECKED)
+def or_slow(cases, rest):
+    return [*cases, *(pytest.param(*each, marks=pytest.mark.slow) for each in rest)]
+
+
+@pytest.mark.parametrize(("name", "implementation"), or_slow(CHECKED, REST))
 def test_they_are_read_off_the_weights(name, implementation, few_at_a_time):
     check(BY_NAME[name], implementation)
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_gradients(name, few_at_a_time):
+# Each function with derivatives of each kind of operand, and all of them where rows attend nothing.
+SMOOTH = [
+    ("grouped", FUNCTIONS), ("sink, rows of nothing", FUNCTIONS), ("custom", ("received", "top")),
+    ("relative bias, two axes", ("rows", "entropy")), ("soft cap, causal, additive", ("entropy",)),
+]  # fmt: skip
+ALL_SMOOTH = [(name, FUNCTIONS) for name, functions in SMOOTH if functions != FUNCTIONS]
+
+
+@pytest.mark.parametrize(
+    ("name", "functions"), or_slow(SMOOTH, ALL_SMOOTH), ids=lambda x: x if isinstance(x, str) else f"{len(x)}"
+)
+def test_gradients(name, functions, few_at_a_time):
     """Of all operands, biases, sinks and parameters of scores and modifiers."""
     case = BY_NAME[name]
     with context(case):
         operands, traced, options = split(case)
         rows, spread, k = chosen(case), len(attention_axes(case)), 2
-        want = expected(operands, traced, options, rows, k, spread)
-        names = ("rows", "received", "mean", "entropy", "largest")
+        names = ["largest" if name == "top" else name for name in functions]
+
+        def theirs(operands):
+            made = expected(*dense(operands, traced, options), operands.get("sink"), rows, k, spread, jnp)
+            return {n: made[n] for n in names}
+
+        want = jax.eval_shape(theirs, operands)
         cotangents = {n: like(want[n], seed) for seed, n in enumerate(names)}
 
         def ours(operands):
-            made = everything(operands, traced, {**options, **by_name("blockwise")}, rows, k)
-            made["largest"] = made["top"][0]
+            made = everything(operands, traced, {**options, **by_name("blockwise")}, rows, k, functions)
+            if "top" in made:
+                made["largest"] = made["top"][0]
             return {n: made[n].reshape(want[n].shape) for n in names}
 
-        def theirs(operands):
-            made = expected(operands, traced, options, rows, k, spread)
-            return {n: made[n] for n in names}
+        @jax.jit
+        def pulled(operands, cotangents):
+            return [jax.vjp(function, operands)[1](cotangents)[0] for function in (ours, theirs)]
 
-        def pulled(function):
-            return jax.jit(lambda operands, bars: jax.vjp(function, operands)[1](bars)[0])(operands, cotangents)
-
-        made = pulled(ours)
+        made, want = pulled(operands, cotangents)
         assert_finite(made)
-        assert_close(made, pulled(theirs), length=8, factor=64)
+        assert_close(made, want, length=8, factor=64)
 
 
 def poisoned():
@@ -183,15 +217,22 @@ def poisoned():
     return [*bad, bias], clean, dict(mask=mask)
 
 
-@pytest.mark.parametrize("score", [scores.Dot(), scores.Additive()], ids=["dot", "additive"])
-def test_what_is_masked_cannot_matter(score, few_at_a_time):
+@pytest.mark.parametrize(
+    ("score", "functions"),
+    or_slow(
+        [(scores.Dot(), FUNCTIONS), (scores.Additive(), ("received", "entropy"))], [(scores.Additive(), FUNCTIONS)]
+    ),
+    ids=["dot", "additive", "additive, every function"],
+)
+def test_what_is_masked_cannot_matter(score, functions, few_at_a_time):
     bad, clean, options = poisoned()
 
     def loss(arrays):
         operands = dict(zip(("query", "key", "bias"), arrays, strict=True), score=score)
-        made = everything(operands, options, by_name("blockwise"), np.array([0, 7, 10]), 3)
-        largest, keys = made.pop("top")
-        made["largest"] = largest
+        made = everything(operands, options, by_name("blockwise"), np.array([0, 7, 10]), 3, functions)
+        keys = None
+        if "top" in made:
+            made["largest"], keys = made.pop("top")
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(made)), (made, keys)
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -199,11 +240,13 @@ def test_what_is_masked_cannot_matter(score, few_at_a_time):
     (_, want), want_gradients = run(list(map(jnp.asarray, clean)))
     assert_finite(made)
     assert_close(made[0], want[0])
-    assert np.array_equal(made[1], want[1])
     assert_close(gradients, want_gradients, factor=64)
     # The first of the batch has no keys, and the second no query from 5 on.
-    assert_zero([made[0]["entropy"][0], made[0]["received"][0], made[0]["entropy"][1, :, 5:], made[0]["rows"][0]])
-    assert np.all(np.asarray(made[1][0]) == -1)
+    assert_zero([made[0]["entropy"][0], made[0]["received"][0], made[0]["entropy"][1, :, 5:]])
+    if functions == FUNCTIONS:
+        assert_zero(made[0]["rows"][0])
+        assert np.array_equal(made[1], want[1])
+        assert np.all(np.asarray(made[1][0]) == -1)
 
 
 def test_logits_of_minus_infinity_have_no_weight(keys):
@@ -212,16 +255,21 @@ def test_logits_of_minus_infinity_have_no_weight(keys):
     keep = jnp.tril(jnp.ones((9, 9), bool), -1)  # the first row attends nothing
     bias = jnp.where(keep, 0.0, -jnp.inf)
 
-    def entropy(query, **options):
-        return jnp.sum(jnp.sin(inspect.attention_entropy(query, key, **options)))
-
-    want = jax.value_and_grad(entropy)(query, mask=keep)
-    assert_close(jax.value_and_grad(entropy)(query, bias=bias, implementation="blockwise"), want)
-
     def modifier(logit, batch, head, i, j):
         return jnp.where(j < i, logit, -jnp.inf)
 
-    assert_close(jax.value_and_grad(entropy)(query, score_mod=modifier, implementation="blockwise"), want)
+    def entropy(query, **options):
+        return jnp.sum(jnp.sin(inspect.attention_entropy(query, key, **options)))
+
+    @jax.jit
+    def each(query):
+        tiled = dict(implementation="blockwise")
+        ways = [dict(mask=keep), dict(bias=bias, **tiled), dict(score_mod=modifier, **tiled)]
+        return [jax.value_and_grad(lambda query, way=way: entropy(query, **way))(query) for way in ways]
+
+    want, *others = each(query)
+    for made in others:
+        assert_close(made, want)
 
 
 # What the rows are
@@ -268,9 +316,10 @@ def test_under_vmap(keys):
         made = everything(dict(query=query, key=key), {}, dict(is_causal=True), rows, 2)
         return {**made, "top": made["top"][0]}, made["top"][1]
 
-    made = jax.vmap(one)(query, key, rows)
-    each = [one(*x) for x in zip(query, key, rows, strict=True)]
-    assert_close(made[0], jax.tree.map(lambda *x: jnp.stack(x), *[x[0] for x in each]))
+    made = jax.jit(jax.vmap(one))(query, key, rows)
+    single = jax.jit(one)
+    each = [single(*x) for x in zip(query, key, rows, strict=True)]
+    assert_close(made[0], jax.tree.map(lambda *x: np.stack(x), *[x[0] for x in each]))
     assert np.array_equal(made[1], [x[1] for x in each])
 
 
@@ -290,7 +339,9 @@ def test_entropy_of_large_logits_is_rounded_as_they_are(keys):
     """To the logits' own rounding, and no worse."""
     query, key = 40 * keys.normal(1, 33, 2, 8), 40 * keys.normal(1, 65, 2, 8)
     with x64():
-        _, want = dense(dict(query=query.astype("float64"), key=key.astype("float64"), score=scores.Dot()), {}, {}, 1)
+        wide = dict(query=np.asarray(query, float), key=np.asarray(key, float), score=scores.Dot())
+        weights, lse = jax.jit(lambda wide: dense(wide, {}, {}))(wide)
+        _, want = flattened(np.asarray(weights), np.asarray(lse), None, 1, np)
     largest = np.abs(np.einsum("btnd,bsnd->bnts", query, key)).max() / 8**0.5
     assert largest > 1000
     made = inspect.attention_entropy(query, key, implementation="blockwise")
@@ -329,12 +380,18 @@ def temporaries(name, option, length, gradient):
     return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
-COUNTED = [(name, "causal", gradient) for name in PROGRAMS for gradient in (False, True)]
-COUNTED += [(name, "modified, with a sink", True) for name in ("received", "entropy")]
-COUNTED += [(name, "additive", False) for name in ("received", "entropy", "top")]
+# A gradient's program holds the forward one; each function, option and kind of pass is here once, the rest is slow.
+COUNTED = [(name, "causal", True) for name in PROGRAMS]
+COUNTED += [("received", "modified, with a sink", True), ("entropy", "additive", False)]
+ALSO_COUNTED = [(name, "causal", False) for name in PROGRAMS]
+ALSO_COUNTED += [
+    ("entropy", "modified, with a sink", True),
+    ("received", "additive", False),
+    ("top", "additive", False),
+]
 
 
-@pytest.mark.parametrize(("name", "option", "gradient"), COUNTED)
+@pytest.mark.parametrize(("name", "option", "gradient"), or_slow(COUNTED, ALSO_COUNTED))
 @pytest.mark.measured
 def test_memory_is_linear(name, option, gradient):
     long, half = (temporaries(name, option, length, gradient) for length in (LENGTH, LENGTH // 2))

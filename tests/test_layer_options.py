@@ -19,9 +19,15 @@ WIDTH = 12
 def layer_and_input(keys, *shape, **fields):
     layer = attnlib.MultiHeadAttention(num_heads=HEADS, key_dim=FEATURES, **fields)
     x = keys.normal(*(shape or (2, LENGTH)), WIDTH)
-    variables = layer.init(next(keys), x)
-    moved = jax.tree.map(lambda p: p + 0.3 * keys.normal(*p.shape), variables["params"])
+    variables = jax.jit(lambda key: layer.init(key, x))(next(keys))
+    moved = jax.tree.map(
+        lambda p: jnp.asarray(p + 0.3 * np.asarray(keys.normal(*p.shape))), to_numpy(variables["params"])
+    )
     return layer, moved, x
+
+
+def to_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
 
 
 def projected(params, x):
@@ -52,15 +58,23 @@ def test_module_equals_pure_layer_bit_by_bit(name, keys):
     modifier = FIELDS[name].get("score_mod")
     if isinstance(modifier, nn.Module):
         modifier = modifier.bind({"params": pure.pop("score_mod")})(HEADS)
-    made = layer.apply({"params": params}, x, is_causal=True)
-    assert_same(made, attnlib.multi_head_attention(pure, x, is_causal=True, score_mod=modifier, **options))
+
+    @jax.jit
+    def both(params, pure, modifier):
+        made = layer.apply({"params": params}, x, is_causal=True)
+        return made, attnlib.multi_head_attention(pure, x, is_causal=True, score_mod=modifier, **options)
+
+    assert_same(*both(params, pure, modifier))
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_parameters_are_those_of_the_pure_layer(name, keys):
     fields = {field: value for field, value in FIELDS[name].items() if field not in ("score_mod", "rotary")}
-    _, params, _ = layer_and_input(keys, **FIELDS[name])
-    made = attnlib.init_multi_head_attention(next(keys), WIDTH, num_heads=HEADS, key_dim=FEATURES, **fields)
+    layer = attnlib.MultiHeadAttention(num_heads=HEADS, key_dim=FEATURES, **FIELDS[name])
+    params = jax.eval_shape(lambda: layer.init(next(keys), keys.normal(2, LENGTH, WIDTH)))["params"]
+    made = jax.eval_shape(
+        lambda: attnlib.init_multi_head_attention(next(keys), WIDTH, num_heads=HEADS, key_dim=FEATURES, **fields)
+    )
     shapes = jax.tree.map(jnp.shape, {group: p for group, p in params.items() if group != "score_mod"})
     assert shapes == jax.tree.map(jnp.shape, made)
 
@@ -84,12 +98,17 @@ def test_what_options_begin_as(keys):
 def test_norms_are_those_of_flax(kind, keys):
     layer, params, x = layer_and_input(keys, normalize_qk=kind)
     norm = nn.RMSNorm() if kind == "rms" else nn.LayerNorm(use_bias=False)
-    query, key, value = projected(params, x)
-    query, key = (
-        norm.apply({"params": params[f"{name}_norm"]}, array) for name, array in (("query", query), ("key", key))
-    )
-    expected = finished(params, attnlib.dot_product_attention(query, key, value))
-    assert_close(layer.apply({"params": params}, x), expected, length=LENGTH)
+
+    @jax.jit
+    def both(params):
+        query, key, value = projected(params, x)
+        query, key = (
+            norm.apply({"params": params[f"{name}_norm"]}, array) for name, array in (("query", query), ("key", key))
+        )
+        expected = finished(params, attnlib.dot_product_attention(query, key, value))
+        return layer.apply({"params": params}, x), expected
+
+    assert_close(*both(params), length=LENGTH)
 
 
 def test_norms_in_half_precision_are_computed_in_float32(keys):
@@ -105,9 +124,14 @@ def test_norms_in_half_precision_are_computed_in_float32(keys):
 def test_rotary_turns_query_and_key(rotary, keys):
     layer, params, x = layer_and_input(keys, rotary=rotary)
     turn = positions.rotary_embedding if rotary is True else rotary
-    query, key, value = projected(params, x)
-    expected = finished(params, attnlib.dot_product_attention(turn(query), turn(key), value, is_causal=True))
-    assert_close(layer.apply({"params": params}, x, is_causal=True), expected, length=LENGTH)
+
+    @jax.jit
+    def both(params):
+        query, key, value = projected(params, x)
+        expected = finished(params, attnlib.dot_product_attention(turn(query), turn(key), value, is_causal=True))
+        return layer.apply({"params": params}, x, is_causal=True), expected
+
+    assert_close(*both(params), length=LENGTH)
 
 
 def test_positions_of_packed_documents(keys):
@@ -117,22 +141,27 @@ def test_positions_of_packed_documents(keys):
     )
     ids = jnp.asarray([[0] * 6 + [1] * 5, [0] * 4 + [1] * 7])
     places = jnp.asarray([[*range(6), *range(5)], [*range(4), *range(7)]])
-    made = layer.apply({"params": params}, x, is_causal=True, mask=masks.Segments(ids), query_positions=places)
-    for row, first in ((0, 6), (1, 4)):
-        alone = [
-            layer.apply({"params": params}, part[None], is_causal=True)[0] for part in (x[row, :first], x[row, first:])
-        ]
-        assert_close(made[row], jnp.concatenate(alone), length=LENGTH)
+
+    @jax.jit
+    def each(params, x):
+        made = layer.apply({"params": params}, x, is_causal=True, mask=masks.Segments(ids), query_positions=places)
+        parts = [(x[row, :first], x[row, first:]) for row, first in ((0, 6), (1, 4))]
+        alone = [[layer.apply({"params": params}, part[None], is_causal=True)[0] for part in pair] for pair in parts]
+        return made, jnp.stack([jnp.concatenate(pair) for pair in alone])
+
+    assert_close(*each(params, x), length=LENGTH)
 
 
 def test_positions_along_a_middle_axis(keys):
     """Attention along axis 1 of (batch, time, place, features), positions of each (batch, place)."""
     layer, params, x = layer_and_input(keys, 2, LENGTH, 3, rotary=True, attention_axes=1)
     places = keys.integers(0, 30, 2, 3, LENGTH)
-    made = layer.apply({"params": params}, x, is_causal=True, query_positions=places)
+    apply = jax.jit(lambda x, places: layer.apply({"params": params}, x, is_causal=True, query_positions=places))
+    made = np.asarray(apply(x, places))
+    # With one axis less, `attention_axes=1` is the same axis.
+    x, places = np.asarray(x), np.asarray(places)
     for b, p in np.ndindex(2, 3):
-        single = layer.apply({"params": params}, x[b : b + 1, :, p], is_causal=True, query_positions=places[b, p])
-        assert_close(made[b, :, p], single[0], length=LENGTH)
+        assert_close(made[b, :, p], np.asarray(apply(x[b : b + 1, :, p], places[b, p]))[0], length=LENGTH)
 
 
 def test_gradients_reach_every_parameter(keys):

@@ -18,8 +18,9 @@ def draw(keys, *shape):
 
 
 def make(keys, features=12, **options):
+    """Parameters, from one program: eagerly each shape of each initialiser is one."""
     options = dict(num_heads=4, bias_init=jax.nn.initializers.normal()) | options
-    return attnlib.init_multi_head_attention(next(keys), features, **options)
+    return jax.jit(lambda key: attnlib.init_multi_head_attention(key, features, **options))(next(keys))
 
 
 # Parameters
@@ -41,12 +42,14 @@ def make(keys, features=12, **options):
     ],
 )  # fmt: skip
 def test_parameter_shapes(options, expected, keys):
-    params = make(keys, **options)
+    params = jax.eval_shape(lambda: make(keys, **options))
     assert {name: p["kernel"].shape for name, p in params.items()} == expected
     bias = {name: shape[1:] if name != "out" else shape[2:] for name, shape in expected.items()}
     assert {name: p["bias"].shape for name, p in params.items()} == bias
-    assert all(set(p) == {"kernel"} for p in make(keys, use_bias=False, **options).values())
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(make(keys, param_dtype=jnp.bfloat16, **options)))
+    bare = jax.eval_shape(lambda: make(keys, use_bias=False, **options))
+    assert all(set(p) == {"kernel"} for p in bare.values())
+    halves = jax.eval_shape(lambda: make(keys, param_dtype=jnp.bfloat16, **options))
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(halves))
 
 
 def test_additive_score_has_a_scale_a_head(keys):
@@ -76,29 +79,41 @@ def test_initial_values(keys):
 # What the layer computes
 
 
-@pytest.mark.parametrize("implementation", COMPLETE)
-def test_the_layer_is_its_parts(implementation, keys):
+def test_the_layer_is_its_parts(keys):
     """Projections, attention, gate and output, written out with einsum."""
     sizes = dict(num_kv_heads=2, value_dim=5, key_features=7, value_features=8, output_shape=(3, 2))
     params = make(keys, use_gate=True, **sizes)
     query, key, value, bias = draw(keys, 2, 5, 12), draw(keys, 2, 6, 7), draw(keys, 2, 6, 8), draw(keys, 1, 4, 5, 6)
     mask = keys.bools(2, 1, 5, 6)
-    options = dict(mask=mask, bias=bias, is_causal=True, logits_soft_cap=2.0, **by_name(implementation))
-    output, weights = attnlib.multi_head_attention(params, query, key, value, return_weights=True, **options)
+    options = dict(is_causal=True, logits_soft_cap=2.0, return_weights=True)
 
-    def project(x, name):
-        kernel = params[name]["kernel"]
-        return jnp.einsum("btc,cnd->btnd", x, kernel, precision="highest") + params[name]["bias"]
+    def parts(params, query, key, value, **options):
+        def project(x, name):
+            kernel = params[name]["kernel"]
+            return jnp.einsum("btc,cnd->btnd", x, kernel, precision="highest") + params[name]["bias"]
 
-    attended, expected_weights = attnlib.dot_product_attention(
-        project(query, "query"), project(key, "key"), project(value, "value"), return_weights=True, **options
-    )
-    attended = attended * jax.nn.sigmoid(project(query, "gate"))
-    expected = jnp.einsum("btne,neop->btop", attended, params["out"]["kernel"], precision="highest")
-    assert_close(output, expected + params["out"]["bias"], length=20)
-    assert_close(weights, expected_weights, length=20)
-    assert output.shape == (2, 5, 3, 2)
-    assert weights.shape == (2, 4, 5, 6)
+        attended, weights = attnlib.dot_product_attention(
+            project(query, "query"), project(key, "key"), project(value, "value"), **options
+        )
+        attended = attended * jax.nn.sigmoid(project(query, "gate"))
+        output = jnp.einsum("btne,neop->btop", attended, params["out"]["kernel"], precision="highest")
+        return output + params["out"]["bias"], weights
+
+    @jax.jit
+    def each(mask, bias, *operands):
+        given = dict(options, mask=mask, bias=bias)
+        return [
+            [
+                function(*operands, **given, **by_name(implementation))
+                for function in (attnlib.multi_head_attention, parts)
+            ]
+            for implementation in COMPLETE
+        ]
+
+    for made, expected in each(mask, bias, params, query, key, value):
+        assert_close(made, expected, length=20)
+        assert made[0].shape == (2, 5, 3, 2)
+        assert made[1].shape == (2, 4, 5, 6)
 
 
 def test_key_and_value_default_to_what_comes_before(keys):

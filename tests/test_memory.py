@@ -51,9 +51,20 @@ CASES = [("dot", option, d) for option in ("plain", "causal with dropout") for d
 CASES += [("additive", "plain", d) for d in LIMITS_MB] + [("additive", "causal with dropout", "grad")]
 CASES += [("dot", "segments", "grad"), ("dot", "relative bias", "grad")]
 CASES += [("dot", "modified, with a sink", d) for d in ("forward", "jvp", "grad", "forward over reverse")]
+# Each score, option and derivative, and by default each of them once or twice.
+CHOSEN = [
+    ("dot", "plain", "forward"), ("dot", "causal with dropout", "jvp"), ("dot", "plain", "forward over reverse"),
+    ("dot", "segments", "grad"), ("dot", "relative bias", "grad"), ("dot", "modified, with a sink", "grad"),
+    ("dot", "causal with dropout", "grad of grad"), ("additive", "plain", "grad"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("score", "option", "derivative"), CASES)
+def or_slow(cases, chosen):
+    assert set(chosen) <= set(cases)
+    return [case if case in chosen else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("score", "option", "derivative"), or_slow(CASES, CHOSEN))
 def test_linear_in_length(score, option, derivative):
     check_linear(score, option, derivative)
 
@@ -67,14 +78,21 @@ def check_linear(score, option, derivative, implementation=None):
 AT_ONCE = [("plain", d) for d in LIMITS_MB] + [("causal with dropout", "grad")]
 
 
-@pytest.mark.parametrize(("option", "derivative"), AT_ONCE)
+@pytest.mark.parametrize(
+    ("option", "derivative"),
+    or_slow(AT_ONCE, [("plain", "forward"), ("causal with dropout", "grad"), ("plain", "grad of grad")]),
+)
 def test_linear_with_all_heads_at_once(option, derivative):
     """As on several devices; on this one, heads are computed in turn."""
     check_linear("dot", option, derivative, blockwise("all_heads"))
 
 
-@pytest.mark.parametrize("mask", [None, "lengths"])
-@pytest.mark.parametrize("keys", [32768, 32771])
+@pytest.mark.parametrize(
+    ("keys", "mask"),
+    or_slow(
+        [(keys, mask) for keys in (32768, 32771) for mask in (None, "lengths")], [(32768, None), (32771, "lengths")]
+    ),
+)
 def test_decoding_copies_no_keys(keys, mask):
     """Not even where the length is no multiple of anything; in megabytes: the keys have 67."""
     query, key = (jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32) for length in (1, keys))
@@ -93,7 +111,10 @@ def test_decoding_copies_no_keys(keys, mask):
     assert counted / 2 <= explained.memory <= counted * 2
 
 
-@pytest.mark.parametrize(("score", "checkpoint"), [("dot", False), ("dot", True), ("additive", False)])
+LOOPS = [("dot", False), ("dot", True), ("additive", False)]
+
+
+@pytest.mark.parametrize(("score", "checkpoint"), or_slow(LOOPS, [("dot", True), ("additive", False)]))
 def test_linear_in_a_loop_of_the_user(score, checkpoint):
     """A model's loop over layers or examples is differentiated as a whole, twice: the tiles in it stay tiles."""
 

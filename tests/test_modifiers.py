@@ -1,5 +1,6 @@
 """Modifiers, sinks and explicit positions against formulas of their own: dense biases and masks made in NumPy."""
 
+import functools
 import math
 
 import jax
@@ -96,38 +97,53 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("mask", [None, masks.SlidingWindow(3, 1)], ids=["all", "window"])
-@on_every_implementation
-def test_schemes_are_their_biases(implementation, mask, scheme, keys):
+@jax.jit
+def with_bias(mask, bias, arrays, cotangent):
+    """Results and gradients by the reference: one program for each mask."""
+
+    def loss(bias, arrays):
+        results = attend(*arrays, bias=bias, mask=mask, implementation="reference")
+        return jnp.sum(results[0] * cotangent), results
+
+    return jax.grad(loss, (0, 1), has_aux=True)(bias, arrays)
+
+
+MASKS = {"all": None, "window": masks.SlidingWindow(3, 1)}
+# A scheme knows nothing of masks: each has one of the two by default.
+PAIRS = {("alibi", "all"), ("bucketed", "all"), ("relative", "window")}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mask"),
+    [
+        pytest.param(scheme, mask, marks=() if (scheme, mask) in PAIRS else pytest.mark.slow)
+        for scheme in SCHEMES
+        for mask in MASKS
+    ],
+)
+def test_schemes_are_their_biases(mask, scheme, keys):
     """Values and every gradient, of the scheme's own array too, which the bias's gradient adds up."""
     modifier, shape, bias_of = SCHEMES[scheme]
+    mask = MASKS[mask]
     table, arrays = keys.normal(*shape), operands(keys, 2)
     cotangent = keys.normal(2, QUERIES, HEADS, 5)
     linear = np.stack([bias_of(np.asarray(unit)) for unit in np.eye(table.size).reshape(-1, *shape)])
 
     @jax.jit
     def with_modifier(table, arrays):
-        def loss(table, arrays):
-            output, weights, lse = attend(*arrays, score_mod=modifier(table), mask=mask, implementation=implementation)
-            return jnp.sum(output * cotangent), (output, weights, lse)
+        def loss(table, arrays, implementation):
+            results = attend(*arrays, score_mod=modifier(table), mask=mask, implementation=implementation)
+            return jnp.sum(results[0] * cotangent), results
 
-        return jax.value_and_grad(loss, (0, 1), has_aux=True)(table, arrays)
+        return [jax.grad(loss, (0, 1), has_aux=True)(table, arrays, implementation) for implementation in COMPLETE]
 
-    @jax.jit
-    def with_bias(bias, arrays):
-        def loss(bias, arrays):
-            output, weights, lse = attend(*arrays, bias=bias, mask=mask, implementation="reference")
-            return jnp.sum(output * cotangent), (output, weights, lse)
-
-        return jax.value_and_grad(loss, (0, 1), has_aux=True)(bias, arrays)
-
-    (_, results), (table_bar, arrays_bar) = with_modifier(table, arrays)
     bias = jnp.asarray(bias_of(np.asarray(table)), jnp.float32)[None]
-    (_, expected), (bias_bar, expected_bar) = with_bias(bias, arrays)
-    assert_close(results, expected)
-    assert_close(arrays_bar, expected_bar)
-    assert_close(table_bar, jnp.einsum("pnts,nts->p", linear, bias_bar[0]).reshape(shape), length=QUERIES * KEYS)
+    (bias_bar, expected_bar), expected = with_bias(mask, bias, arrays, cotangent)
+    expected_table_bar = np.einsum("pnts,nts->p", linear, np.asarray(bias_bar)[0]).reshape(shape).astype(np.float32)
+    for (table_bar, arrays_bar), results in with_modifier(table, arrays):
+        assert_close(results, expected)
+        assert_close(arrays_bar, expected_bar)
+        assert_close(table_bar, expected_table_bar, length=QUERIES * KEYS)
 
 
 @on_every_implementation
@@ -191,7 +207,8 @@ def test_a_learned_soft_cap_has_a_gradient(keys):
     def loss(cap, implementation):
         return jnp.sum(attend(*arrays, score_mod=modifiers.SoftCap(cap), implementation=implementation)[0])
 
-    expected, got = (float(jax.grad(loss)(jnp.float32(0.8), name)) for name in ("reference", "blockwise"))
+    both = jax.jit(lambda cap: [jax.grad(loss)(cap, name) for name in ("reference", "blockwise")])
+    expected, got = map(float, both(jnp.float32(0.8)))
     assert expected != 0 and abs(got - expected) < 1e-5 * max(abs(expected), 1)
 
 
@@ -236,14 +253,13 @@ def test_a_sink_is_a_key_without_value(implementation, sink, keys):
     assert_close(made, tuple(x.astype(np.float32) for x in (output, weights[..., :-1], lse)))
 
 
-@on_every_implementation
-def test_derivatives_of_a_sink(implementation, keys):
+def test_derivatives_of_a_sink(keys):
     """First and second, against the same sink as a key of the call."""
     query, key, value = operands(keys, 2)
     sink = keys.normal(HEADS)
     mask = jnp.arange(KEYS) <= jnp.arange(QUERIES)[:, None] - 2
 
-    def direct(sink, query):
+    def direct(sink, query, implementation):
         return attend(query, key, value, mask=mask, sink=sink, implementation=implementation)[0]
 
     def as_a_key(sink, query):
@@ -252,14 +268,17 @@ def test_derivatives_of_a_sink(implementation, keys):
         wide = jnp.concatenate([mask, jnp.ones((QUERIES, 1), bool)], 1)
         return attend(query, *more, mask=wide, bias=bias, implementation="reference")[0]
 
-    def derivatives(function):
-        def loss(*args):
-            return jnp.sum(jnp.sin(function(*args)))
-
-        return jax.jit(lambda *args: jax.jvp(jax.grad(loss, (0, 1)), args, direction))(sink, query)
-
     direction = keys.normal(HEADS), keys.normal(*query.shape)
-    assert_close(derivatives(direct), derivatives(as_a_key), length=QUERIES)
+    ways = [as_a_key, *(functools.partial(direct, implementation=name) for name in COMPLETE)]
+
+    @jax.jit
+    def derivatives(*args):
+        losses = [lambda *args, function=function: jnp.sum(jnp.sin(function(*args))) for function in ways]
+        return [jax.jvp(jax.grad(loss, (0, 1)), args, direction) for loss in losses]
+
+    expected, *made = derivatives(sink, query)
+    for each in made:
+        assert_close(each, expected, length=QUERIES)
 
 
 # Explicit positions

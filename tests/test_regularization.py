@@ -29,7 +29,7 @@ def layer(**fields):
 
 def test_losses_are_sown_and_summed():
     module = layer(kernel_regularizer=l2, bias_regularizer=l1, use_gate=True)
-    variables = module.init(jax.random.key(0), X)
+    variables = jax.jit(module.init)(jax.random.key(0), X)
     assert set(variables) == {"params"}  # init gives parameters alone
     output, updated = module.apply(variables, X, mutable=["losses"])
     assert set(updated) == {"losses"}
@@ -43,7 +43,7 @@ def test_losses_are_sown_and_summed():
 
 def test_the_pure_penalty_equals_the_sown_one():
     module = layer(kernel_regularizer=l2, bias_regularizer=l1, score="additive")
-    variables = module.init(jax.random.key(0), X)
+    variables = jax.jit(module.init)(jax.random.key(0), X)
 
     def sown(params):
         return attnlib.regularization_loss(module.apply({"params": params}, X, mutable=["losses"])[1])
@@ -65,7 +65,7 @@ def test_activities_are_those_of_every_projection():
         return l2(activity)
 
     module = layer(activity_regularizer=record, use_gate=True, num_kv_heads=1, output_shape=(3, 5))
-    variables = module.init(jax.random.key(0), X)
+    variables = jax.jit(module.init)(jax.random.key(0), X)
     seen.clear()
     output, updated = module.apply(variables, X, mutable=["losses"])
     heads, kv_heads = (2, 5, 2, 4), (2, 5, 1, 4)
@@ -85,8 +85,8 @@ def test_losses_of_a_whole_model_are_summed():
             return layer(kernel_regularizer=l2, name="last")(x)
 
     model = Model()
-    params = model.init(jax.random.key(0), X)["params"]
-    _, updated = model.apply({"params": params}, X, mutable=["losses"])
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
+    _, updated = jax.jit(lambda params: model.apply({"params": params}, X, mutable=["losses"]))(params)
     of = {name: attnlib.parameter_penalty(params[name], kernel_regularizer=l2) for name in params}
     assert_close(attnlib.regularization_loss(updated), 2 * of["shared"] + of["last"], length=8)
 
@@ -96,8 +96,8 @@ def test_losses_of_a_whole_model_are_summed():
             return layer(kernel_regularizer=l2)(x), None
 
     stack = nn.scan(Block, variable_axes={"params": 0, "losses": 0}, split_rngs={"params": True}, length=3)()
-    params = stack.init(jax.random.key(0), X, None)["params"]
-    _, updated = stack.apply({"params": params}, X, None, mutable=["losses"])
+    params = jax.jit(lambda: stack.init(jax.random.key(0), X, None))()["params"]
+    _, updated = jax.jit(lambda params: stack.apply({"params": params}, X, None, mutable=["losses"]))(params)
     assert_close(
         attnlib.regularization_loss(updated), attnlib.parameter_penalty(params, kernel_regularizer=l2), length=8
     )
@@ -130,7 +130,7 @@ def test_constraints_project_kernels_and_biases_alone():
 def test_constraints_hold_after_every_optimizer_step(dtype):
     """As the last link of an optax chain, in a jitted step; exactly, where the projection is onto a cone or a box."""
     module = layer(param_dtype=dtype)
-    params = module.init(jax.random.key(0), X)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), X)["params"]
     params = attnlib.apply_constraints(params, kernel_constraint=non_negative)
     optimizer = optax.chain(
         optax.adam(0.05),

@@ -24,6 +24,7 @@ TABLE = np.random.default_rng(0).random((7, 7)) < 0.15  # which blocks of 6 see 
 IDS = np.repeat([[1, 2, 3, 0], [5, 5, 7, 8]], [14, 9, 12, 2], axis=1)
 REAL = np.random.default_rng(1).random((BATCH, LENGTH)) < 0.7
 LENGTHS = np.array([17, 36])
+SCORES = ("dot", "additive")
 OPERANDS = {"query": 4, "key": 4, "value": 3}
 
 
@@ -118,43 +119,67 @@ def attend(score, query, key, value, **options):
     return function(query, key, value, **options)
 
 
+def outputs_of_all_pairs(operands, allowed, scores, xp):
+    """Outputs of each score from all pairs at once, written down here."""
+    query, key, value = (operands[name].reshape(BATCH, -1, *operands[name].shape[-2:]) for name in OPERANDS)
+    every = query[:, :, None], key[:, None]  # (B, T, 1, N, D), (B, 1, S, N, D)
+    made = []
+    for score in scores:
+        dot = score == "dot"
+        logits = xp.sum(every[0] * every[1], -1) / xp.float32(2) if dot else xp.sum(xp.tanh(every[0] + every[1]), -1)
+        powers = xp.where(allowed[..., None], xp.exp(logits), 0)  # (B, T, S, N); small numbers: no maximum needed
+        total = xp.sum(powers, 2)
+        output = xp.einsum("btsn,bsne->btne", powers, value) / xp.where(total == 0, 1, total)[..., None]
+        made.append(output.reshape(operands["value"].shape))
+    return made
+
+
 @jax.jit
 def plain(operands, allowed, cotangents):
-    """Outputs and gradients of both scores from all pairs at once, written down here."""
-
-    def outputs(operands):
-        query, key, value = (operands[name].reshape(BATCH, -1, *operands[name].shape[-2:]) for name in OPERANDS)
-        every = query[:, :, None], key[:, None]  # (B, T, 1, N, D), (B, 1, S, N, D)
-        dot = jnp.sum(every[0] * every[1], -1) / jnp.sqrt(jnp.float32(4))
-        additive = jnp.sum(jnp.tanh(every[0] + every[1]), -1)
-        made = []
-        for logits in (dot, additive):
-            powers = jnp.where(allowed[..., None], jnp.exp(logits), 0)  # (B, T, S, N); small numbers: no maximum needed
-            total = jnp.sum(powers, 2)
-            output = jnp.einsum("btsn,bsne->btne", powers, value) / jnp.where(total == 0, 1, total)[..., None]
-            made.append(output.reshape(operands["value"].shape))
-        return made
-
-    made, pullback = jax.vjp(outputs, operands)
+    """Outputs and gradients of both scores from all pairs at once."""
+    made, pullback = jax.vjp(lambda operands: outputs_of_all_pairs(operands, allowed, SCORES, jnp), operands)
     return made, pullback(cotangents)[0]
 
 
-@pytest.mark.parametrize("implementation", COMPLETE)
+def outputs_of(implementation, scores, operands, mask):
+    blocks = (TILE, TILE) if implementation == "blockwise" else None
+    return [
+        attend(score, **operands, mask=mask, implementation=implementation, block_sizes=blocks) for score in scores
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_shape_is_attention_over_the_pairs_of_its_rule(name, implementation, keys):
+def test_a_shape_is_attention_over_the_pairs_of_its_rule(name, keys):
+    """Outputs of dot products, of all implementations in one program."""
+    shape = SHAPES[name]
+
+    @jax.jit
+    def run(operands, mask):
+        return [outputs_of(implementation, ["dot"], operands, mask) for implementation in COMPLETE]
+
+    given = operands(shape.axes, keys)
+    arrays = {each: np.asarray(x) for each, x in given.items()}
+    expected = outputs_of_all_pairs(arrays, shape.allowed, ["dot"], np)
+    for made in run(given, shape.mask):
+        assert_close(made, expected, length=LENGTH)
+
+
+# A score knows nothing of masks, and a derivative goes through the tiles that the values go through. So additive scores
+# and gradients are by default of one shape of each kind: static and composed, empty tiles, traced, traced by key, axes.
+DERIVED = ("BigBird", "dilated blocks (LongNet)", "documents", "padding", "neighborhood")
+
+
+@pytest.mark.parametrize("implementation", COMPLETE)
+@pytest.mark.parametrize(
+    "name", [name if name in DERIVED else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+)
+def test_gradients_over_the_pairs_of_a_rule(name, implementation, keys):
     """Outputs and gradients of dot and of additive scores."""
     shape = SHAPES[name]
-    blocks = (TILE, TILE) if implementation == "blockwise" else None
 
     @jax.jit
     def run(operands, mask, cotangents):
-        def outputs(operands):
-            return [
-                attend(score, **operands, mask=mask, implementation=implementation, block_sizes=blocks)
-                for score in ("dot", "additive")
-            ]
-
-        made, pullback = jax.vjp(outputs, operands)
+        made, pullback = jax.vjp(lambda operands: outputs_of(implementation, SCORES, operands, mask), operands)
         return made, pullback(cotangents)[0]
 
     given = operands(shape.axes, keys)
@@ -196,15 +221,20 @@ def test_strided_attention_is_attention_along_an_axis(keys):
     def flat(x):
         return x.reshape(BATCH, 36, *x.shape[3:])
 
-    masked = attend("dot", **given, mask=masks.Causal() & masks.Dilated(6))
-    assert_close(flat(attend("dot", **rows, attention_axes=1, is_causal=True)), masked, length=36)
+    @jax.jit
+    def pairs(given, rows):
+        masked = attend("dot", **given, mask=masks.Causal() & masks.Dilated(6))
+        folded = flat(attend("dot", **rows, attention_axes=1, is_causal=True)), masked
 
-    near = attend("dot", **given, mask=masks.SlidingWindow(5, 0), return_lse=True)
-    output, lse = attend("dot", **rows, attention_axes=1, mask=masks.Causal(-1), return_lse=True)
-    far = flat(output), jnp.moveaxis(lse, 1, 3).reshape(BATCH, 2, 36)  # (B, column, N, row) to (B, N, T)
-    joined, _ = attnlib.merge_attention(*zip(near, far, strict=True))
-    strided = masks.Causal() & (masks.SlidingWindow(6, 0) | masks.Dilated(6))
-    assert_close(joined, attend("dot", **given, mask=strided), length=36)
+        near = attend("dot", **given, mask=masks.SlidingWindow(5, 0), return_lse=True)
+        output, lse = attend("dot", **rows, attention_axes=1, mask=masks.Causal(-1), return_lse=True)
+        far = flat(output), jnp.moveaxis(lse, 1, 3).reshape(BATCH, 2, 36)  # (B, column, N, row) to (B, N, T)
+        joined, _ = attnlib.merge_attention(*zip(near, far, strict=True))
+        strided = masks.Causal() & (masks.SlidingWindow(6, 0) | masks.Dilated(6))
+        return folded, (joined, attend("dot", **given, mask=strided))
+
+    for made, expected in pairs(given, rows):
+        assert_close(made, expected, length=36)
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
@@ -222,11 +252,15 @@ def test_axial_attention_is_masked_attention_step_by_step(score, keys):
         space = attend(score, query, key, value, mask=in_frame)
         return attend(score, query, key, space, mask=in_time)
 
-    assert_close(axial(value), masked(value), length=60)
-    at_once = attend(score, query, key, value, mask=in_frame | in_time)
-    everywhere = attend(score, query, key, value)
-    for other in (at_once, everywhere):
-        assert jnp.max(jnp.abs(axial(value) - other)) > 0.1
+    @jax.jit
+    def each(value):
+        at_once = attend(score, query, key, value, mask=in_frame | in_time)
+        return axial(value), masked(value), at_once, attend(score, query, key, value)
+
+    made, expected, *others = map(np.asarray, each(value))
+    assert_close(made, expected, length=60)
+    for other in others:
+        assert np.max(np.abs(made - other)) > 0.1
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
@@ -242,12 +276,19 @@ def test_packed_documents_are_the_documents_one_by_one(score, keys):
         return attend(score, *turned, value, **options)
 
     mask = masks.Causal() & masks.Segments(ids, padding_id=0)
-    together = rotated(**packed, place=jnp.asarray(place), mask=mask)
     starts = np.cumsum([0, *lengths])
-    for first, last in itertools.pairwise(starts):
-        alone = rotated(*(x[:, first:last] for x in packed.values()), place=None, is_causal=True)
-        assert_close(together[:, first:last], alone, length=LENGTH)
+
+    @jax.jit
+    def each(packed):
+        together = rotated(**packed, place=jnp.asarray(place), mask=mask)
+        alone = [
+            rotated(*(packed[name][:, first:last] for name in OPERANDS), place=None, is_causal=True)
+            for first, last in itertools.pairwise(starts)
+        ]
+        return together, alone, rotated(**packed, place=jnp.arange(LENGTH), mask=mask)
+
+    together, alone, elsewhere = jax.tree.map(np.asarray, each(packed))
+    assert_close(together[:, : starts[-1]], np.concatenate(alone, 1), length=LENGTH)
     assert (together[:, starts[-1] :] == 0).all()
     if score == "additive":  # dot products know distances alone, so there the place of a document does not matter
-        elsewhere = rotated(**packed, place=jnp.arange(LENGTH), mask=mask)
-        assert jnp.max(jnp.abs(elsewhere - together)) > 0.1
+        assert np.max(np.abs(elsewhere - together)) > 0.1

@@ -57,6 +57,13 @@ SETTINGS = {
     "without jit": ([], dict(JAX_DISABLE_JIT="1")),
     "old random bits": ([], dict(JAX_THREEFRY_PARTITIONABLE="0")),
 }
+# Settings that have nothing to do with each other share a process by default: what one of them breaks, it breaks there.
+TOGETHER = {
+    "optimised, strict promotion, old random bits": ["optimised", "strict promotion", "old random bits"],
+    "float64, debug NaN": ["float64", "debug NaN"],
+    "without jit": ["without jit"],
+}
+SHARING = [name for names in TOGETHER.values() for name in names if len(names) > 1]
 # Other random bits: what dropout leaves differs, and is left out.
 DROPOUT = slice(8, 10)
 
@@ -79,17 +86,22 @@ def usual():
     return printed([], {})
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_settings_change_no_number(name, usual):
-    made = printed(*SETTINGS[name])
+@pytest.mark.parametrize(
+    "names", [*TOGETHER.values(), *(pytest.param([name], marks=pytest.mark.slow) for name in SHARING)], ids=", ".join
+)
+def test_settings_change_no_number(names, usual):
+    assert {name for together in TOGETHER.values() for name in together} == set(SETTINGS)
+    flags = [flag for name in names for flag in SETTINGS[name][0]]
+    made = printed(flags, {variable: value for name in names for variable, value in SETTINGS[name][1].items()})
     assert len(made) == len(usual) == 12
     for n, (got, want) in enumerate(zip(made[:-1], usual[:-1], strict=True)):
-        if name == "old random bits" and n in range(*DROPOUT.indices(11)):
+        if "old random bits" in names and n in range(*DROPOUT.indices(11)):
             continue
         np.testing.assert_allclose([*map(float, got.split())], [*map(float, want.split())], rtol=2e-4, atol=2e-4)
 
 
-def test_ten_thousand_calls_leave_nothing_behind():
+@pytest.mark.parametrize("calls", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_calls_leave_nothing_behind(calls):
     """Neither programs nor memory: eager calls with other values of all that is traced."""
     query, key, value = (jnp.ones((1, 4, 2, 4)) for _ in range(3))
 
@@ -108,8 +120,8 @@ def test_ten_thousand_calls_leave_nothing_behind():
         gc.collect()
         return attend._cache_size(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(jax.live_arrays())
 
-    programs, memory, arrays = settle(0, 1000)
-    after = settle(1000, 10_000)
+    programs, memory, arrays = settle(0, 500)
+    after = settle(500, calls)
     assert after[0] == programs
     assert after[1] <= memory * 1.05  # kilobytes on Linux; a leak of 1 kB a call would be 10 MB
     assert after[2] <= arrays + 10
