@@ -75,6 +75,10 @@ WORDS: dict[str, dict[str, str]] = {
     "add_zero_attn": {"sink": "sink=0.0, a key of logit 0 without value"},
     "add_bias_kv": {"use_sink": "use_sink=True, a learned logit without value"},
     # Calls
+    "input_positions": {
+        "query_positions": "query_positions=input_positions, and rotary=True in MultiHeadAttention to turn by them",
+        LEAVE: "attnlib.positions.rotary_embedding turns query and key, and MultiHeadAttention has rotary=True",
+    },
     "inputs": {"query": "query, key, value, one by one and in this order"},
     "inputs_q": {"query": "query=inputs_q"},
     "inputs_k": {"key": "key=inputs_k"},

@@ -33,6 +33,7 @@ def attention_fn(
     promote_dtype: Callable[..., Any] | None = None,
     is_causal: bool = False,
     implementation: str | tuple[str, ...] | None = None,
+    input_positions: Array | None = None,
 ) -> jax.Array:
     """Drop-in `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
@@ -62,6 +63,7 @@ def attention_fn(
       promote_dtype: how `flax.nnx` promotes query, key and value together; default: as `flax.linen` does.
       is_causal: a query attends no later key.
       implementation: as for `attnlib.dot_product_attention`; to set it, pass `functools.partial(attention_fn, ...)`.
+      input_positions: of `flax.nnx`, for rotary embedding; refused, since nothing is turned here.
 
     Returns:
       `(*batch, T, N, E)`.
@@ -85,6 +87,11 @@ def attention_fn(
     for name, given in products.items():
         if given is not None:
             raise ValueError(f"attnlib.attention_fn computes its own matrix products; leave {name}=None.")
+    if input_positions is not None:
+        raise ValueError(
+            "attnlib.attention_fn turns no query and key by input_positions; call it with those that "
+            "attnlib.positions.rotary_embedding gives, or write attnlib.MultiHeadAttention(rotary=True)."
+        )
     rate = 0.0 if deterministic else dropout_rate
     if rate and broadcast_dropout:
         raise ValueError(

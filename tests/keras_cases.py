@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from covering import covering, pairs
 
 import attnlib
 
@@ -18,7 +19,7 @@ keras = pytest.importorskip("keras", "3.15", reason="these tests know the layers
 if keras.backend.backend() != "jax":
     pytest.skip("Keras was imported before with another backend than JAX", allow_module_level=True)
 
-COUNTS = {"AdditiveAttention": 64, "Attention": 80, "MultiHeadAttention": 180, "GroupQueryAttention": 64}
+LAYERS = ("AdditiveAttention", "Attention", "MultiHeadAttention", "GroupQueryAttention")
 
 # One size for each axis, for query and for key; the last is the features.  Batch axes take the query's size.
 QUERY_SIZES, KEY_SIZES = (2, 3, 4, 5), (3, 4, 2, 3)
@@ -112,20 +113,34 @@ def draw_axes(rng, rank):
     return tuple(axis - rank if rng.random() < 0.4 else axis for axis in axes), axes
 
 
-def draw_all():
-    """As many different configurations of each layer as COUNTS asks for."""
-    drawn = {}
-    for number, (layer, count) in enumerate(COUNTS.items()):
-        rng = np.random.default_rng([1, number])
-        draw = draw_multi_head if layer in ("MultiHeadAttention", "GroupQueryAttention") else draw_simple
-        found = {}
-        while len(found) < count:
-            found[draw(rng, layer)] = None
-        drawn |= found
-    return list(drawn)
+def draw_many(layer, count, seed):
+    """Configurations of a layer from that many draws, each one once."""
+    rng = np.random.default_rng([seed, LAYERS.index(layer)])
+    draw = draw_multi_head if layer in ("MultiHeadAttention", "GroupQueryAttention") else draw_simple
+    return list(dict.fromkeys(draw(rng, layer) for _ in range(count)))
 
 
-CONFIGURATIONS = draw_all()
+def options(configuration):
+    """The options of a configuration as `(name, value)`s, without the axes that it attends."""
+    c, found = configuration, dict(configuration.fields + configuration.call)
+    asked = found.pop("attention_axes", None)
+    found |= {"rank": c.rank, "inputs": c.inputs, "axes attended": len(c.axes), "last attended": c.rank - 2 in c.axes}
+    found["axes swapped"] = list(c.axes) != sorted(c.axes)
+    found["axes given"] = asked and ("from the end" if min(asked) < 0 else "from 0")
+    found |= {f"{kind}_mask": kind in c.masks for kind in ("query", "value", "key")}
+    found["mask"] = next((kind for kind in ("full", "broadcast", "pairs", "heads") if kind in c.masks), None)
+    return list(found.items())
+
+
+def option_pairs(configuration):
+    """Every two options together, since bugs depend on two at most as a rule, and the attended axes alone."""
+    return pairs(options(configuration)) | {("attended", tuple(sorted(configuration.axes)))}
+
+
+# Few of a thousand draws have every pair that any of them has; these run by default. RANDOM runs in tests marked slow.
+DRAWN = {layer: draw_many(layer, 1000, seed=0) for layer in LAYERS}
+CONFIGURATIONS = [chosen for drawn in DRAWN.values() for chosen in covering(drawn, option_pairs)]
+RANDOM = [c for layer in LAYERS for c in draw_many(layer, 190 if layer == "MultiHeadAttention" else 80, seed=1)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,6 +158,9 @@ def test_dropout():
      "broadcast_dropout=False in the module.", dict(dropout_rate=0.1)),
     *((f"attnlib.attention_fn computes its own matrix products; leave {name}=None.", {name: jnp.einsum})
       for name in ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum")),
+    ("attnlib.attention_fn turns no query and key by input_positions; call it with those that "
+     "attnlib.positions.rotary_embedding gives, or write attnlib.MultiHeadAttention(rotary=True).",
+     dict(input_positions=np.arange(5))),
 ])  # fmt: skip
 def test_errors(text, options):
     q = X.reshape(2, 5, 3, 4)

@@ -174,7 +174,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("task", RUNS, ids=["dates", "digits"])
+@pytest.mark.parametrize("task", [pytest.param(dates, marks=pytest.mark.slow), digits], ids=["dates", "digits"])
 def test_a_run_learns_reports_saves_its_picture_and_can_be_repeated(task, run, monkeypatch, tmp_path, capsys):
     name = task.__name__.rsplit(".", maxsplit=1)[-1]
     accuracy, save = RUNS[task]

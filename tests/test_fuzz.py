@@ -64,9 +64,9 @@ def assert_refusal(error, names):
 
 
 def wide(arguments):
-    """A context in which 64-bit arrays exist, if there are any."""
+    """A context in which 64-bit arrays exist, if there are any: elsewhere JAX warns of a struct of them, since 0.12."""
     leaves = jax.tree.leaves(arguments)
-    return x64(any(getattr(x, "dtype", None) in (np.dtype("float64"), np.dtype("int64")) for x in leaves))
+    return x64(any(getattr(x, "dtype", None) in map(np.dtype, ("float64", "int64", "uint64")) for x in leaves))
 
 
 @few_and_many(100, 250)

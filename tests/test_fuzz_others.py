@@ -14,7 +14,7 @@ from conftest import fuzz
 from fuzzing import few_and_many
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fuzz import outcome, whole_tracebacks
+from test_fuzz import outcome, whole_tracebacks, wide
 
 import attnlib
 from attnlib import inspect, masks, modifiers, positions, scores
@@ -163,7 +163,8 @@ def test_wrong_arguments_are_refused(examples):
     @given(drawn=spoilt())
     def law(drawn):
         name, arguments = drawn
-        got = outcome(TABLE[name][0], arguments, WORDS)
+        with wide(arguments):
+            got = outcome(TABLE[name][0], arguments, WORDS)
         if name in OF_ATTENTION and not isinstance(got, Exception):
             assert got == RESULT, got
 

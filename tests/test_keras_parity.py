@@ -1,13 +1,24 @@
 """Parity with the four attention layers of Keras: outputs, weights, gradients, regularisers; dropout by its laws."""
 
-import collections
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close, x64
-from keras_cases import CONFIGURATIONS, COUNTS, QUERY_SIZES, build, keras, our_module, parameters_of
+from covering import covered, covering
+from keras_cases import (
+    CONFIGURATIONS,
+    DRAWN,
+    LAYERS,
+    QUERY_SIZES,
+    RANDOM,
+    build,
+    keras,
+    option_pairs,
+    options,
+    our_module,
+    parameters_of,
+)
 
 import attnlib
 
@@ -52,35 +63,58 @@ def test_same_outputs_weights_and_gradients(number):
     assert_parity(build(CONFIGURATIONS[number], number))
 
 
-@pytest.mark.parametrize("number", [n for n, c in enumerate(CONFIGURATIONS) if c.keeps_float64][::12])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(RANDOM)))
+def test_same_of_random_configurations(number):
+    assert_parity(build(RANDOM[number], number))
+
+
+WIDE = covering([c for drawn in DRAWN.values() for c in drawn if c.keeps_float64], lambda c: {c.layer, *options(c)})
+
+
+@pytest.mark.parametrize("number", range(len(WIDE)))
 def test_same_in_float64(number):
     """What float32 may hide as rounding: the formulas are the same to the last digits of float64."""
     with x64():
-        assert_parity(build(CONFIGURATIONS[number], number, "float64"))
+        assert_parity(build(WIDE[number], number, "float64"))
 
 
-def test_at_least_300_configurations_cover_the_options():
-    """All are different, and each option meets each layer that has it."""
-    assert len(CONFIGURATIONS) == len(set(CONFIGURATIONS)) == sum(COUNTS.values()) >= 300
-    seen = collections.defaultdict(collections.Counter)
-    for c in CONFIGURATIONS:
-        seen[c.layer].update([f"rank {c.rank}", c.inputs, *c.masks])
-        seen[c.layer].update(name if value in (True, False) else f"{name} {value}" for name, value in c.call if value)
-        seen[c.layer].update(f"{name} {value}" for name, value in c.fields)
-        seen[c.layer].update([f"attended {sorted(c.axes)}"])
-        seen[c.layer]["axes swapped"] += list(c.axes) != sorted(c.axes)
-    common = {"self", "shared", "separate", "causal", "weights"}
-    simple = common | {"query", "value", "rank 3", "rank 4", "use_scale True", "use_scale False"}
-    multi = common | {"key", "value", "full", "broadcast", "pairs", "heads", "sliding_window 1", "sliding_window 2"}
-    multi |= {f"{name} {value}" for name in ("use_bias", "use_gate") for value in (True, False)}
-    expected = {"AdditiveAttention": simple, "Attention": simple | {"score_mode dot", "score_mode concat"}}
-    expected["GroupQueryAttention"] = multi | {"query", "num_key_value_heads 1", "num_key_value_heads 3"}
-    multi |= {"rank 3", "rank 4", "rank 5", "axes swapped", "attention_axes None", "value_dim 4", "value_dim None"}
-    multi |= {"output_shape None", "output_shape 5", "output_shape (2, 5)"}
-    multi |= {f"attended {axes}" for axes in ([0], [1], [2], [3], [0, 1], [0, 2], [1, 2], [1, 3], [2, 3], [1, 2, 3])}
-    expected["MultiHeadAttention"] = multi
-    missing = {layer: options - set(+seen[layer]) for layer, options in expected.items()}
-    assert not any(missing.values()), missing
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [n for n, c in enumerate(RANDOM) if c.keeps_float64][::12])
+def test_same_of_random_configurations_in_float64(number):
+    with x64():
+        assert_parity(build(RANDOM[number], number, "float64"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_configurations_cover_every_pair_of_options(layer):
+    """Whatever two options a random configuration has, one of those compared by default has both."""
+    compared, random = ([c for c in configurations if c.layer == layer] for configurations in (CONFIGURATIONS, RANDOM))
+    assert covered(random, option_pairs) <= covered(compared, option_pairs)
+
+
+def test_configurations_have_every_option():
+    """Each option meets each layer that has it: the draws leave none out."""
+    flags = {(name, value) for name in ("causal", "weights", "value_mask") for value in (True, False)}
+    common = flags | {("inputs", inputs) for inputs in ("self", "shared", "separate")}
+    simple = common | {("rank", 3), ("rank", 4), ("query_mask", True), ("use_scale", True), ("use_scale", False)}
+    multi = common | {(name, value) for name in ("use_bias", "use_gate", "key_mask") for value in (True, False)}
+    multi |= {("mask", kind) for kind in ("full", "broadcast", "pairs", "heads", None)}
+    multi |= {("sliding_window", size) for size in (None, 1, 2, 3)}
+    several = multi | {("rank", 3), ("rank", 4), ("rank", 5), ("value_dim", 4), ("value_dim", None)}
+    several |= {("output_shape", shape) for shape in (None, 5, (2, 5))} | {("num_heads", count) for count in (1, 2, 3)}
+    several |= {("axes swapped", True), *(("axes given", given) for given in (None, "from 0", "from the end"))}
+    several |= {("attended", axes) for axes in [(0,), (1,), (2,), (3,), (0, 1), (0, 2), (1, 2), (1, 3), (2, 3)]}
+    expected = {
+        "AdditiveAttention": simple,
+        "Attention": simple | {("score_mode", "dot"), ("score_mode", "concat")},
+        "GroupQueryAttention": multi | {("query_mask", True), ("num_key_value_heads", 1), ("num_key_value_heads", 3)},
+        "MultiHeadAttention": several | {("attended", (1, 2, 3))},
+    }
+    for layer, asked in expected.items():
+        of_layer = [c for c in CONFIGURATIONS if c.layer == layer]
+        found = covered(of_layer, lambda c: {*options(c), ("attended", tuple(sorted(c.axes)))})
+        assert asked <= found, (layer, asked - found)
 
 
 @pytest.mark.parametrize("use_gate", [False, True])
@@ -88,31 +122,31 @@ def test_at_least_300_configurations_cover_the_options():
 def test_same_regularization_loss(layer, use_gate):
     """The same regularisers as in Keras add the same to the loss, with the same gradients of the parameters.
 
+    The factors differ, so that the gradients of kernels, biases and the activity say which regulariser is wrong.
     Keras divides what an activity regulariser gives by the batch size, so that a larger batch weighs no more.
     """
     fields = {"num_heads": 4, "key_dim": 3} if layer == "MultiHeadAttention" else KERAS_GROUPED
     fields = dict(fields, use_gate=use_gate)
     regularizers = {"kernel_regularizer": 0.1, "bias_regularizer": 0.03, "activity_regularizer": 0.02}
     x = np.random.default_rng(4).normal(size=(3, 5, 6)).astype(np.float32)
-    for kept in (*([name] for name in regularizers), list(regularizers)):
-        theirs = getattr(keras.layers, layer)(**fields, **{k: keras.regularizers.L2(regularizers[k]) for k in kept})
-        theirs.build(x.shape, x.shape)
-        ours = our_module(layer, fields | {k: square_sum(regularizers[k]) for k in kept})
-        values = [variable.value + 0.3 for variable in theirs.trainable_variables]  # biases start at zero
+    theirs = getattr(keras.layers, layer)(**fields, **{k: keras.regularizers.L2(v) for k, v in regularizers.items()})
+    theirs.build(x.shape, x.shape)
+    ours = our_module(layer, fields | {k: square_sum(v) for k, v in regularizers.items()})
+    values = [variable.value + 0.3 for variable in theirs.trainable_variables]  # biases start at zero
 
-        def our_loss(values, theirs=theirs, ours=ours):
-            variables = {"params": parameters_of(theirs, values)}
-            return attnlib.regularization_loss(ours.apply(variables, x, mutable=["losses"])[1])
+    def our_loss(values):
+        variables = {"params": parameters_of(theirs, values)}
+        return attnlib.regularization_loss(ours.apply(variables, x, mutable=["losses"])[1])
 
-        def their_loss(values, theirs=theirs):
-            return sum(theirs.stateless_call(values, [], x, x, return_losses=True)[2])
+    def their_loss(values):
+        return sum(theirs.stateless_call(values, [], x, x, return_losses=True)[2])
 
-        @jax.jit
-        def both(values, our_loss=our_loss, their_loss=their_loss):
-            with jax.numpy_dtype_promotion("standard"):
-                return jax.value_and_grad(our_loss)(values), jax.value_and_grad(their_loss)(values)
+    @jax.jit
+    def both(values):
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.value_and_grad(our_loss)(values), jax.value_and_grad(their_loss)(values)
 
-        assert_close(*both(values), length=x.size)
+    assert_close(*both(values), length=x.size)
 
 
 KERAS_GROUPED = {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 3}
@@ -122,7 +156,7 @@ def square_sum(factor):
     return lambda x: factor * jnp.sum(x**2)
 
 
-@pytest.mark.parametrize("layer, rate", list(zip(COUNTS, [0.2, 0.5, 0.1, 0.7], strict=True)))
+@pytest.mark.parametrize("layer, rate", list(zip(LAYERS, [0.2, 0.5, 0.1, 0.7], strict=True)))
 def test_dropout_obeys_the_same_laws(layer, rate):
     """Entries differ, their statistics do not: the fraction dropped, the factor on the rest, the mean of the output."""
     fields = {"MultiHeadAttention": {"num_heads": 4, "key_dim": 3}, "GroupQueryAttention": KERAS_GROUPED}

@@ -274,6 +274,7 @@ PEERS = [
     word("layer", "qkv_features", "write key_dim=qkv_features // num_heads."),  # Flax
     word("layer", "out_features", "write output_shape=out_features."),
     word("call", "inputs_kv", "write key=inputs_kv."),
+    word("call", "input_positions", "write query_positions=input_positions, and rotary=True in MultiHeadAttention"),
     word(FUNCTION, "broadcast_dropout", "leave it out: each weight is dropped on its own"),
     word(FUNCTION, "attn_mask", "write mask=attn_mask where it is bool with True = attend, bias=attn_mask"),  # PyTorch
     word(FUNCTION, "dropout_p", "write dropout_rate."),

@@ -13,14 +13,21 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 300_000  # bytes; pictures in a repository are there for good
 
+# These run by default, since each shows much that no other test runs: training, Keras' layers, a cache.
+DEFAULT = {"quickstart.ipynb", "from_keras.ipynb", "decoding.ipynb"}
+
 on_every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 
 
 def test_there_are_notebooks():
-    assert NOTEBOOKS
+    assert {path.name for path in NOTEBOOKS} > DEFAULT
 
 
-@on_every_notebook
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.name in DEFAULT else pytest.mark.slow) for path in NOTEBOOKS],
+    ids=lambda path: path.name,
+)
 def test_runs_from_top_to_bottom(path, tmp_path):
     if path.name == "from_keras.ipynb":
         import keras_cases  # noqa: F401  it skips where Keras is missing or older than the one that both know
