@@ -20,17 +20,22 @@ on_the_reference = pytest.mark.parametrize(
 
 
 def kept(key, batch, heads, queries, keys, *, rate=0.5, implementation=None, block_sizes=None, kv_heads=1):
-    """Which weights are kept, bool (B, N, T, S): with no queries to speak of, weights are uniform or dropped."""
+    """Which weights are kept, bool (B, N, T, S): with no queries to speak of, weights are uniform or dropped.
+
+    The values are unit vectors, so that the output, which tiles compute, must say the same as the weights.
+    """
     query = jnp.zeros((batch, queries, heads, 1))
     key_operand = jnp.zeros((batch, keys, kv_heads, 1))
     options = dict(dropout_rate=rate, dropout_rng=key, return_weights=True)
     reason = unsupported(implementation, query, key_operand, key_operand, **options) if implementation else None
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
-    _, weights = attnlib.dot_product_attention(
-        query, key_operand, key_operand, implementation=implementation, block_sizes=block_sizes, **options
+    value = jnp.broadcast_to(jnp.eye(keys)[:, None], (batch, keys, kv_heads, keys))
+    output, weights = attnlib.dot_product_attention(
+        query, key_operand, value, implementation=implementation, block_sizes=block_sizes, **options
     )
     weights = np.asarray(weights)
+    np.testing.assert_allclose(np.moveaxis(output, 1, 2), weights, rtol=1e-6)
     np.testing.assert_allclose(weights[weights != 0], 1 / (keys * (1 - rate)), rtol=1e-6)
     return weights != 0
 

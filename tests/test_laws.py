@@ -14,7 +14,7 @@ from cases import NAMES, by_name, like, unsupported
 from conftest import assert_close, assert_finite, assert_same
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, modifiers, scores
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 QUERY, KEY, VALUE = (2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 6)
@@ -137,6 +137,15 @@ def test_repeating_grouped_heads_changes_nothing(attend, keys):
     assert_close(attend(query, key, value), repeated)
 
 
+def test_repeating_grouped_heads_changes_no_option_of_a_head(attend, keys):
+    """A modifier is told the query head, and scales, masks, biases and sinks of query heads stay with them."""
+    query, key, value = draw(keys, QUERY, KEY, VALUE)
+    options = dict(mask=keys.bools(2, 4, 5, 7, rate=0.8), sink=keys.normal(4), score=scores.Dot(keys.normal(4)))
+    options |= dict(bias=keys.normal(1, 4, 5, 7), score_mod=modifiers.ALiBi(keys.normal(4)), return_lse=True)
+    grouped = attend(query, key, value, **options)
+    assert_close(grouped, attend(query, jnp.repeat(key, 2, 2), jnp.repeat(value, 2, 2), **options))
+
+
 # Keys are a set
 
 
@@ -207,6 +216,14 @@ def test_merging_is_associative_and_takes_stacks(keys):
     whole, second, alone = program(outputs, lses)
     assert_close(second, whole)
     assert_close(alone, (outputs[0], lses[0]))
+
+
+@pytest.mark.parametrize("shift", [-1024.0, 1024.0])
+def test_merging_does_not_see_a_shift_of_all_lses(shift, keys):
+    """However large or small they are, their differences alone count."""
+    outputs, lses = keys.normal(3, 2, 5, 4, 6), jnp.round(64 * keys.normal(3, 2, 4, 5)) / 64  # exact after the shift
+    output, lse = attnlib.merge_attention(outputs, lses)
+    assert_close(attnlib.merge_attention(outputs, lses + shift), (output, lse + shift))
 
 
 @pytest.mark.parametrize("axes", [None, (0, 1), -3, (1, 0)], ids=str)

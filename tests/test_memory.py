@@ -20,6 +20,7 @@ OPTIONS = {
     "causal with dropout": lambda length: dict(is_causal=True, dropout_rate=0.1, dropout_rng=jax.random.key(0)),
     "modified, with a sink": lambda length: dict(score_mod=modifiers.ALiBi(modifiers.alibi_slopes(HEADS)), sink=0.5),
     "relative bias": lambda length: dict(score_mod=modifiers.RelativeBias(jnp.ones((65, HEADS))), is_causal=True),
+    "one tile": lambda length: dict(block_sizes=(length, length)),
     "segments": lambda length: dict(mask=masks.Segments(jnp.arange(length) // 300) & masks.Causal()),
 }
 
@@ -141,12 +142,17 @@ def test_the_count_sees_a_square():
     assert temporaries(2048, "dot", "plain", "forward", implementation="reference") >= square
 
 
-@pytest.mark.parametrize(("score", "option"), [("dot", "plain"), ("dot", "causal with dropout"), ("additive", "plain")])
-def test_explain_estimates_it(score, option):
-    operand = jax.ShapeDtypeStruct((1, 8192, HEADS, FEATURES), jnp.float32)
-    explained = attnlib.explain(operand, operand, operand, score=SCORES[score](), **OPTIONS[option](8192))
+@pytest.mark.parametrize(
+    ("score", "option", "length"),
+    [("dot", "plain", 8192), ("dot", "causal with dropout", 8192), ("additive", "plain", 8192),
+     ("dot", "one tile", 1024)],
+)  # fmt: skip
+def test_explain_estimates_it(score, option, length):
+    """Of long operands most of it is the operands and sums over tiles, of one tile its logits and weights."""
+    operand = jax.ShapeDtypeStruct((1, length, HEADS, FEATURES), jnp.float32)
+    explained = attnlib.explain(operand, operand, operand, score=SCORES[score](), **OPTIONS[option](length))
     assert explained.implementation == "blockwise"
-    counted = temporaries(8192, score, option, "forward")
+    counted = temporaries(length, score, option, "forward")
     assert counted / 2 <= explained.memory / 1e6 <= counted * 2
 
 

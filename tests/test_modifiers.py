@@ -287,7 +287,8 @@ def test_derivatives_of_a_sink(keys):
 @on_every_implementation
 def test_positions_place_masks_and_modifiers(implementation, keys):
     query, key, value = operands(keys, 2)
-    places = np.asarray(keys.integers(-1, 20, 2, QUERIES)), np.asarray(keys.integers(-1, 20, 2, KEYS))
+    places = np.array(keys.integers(-1, 20, 2, QUERIES)), np.array(keys.integers(-1, 20, 2, KEYS))
+    places[0][:, :3], places[1][:, :2] = (-1, 0, 5), (-1, 0)  # padding within the window of a query, and of padding
     i, j = places[0][:, None, :, None], places[1][:, None, None, :]
     slopes = modifiers.alibi_slopes(HEADS)
     mask = (i >= 0) & (j >= 0) & (j <= i) & (j >= i - 6)

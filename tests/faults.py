@@ -1,0 +1,445 @@
+"""Small faults for mutations.py: each leaves a program that runs and gives wrong results."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A change of the library, which some test must notice.
+
+    Attributes:
+      name: what is wrong.
+      old: a text that is in the library exactly once, in whichever file.
+      new: what to write instead.
+      tests: those expected to notice, the cheapest first: the name of a file in tests/, then a space and what is chosen
+        in it (as for pytest -k: words of names of tests, joined by `and`, `or`, `not`), or nothing for all.
+    """
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = [
+    # the tiled engine
+    Fault(
+        "backward-delta",  # the backward pass drops delta
+        "(tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None])",
+        "tile.drop(weights_bar)",
+        ("test_cases.py values and [dot-blockwise]",),
+    ),
+    Fault(
+        "tangent-of-lse",  # the tangent of the output forgets that of the lse
+        "return [a - output * c[..., None], c]",
+        "return [a, c]",
+        ("test_cases.py values and [dot-blockwise]",),
+    ),
+    Fault(
+        "running-maximum",  # the sum so far keeps the old maximum
+        "output = old.output * fade[..., None] + over_keys(",
+        "output = old.output + over_keys(",
+        ("test_cases.py values and [dot-blockwise]",),
+    ),
+    Fault(
+        "bfloat16-sum",  # the sum of a row is rounded to bfloat16
+        "total = old.total * fade + jnp.sum(weights, -1)",
+        "total = (old.total * fade + jnp.sum(weights, -1)).astype(jnp.bfloat16).astype(old.total.dtype)",
+        ("test_cases.py values and [dot-blockwise]",),
+    ),
+    Fault(
+        "half-softmax",  # softmax is computed in the dtype of the operands
+        "return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.float32",
+        "return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.result_type(*arrays)",
+        ("test_contract.py test_3_statistics and reference and bfloat16",),
+    ),
+    Fault(
+        "lse-maximum",  # the lse lacks the maximum
+        "lse = jnp.where(empty, -jnp.inf, jnp.log(total) + base(running.highest))",
+        "lse = jnp.where(empty, -jnp.inf, jnp.log(total))",
+        ("test_cases.py values and [dot-blockwise]",),
+    ),
+    Fault(
+        "empty-row-nan",  # a row that attends nothing is NaN
+        "    return jnp.where(highest == -jnp.inf, 0, highest)",
+        "    return highest",
+        ("test_cases.py values and nothing and attends-blockwise]",),
+    ),
+    Fault(
+        "swap-k-and-g",  # heads take turns among key heads
+        "query=folded_query.reshape(*lead, kv_heads, heads // kv_heads, *tail),",
+        "query=jnp.swapaxes(folded_query.reshape(*lead, heads // kv_heads, kv_heads, *tail), -3, -4),",
+        ("test_laws.py one_head_at_a_time and reference",),
+    ),
+    Fault(
+        "mask-of-other-head",  # a mask or bias a head goes to other heads
+        "return array.reshape(*array.shape[:-3], *groups, *array.shape[-2:])",
+        "return jnp.swapaxes(array.reshape(*array.shape[:-3], *groups[::-1], *array.shape[-2:]), -3, -4)",
+        ("test_second_opinions.py with_bias and shape0-reference",),
+    ),
+    Fault(
+        "side-by-side-head",  # heads side by side all take what is of the first
+        "jnp.stack([blocks[..., head, :, :, head, :] for head",
+        "jnp.stack([blocks[..., head, :, :, 0, :] for head",
+        ("test_cases.py values and [grouped-blockwise and side",),
+    ),
+    Fault(
+        "in-turn-mask",  # heads in turn take the mask of other heads
+        "block = jax.lax.dynamic_slice_in_dim(block, index * size, size, axis)",
+        "block = jax.lax.dynamic_slice_in_dim(block, index, size, axis)",
+        ("test_cases.py values and grouped and mask and head-blockwise and turn",),
+    ),
+    Fault(
+        "bias-gradient-last-tile",  # the gradient of a bias is that of its last tile
+        "return self.put(total, self.cut(total, axes) + part, axes)",
+        "return self.put(total, part if axes == (-2, -1) else self.cut(total, axes) + part, axes)",
+        ("test_cases.py values and [multi-query-blockwise]",),
+    ),
+    Fault(
+        "unbroadcast-mean",  # the gradient of what broadcasts is a mean
+        "return jnp.sum(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)",
+        "return jnp.mean(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)",
+        ("test_cases.py values and batch and one and broadcasts-blockwise]",),
+    ),
+    Fault(
+        "cap-under-mask",  # the soft cap does not know the mask
+        "logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so the cap's derivative",
+        "pass",
+        ("test_contract.py test_2_masked_bias and [blockwise-2.0]",),
+    ),
+    Fault(
+        "nan-forward",  # masked values that are NaN stay
+        "return jnp.where(finite, array, 1), ~jnp.all(finite, -1)",
+        "return array, ~jnp.all(finite, -1)",
+        ("test_contract.py test_2_masked_content and [blockwise-key and padding",),
+    ),
+    Fault(
+        "nan-backward",  # the cotangent of a row of NaN stays
+        "output_bar = jnp.where(jnp.isnan(lse)[..., None], 0, output_bar)",
+        "pass",
+        ("test_contract.py test_2_masked_content and [blockwise-dense-dot]",),
+    ),
+    Fault(
+        "nan-backward-reference",  # the reference passes the cotangent of a row of NaN on
+        "output = jnp.where(jnp.isnan(lse)[..., None], jnp.nan, output)",
+        "pass",
+        ("test_contract.py test_2_masked_content and [reference-dense-dot]",),
+    ),
+    Fault(
+        "softmax-derivative",  # the reference has a softmax whose derivative is not centred
+        "moved = weights * (tangents[0] - mean[..., None])",
+        "moved = weights * tangents[0]",
+        ("test_cases.py values and [dot-reference]", "test_cases.py values and [dot-blockwise]"),
+    ),
+    Fault(
+        "second-order-residuals",  # the second derivative ignores what a linear map depends on
+        "moving = [n for n in range(count) if type(tangents[n]) is not ad.Zero]",
+        "moving = []",
+        ("test_cases.py second and [dot-blockwise]",),
+    ),
+    Fault(
+        "second-order-sign",  # the transpose of a product has the wrong sign
+        "_over_keys: (over_features, lambda p, bar, pairs: over_queries(p, pairs, bar)),",
+        "_over_keys: (over_features, lambda p, bar, pairs: -over_queries(p, pairs, bar)),",
+        ("test_cases.py second and [dot-blockwise]",),
+    ),
+    # scores
+    Fault(
+        "additive-sign",  # the derivative of an additive score has the wrong sign
+        "slope = r * r - r",
+        "slope = r - r * r",
+        ("test_cases.py values and additive and feature-blockwise]",),
+    ),
+    Fault(
+        "additive-second-order",  # the second derivative of an additive score has a wrong term
+        "result[power] += 2 * (-c - c * power)",
+        "result[power] += 2 * (-c + c * power)",
+        ("test_additive.py sums_of_every_order and default",),
+    ),
+    Fault(
+        "additive-large",  # an additive score is off for large operands
+        "size = math.exp(64)",
+        "size = math.exp(32)",
+        ("test_additive.py exact_at_every_size and 45",),
+    ),
+    Fault(
+        "score-scale",  # the logits are not scaled
+        "return query * scale, key, Product()",
+        "return query, key, Product()",
+        ("test_cases.py values and [dot-blockwise]",),
+    ),
+    # modifiers and sinks
+    Fault(
+        "alibi-sign",  # ALiBi favours what is far
+        "return logit - _entry(self.slopes, head, logit) * distance",
+        "return logit + _entry(self.slopes, head, logit) * distance",
+        ("test_modifiers.py schemes and [reference-all-alibi]",),
+    ),
+    Fault(
+        "bucket-edge",  # a bucket of distances begins one late
+        "sum((distance >= bound).astype(jnp.int32) for bound in bounds)",
+        "sum((distance > bound).astype(jnp.int32) for bound in bounds)",
+        ("test_modifiers.py buckets_are_those",),
+    ),
+    Fault(
+        "relative-bias-mirrored",  # a relative bias is mirrored
+        "jnp.clip(q - k + size // 2, 0, size - 1)",
+        "jnp.clip(k - q + size // 2, 0, size - 1)",
+        ("test_modifiers.py swin and reference",),
+    ),
+    Fault(
+        "modifier-head",  # a modifier is told other heads
+        "head = jnp.arange(heads[-2] * heads[-1], dtype=jnp.int32).reshape(*heads[-2:], 1, 1)",
+        "head = jnp.arange(heads[-2] * heads[-1], dtype=jnp.int32).reshape(*heads[:-3:-1], 1, 1).swapaxes(0, 1)",
+        ("test_laws.py option_of_a_head and reference",),
+    ),
+    Fault(
+        "lse-without-sink",  # the lse lacks the sink
+        "return Result(output * share[..., None], joined,",
+        "return Result(output * share[..., None], lse,",
+        ("test_modifiers.py sink_is_a_key and [reference-0.0]",),
+    ),
+    Fault(
+        "merge-without-maximum",  # parts are merged without a maximum
+        "highest = jax.lax.stop_gradient(jnp.max(stacked, 0))",
+        "highest = jnp.zeros_like(stacked[0])",
+        ("test_laws.py shift_of_all_lses",),
+    ),
+    # masks
+    Fault(
+        "causal-offset",  # the offset of Causal has the wrong sign
+        "return key_index <= ahead(query_index, per_batch(self.offset))",
+        "return key_index <= ahead(query_index, -per_batch(self.offset))",
+        ("test_masks.py definition_over_one_axis and causal",),
+    ),
+    Fault(
+        "causal-tile",  # Causal calls tiles full that are not
+        "full=key_last <= query_first + self.offset)",
+        "full=key_last <= query_last + self.offset)",
+        ("test_tiles.py exact and Causal",),
+    ),
+    Fault(
+        "window-off-by-one",  # SlidingWindow sees one key less
+        "inside = inside & (key.index >= query.index - self.left)",
+        "inside = inside & (key.index > query.index - self.left)",
+        ("test_masks.py definition_over_one_axis and window",),
+    ),
+    Fault(
+        "window-tile",  # SlidingWindow skips a tile that it touches
+        "empty = empty | (key.last < query.first - self.left)",
+        "empty = empty | (key.last <= query.first - self.left)",
+        ("test_tiles.py exact and SlidingWindow",),
+    ),
+    Fault(
+        "lengths-off-by-one",  # Lengths sees a padded key
+        "real = real & (key.index < per_batch(self.key))",
+        "real = real & (key.index <= per_batch(self.key))",
+        ("test_masks.py definition_over_one_axis and lengths",),
+    ),
+    Fault(
+        "segments-padding",  # Segments ignores padding
+        "return same if self.padding_id is None else same & (query_ids != widened(self.padding_id))",
+        "return same",
+        ("test_masks.py definition_over_one_axis and segments",),
+    ),
+    Fault(
+        "not-tile",  # Not has the tiles of what it inverts
+        "return FULL - self.mask.tile(query, key)",
+        "return self.mask.tile(query, key)",
+        ("test_tiles.py exact and Not",),
+    ),
+    Fault(
+        "dilated-tile",  # Dilated skips a tile that it touches
+        "none = farthest // step * step < nearest",
+        "none = farthest // step * step <= nearest",
+        ("test_tiles.py exact and Dilated",),
+    ),
+    Fault(
+        "block-sparse-last",  # BlockSparse skips its last block
+        "(np.minimum(start, count), np.minimum(stop, count))",
+        "(np.minimum(start, count), np.minimum(stop, count - 1))",
+        ("test_tiles.py exact and BlockSparse",),
+    ),
+    Fault(
+        "neighborhood-border",  # Neighborhood does not shift at the far border
+        "first = numpy.maximum(numpy.minimum(first, group - size), 0)",
+        "first = numpy.maximum(first, 0)",
+        ("test_masks.py natten",),
+    ),
+    Fault(
+        "positions-padding",  # padding among explicit positions attends
+        "real = (query.index >= 0) & (key.index >= 0)",
+        "real = (query.index >= 0) & (key.index >= -1)",
+        ("test_modifiers.py positions_place and reference",),
+    ),
+    Fault(
+        "attention-axes-order",  # the order of attention axes is ignored
+        "attended = tuple(axis % rank for axis in attended)",
+        "attended = tuple(sorted(axis % rank for axis in attended))",
+        ("test_laws.py folding_is_flattening and reference",),
+    ),
+    # dropout
+    Fault(
+        "dropout-local",  # dropout goes by the place in the tile
+        "query, key = self.at.query.slot, self.at.key.slot",
+        "query, key = self.at.query.slot - self.at.query.start, self.at.key.slot",
+        ("test_dropout.py same_entries and blockwise",),
+    ),
+    Fault(
+        "dropout-scale",  # what dropout keeps is not scaled up
+        "return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)",
+        "return jnp.where(self.keep, weights, 0)",
+        ("test_dropout.py same_entries and blockwise",),
+    ),
+    Fault(
+        "dropout-hash",  # a multiplier of the hash loses half of the bits
+        "* np.uint32(0x7FEB352D)",
+        "* np.uint32(0x7FEB0000)",
+        ("test_dropout.py neighbours or corners or alike",),
+    ),
+    Fault(
+        "dropout-mixing",  # rows and columns meet in an exclusive or alone
+        "return _mix(row ^ column) < threshold",
+        "return row ^ column < threshold",
+        ("test_dropout.py corners",),
+    ),
+    Fault(
+        "dropout-heads",  # all heads drop the same
+        "stride *= shape[axis]",
+        "stride *= 0",
+        ("test_dropout.py neighbours or corners or alike",),
+    ),
+    # positions and caches
+    Fault(
+        "rotary-sign",  # rotary embedding turns the other way
+        "return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)",
+        "return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1)",
+        ("test_positions.py complex and default-False",),
+    ),
+    Fault(
+        "decode-position",  # decode places tokens one late
+        "places = _positions(self.length, count, new)",
+        "places = _positions(self.length + 1, count, new)",
+        ("test_cache.py one_by_one",),
+    ),
+    Fault(
+        "ring-slot",  # a ring writes to the next slot
+        "start = length if self.window is None else length % capacity",
+        "start = length if self.window is None else (length + 1) % capacity",
+        ("test_cache.py one_by_one",),
+    ),
+    Fault(
+        "cache-window",  # the window of a cache sees one more token
+        "near = SlidingWindow(self.window - 1, None)",
+        "near = SlidingWindow(self.window, None)",
+        ("test_cache.py any_split_is_the_whole and dot-ring",),
+    ),
+    Fault(
+        "int8-scale",  # the scale of int8 is one step too small
+        "scale = jnp.max(jnp.abs(array), -1, keepdims=True, initial=0.0) / 127",
+        "scale = jnp.max(jnp.abs(array), -1, keepdims=True, initial=0.0) / 128",
+        ("test_cache_programs.py int8_stores and 1.0",),
+    ),
+    # layers
+    Fault(
+        "decode-mask",  # decoding ignores the mask
+        '{**options, "is_causal": True}',
+        '{**options, "is_causal": True, "mask": None}',
+        ("test_decode.py mask_speaks_of_slots",),
+    ),
+    Fault(
+        "key-mask",  # a layer ignores key_mask
+        'parts.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))',
+        "pass",
+        ("test_layers.py masks_combine or padding_may_hold",),
+    ),
+    Fault(
+        "gate",  # the gate of a layer is left out
+        'attended = attended * made["gate"]',
+        "pass",
+        ("test_layers.py the_layer_is_its_parts and reference",),
+    ),
+    Fault(
+        "use-scale",  # a learned scale is left out
+        "return Dot(scale)",
+        "return Dot()",
+        ("test_layer_options.py gradients_reach or begin_as",),
+    ),
+    Fault(
+        "output-bias",  # the output projection has no bias
+        'return output + affine["bias"] if "bias" in affine else output',
+        'return output + affine["bias"] if "bias" in affine and contracted == 1 else output',
+        ("test_layers.py the_layer_is_its_parts and reference",),
+    ),
+    Fault(
+        "norm-mean",  # the norm of query and key is not centred
+        "wide = wide - jnp.mean(wide, -1, keepdims=True)",
+        "pass",
+        ("test_layer_options.py norms_are_those_of_flax and layer]",),
+    ),
+    Fault(
+        "bias-regularizer",  # the regulariser of biases is dropped
+        'terms += [(self.bias_regularizer, p["bias"]) for p in params.values() if "bias" in p]',
+        "pass",
+        ("test_regularization.py pure_penalty",),
+    ),
+    # converters
+    Fault(
+        "torch-kernel",  # kernels of PyTorch have heads and features swapped
+        "return matrix.reshape(heads, -1, matrix.shape[1]).transpose(2, 0, 1)",
+        "return matrix.reshape(-1, heads, matrix.shape[1]).transpose(2, 1, 0)",
+        ("test_convert_torch.py torch_layout",),
+    ),
+    Fault(
+        "torch-output",  # the output kernel of PyTorch is not transposed
+        "return matrix.transpose().reshape(heads, -1, matrix.shape[0])",
+        "return matrix.reshape(heads, -1, matrix.shape[0])",
+        ("test_convert_torch.py there_and_back", "test_convert.py equinox"),
+    ),
+    Fault(
+        "keras-swap",  # key and value of Keras are swapped
+        'return for_jax(nested(_renamed(entries, OUT, "out")))',
+        'made = for_jax(nested(_renamed(entries, OUT, "out")))\n'
+        '        return made | {"key": made["value"], "value": made["key"]}',
+        ("test_convert.py keras_multi_head and bias]",),
+    ),
+    Fault(
+        "interleaved-swap",  # key and value of an interleaved layer are swapped
+        "groups[:, -2], groups[:, -1]]",
+        "groups[:, -1], groups[:, -2]]",
+        ("test_convert_torch.py fused_layout and 2-True",),
+    ),
+    # looking inside
+    Fault(
+        "top-keys",  # top_keys names the key before
+        "return largest, jnp.where(largest == 0, -1, keys)",
+        "return largest, jnp.where(largest == 0, -1, keys - 1)",
+        ("test_inspect.py read_off and [dot-blockwise]",),
+    ),
+    Fault(
+        "entropy-sink",  # the entropy forgets the weight of the sink
+        "weight += jnp.exp(sink.reshape(-1, *(1,) * len(axes.attention)) - total)",
+        "pass",
+        ("test_inspect.py read_off and [sink-blockwise]",),
+    ),
+    Fault(
+        "explain-memory",  # explain estimates no memory for tiles
+        "memory = (whole + 2 * rows_at_once(problem) * tile[0] * tile[1]) * itemsize",
+        "memory = whole * itemsize",
+        ("test_memory.py explain_estimates and tile",),
+    ),
+    Fault(
+        "explain-flops",  # explain counts half of a product
+        "return 2 * made * math.prod(",
+        "return made * math.prod(",
+        ("test_cost.py count_of_a_function",),
+    ),
+    Fault(
+        "cudnn-last-key",  # cuDNN's rows do not see NaN in the last key
+        "attended = before[..., jnp.minimum(place + 1, keys)]",
+        "attended = before[..., jnp.minimum(place, keys)]",
+        ("test_cudnn.py masked_cannot_matter",),
+    ),
+]
+
+assert len({fault.name for fault in FAULTS}) == len(FAULTS), "two faults share a name"
