@@ -140,7 +140,7 @@ def test_values(case, cudnn):
         function, operands = outputs(case, implementation)
         return function(operands)
 
-    made, expected = quick_jit(lambda: (output("cudnn"), output("reference")))()
+    made, expected = jax.jit(lambda: (output("cudnn"), output("reference")))()
     assert_finite(made)
     assert_close(made, expected, length=8, eps=EPS)
 

@@ -184,21 +184,29 @@ def through_a_cache(**options):
 
 
 WAYS = dict(attention=through_attention, module=through_a_module, cache=through_a_cache)
+# They end in the same jitted function, where two hundred classes meet by default too; in the slow tests on each way.
+many_classes = pytest.mark.parametrize(
+    ("way", "count"),
+    [
+        ("attention", 130), ("module", 40), ("cache", 30),
+        *(pytest.param(way, 200, marks=pytest.mark.slow) for way in WAYS),
+    ],
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_two_hundred_scores_give_their_own_numbers(way):
+@many_classes
+def test_many_scores_give_their_own_numbers(way, count):
     products = X[0, :, 0] @ Y[0, :, 0].T
-    for n in range(200):
+    for n in range(count):
         made = WAYS[way](score=a_score(n)(jnp.float32(1.5)))
         np.testing.assert_allclose(made, numpy_weights(1.5 * n / 50 * products, True), atol=1e-5, err_msg=str(n))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_two_hundred_masks_give_their_own_numbers(way):
+@many_classes
+def test_many_masks_give_their_own_numbers(way, count):
     products = X[0, :, 0] @ Y[0, :, 0].T
     pairs = np.arange(9).reshape(3, 3) + 1
-    for n in range(1, 201):
+    for n in range(1, count + 1):
         made = WAYS[way](mask=a_mask(n)(jnp.int32(1)))
         allowed = ((n >> pairs) & 1).astype(bool) | np.eye(3, dtype=bool)
         np.testing.assert_allclose(made, numpy_weights(products, allowed), atol=1e-5, err_msg=str(n))
@@ -247,9 +255,12 @@ def tilted(factor):
 def called_back(factor):
     """A number that only the host knows."""
 
+    def number():
+        return np.float32(factor)
+
     @jax.custom_jvp
     def added(y):
-        return y + jax.pure_callback(lambda: np.float32(factor), jax.ShapeDtypeStruct((), y.dtype))
+        return y + jax.pure_callback(number, jax.ShapeDtypeStruct((), y.dtype))
 
     added.defjvp(lambda primals, tangents: (added(*primals), tangents[0]))
     return lambda y: y * added(y)
@@ -304,16 +315,22 @@ def test_a_new_rule_is_a_new_program(place):
     assert len(set(np.round(values, 6))) == 3, values
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def powers(y, exponent):
+    """Its program is the same for every exponent, its rule is not."""
+    return y
+
+
+powers.defjvp(lambda exponent, primals, tangents: (primals[0], exponent * tangents[0]))
+
+
 # What the program of a function shows, and what it hides: a pair computes something else.
 PAIRS = {
     "vjp rules": [scaled(1.0), scaled(2.0)],
     "jvp rules": [tilted(1.0), tilted(2.0)],
     "callbacks": [called_back(1.0), called_back(2.0)],
     "zeros of two signs": [lambda y: y * 0.0, lambda y: y * -0.0],
-    "static arguments": [
-        lambda y: functools.partial(jax.custom_jvp, nondiff_argnums=(1,))(lambda y, n: y)(y, 1.0) * 2,
-        lambda y: functools.partial(jax.custom_jvp, nondiff_argnums=(1,))(lambda y, n: y)(y, 2.0) * 3,
-    ],
+    "static arguments of one rule": [lambda y: powers(y, 1.0), lambda y: powers(y, 2.0)],
     "rules inside loops": [
         lambda y: jax.lax.scan(lambda c, _: (RULES[0](c), None), y, None, length=2)[0],
         lambda y: jax.lax.scan(lambda c, _: (RULES[1](c), None), y, None, length=2)[0],
