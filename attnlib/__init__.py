@@ -1,15 +1,8 @@
 """attnlib: attention for JAX, any score, any mask, any axes, in one engine."""
 
 from attnlib import convert, inspect, masks, modifiers, positions, scores
-from attnlib.attention import (
-    Explanation,
-    additive_attention,
-    attention,
-    dot_product_attention,
-    explain,
-    merge_attention,
-)
-from attnlib.attention_fn import attention_fn
+from attnlib._api import Explanation, additive_attention, attention, dot_product_attention, explain, merge_attention
+from attnlib._attention_fn import attention_fn
 from attnlib.cache import KVCache
 from attnlib.layers import init_multi_head_attention, multi_head_attention
 from attnlib.linen import (

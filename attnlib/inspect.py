@@ -17,13 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib import _axes, _call, _checks
-from attnlib._mask import Along
-from attnlib._modifier import Modifier
-from attnlib._positions import Positions, Run
-from attnlib._problem import Problem, compute_dtype
-from attnlib._pytree import jit, register
-from attnlib._types import Array, Key, Query
+from attnlib._core import axes as _axes
+from attnlib._core.array_types import Array, Key, Query
+from attnlib._core.block_positions import Positions, Run
+from attnlib._core.operand_checks import check_arrays, check_rank, is_array, is_concrete
+from attnlib._core.problem import Problem, compute_dtype
+from attnlib._core.pytree import jit, register
+from attnlib._core.validation import check_bool, check_size
+from attnlib._engine import call as _call
+from attnlib.masks._views import Along
+from attnlib.modifiers._base import Modifier
 from attnlib.scores import Dot, Score
 
 __all__ = ["attention_entropy", "attention_received", "attention_rows", "top_keys"]
@@ -105,7 +108,7 @@ def attention_received(
       Inference of Large Language Models" (2023).
     """
     arrays, static = _arguments("attention_received", query, key, score, options)
-    return _attention_received(arrays, mean=_checks.static_bool(mean, "mean"), **static)
+    return _attention_received(arrays, mean=check_bool(mean, "mean"), **static)
 
 
 def top_keys(
@@ -143,7 +146,7 @@ def top_keys(
       Top-k Attention" (2021).
     """
     arrays, static = _arguments("top_keys", query, key, score, options)
-    return _top_keys(arrays, k=_checks.size(k, "k", least=1), **static)
+    return _top_keys(arrays, k=check_size(k, "k", least=1), **static)
 
 
 def attention_entropy(query: Query, key: Key, *, score: Score | None = None, **options: Any) -> jax.Array:
@@ -185,7 +188,7 @@ def _arguments(
     caller: str, query: Any, key: Any, score: Score | None, options: dict[str, Any]
 ) -> tuple[_call.Arrays, dict[str, Any]]:
     """The arguments of attention to values that nobody looks at."""
-    _checks.arrays(query=query, key=key)
+    check_arrays(query=query, key=key)
     value = jnp.ones((*key.shape[:-1], 1), compute_dtype(query, key))
     score = Dot() if score is None else score
     return _call.arguments(query, key, value, score, **_call.options(caller, options, _WITHOUT))
@@ -343,7 +346,7 @@ def _lead(problem: Problem) -> tuple[int, ...]:
 
 
 def _query_shape(arrays: _call.Arrays, static: dict[str, Any]) -> tuple[int, ...]:
-    _checks.rank(arrays.query, "query")
+    check_rank(arrays.query, "query")
     axes = _axes.normalize(static["attention_axes"], arrays.query.ndim, trailing=2)
     return axes.attention_shape(arrays.query.shape)
 
@@ -358,10 +361,10 @@ def _indices(rows: Any, shape: tuple[int, ...]) -> Any:
     checked = []
     parts, sizes = (rows, shape) if isinstance(rows, tuple) else ((rows,), (math.prod(shape),))
     for part, size in zip(parts, sizes, strict=True):
-        array = part if _checks.is_array(part) else np.asarray(part)
+        array = part if is_array(part) else np.asarray(part)
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"rows must hold integers; got {array.dtype}{list(array.shape)}.")
-        if _checks.known(array) and not np.all((-size <= np.asarray(array)) & (np.asarray(array) < size)):
+        if is_concrete(array) and not np.all((-size <= np.asarray(array)) & (np.asarray(array) < size)):
             raise ValueError(f"rows must be in {-size}..{size - 1}, of {size} queries; got {part}.")
         checked.append(jnp.asarray(array).astype(jnp.int32))
     return tuple(checked) if isinstance(rows, tuple) else checked[0]

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib import _axes, _values
-from attnlib._types import Array
-from attnlib._values import is_number, positive_number, static_bool, static_number
+from attnlib._core import axes as _axes
+from attnlib._core.array_types import Array
+from attnlib._core.validation import check_bool, check_number, check_positive_number, check_size, is_number
 
 __all__ = ["LinearScaling", "NTKScaling", "RotaryScaling", "YaRNScaling", "rotary_embedding"]
 
@@ -29,7 +29,7 @@ class RotaryScaling:
     factor: float
 
     def __post_init__(self) -> None:
-        if not static_number(self.factor, "factor") >= 1:
+        if not check_number(self.factor, "factor") >= 1:
             raise ValueError(f"factor must be at least 1, new length over old length; got {self.factor}.")
 
     def frequencies(self, base: float, size: int) -> np.ndarray:
@@ -80,8 +80,8 @@ class YaRNScaling(RotaryScaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _values.size(self.original_length, "original_length", least=1)
-        positive_number(self.fast, "fast"), positive_number(self.slow, "slow")
+        check_size(self.original_length, "original_length", least=1)
+        check_positive_number(self.fast, "fast"), check_positive_number(self.slow, "slow")
 
     def frequencies(self, base: float, size: int) -> np.ndarray:
         if base <= 1:
@@ -155,9 +155,9 @@ def rotary_embedding(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating; got {x.dtype}.")
     axes = _axes.normalize(attention_axes, x.ndim, trailing=2).attention
-    turning = x.shape[-1] if features is None else _values.size(features, "features", least=0)
-    base = positive_number(base, "base")
-    interleaved = static_bool(interleaved, "interleaved")
+    turning = x.shape[-1] if features is None else check_size(features, "features", least=0)
+    base = check_positive_number(base, "base")
+    interleaved = check_bool(interleaved, "interleaved")
     if not (scaling is None or isinstance(scaling, RotaryScaling)):
         raise TypeError(f"scaling must be None or a RotaryScaling such as NTKScaling(2.0); got {scaling!r}.")
     left_over = turning % (2 * len(axes))

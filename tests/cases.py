@@ -15,9 +15,11 @@ import numpy as np
 from conftest import x64
 
 import attnlib
-from attnlib import _call, _choose, masks, modifiers, scores
-from attnlib._choose import NAMES as NAMES
-from attnlib._impl.blockwise import blockwise
+from attnlib import masks, modifiers, scores
+from attnlib._engine import call as _call
+from attnlib._engine import dispatch as _choose
+from attnlib._engine.blockwise.implementation import blockwise
+from attnlib._engine.dispatch import NAMES as NAMES
 
 # Those that take every call; the others have tests of their own, and are skipped with their reason where they refuse.
 COMPLETE = tuple(name for name in NAMES if name != "cudnn")

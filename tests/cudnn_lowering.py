@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import attnlib
-from attnlib import _choose, masks
+from attnlib import masks
+from attnlib._engine import dispatch as _choose
 
 CALL = re.compile(r'custom_call @(__cudnn\S+?)\(.*?backend_config = "((?:[^"\\]|\\.)*)".*? : \((.*?)\) ->')
 

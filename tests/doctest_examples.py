@@ -13,7 +13,7 @@ MODULES = sorted(
     info.name for info in pkgutil.walk_packages(attnlib.__path__, "attnlib.") if not info.name.endswith("__main__")
 )
 # Examples that only some users can run.
-NEEDS = {"attnlib._convert.equinox": "equinox", "attnlib._convert.keras": "h5py"}
+NEEDS = {"attnlib.convert._equinox": "equinox", "attnlib.convert._keras": "h5py"}
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ import oracle
 import pytest
 from hypothesis import strategies as st
 
-from attnlib import _mask, masks
+from attnlib import masks
+from attnlib.masks import _base as _mask
 
 FLOATS = ("float32", "float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz")
 INTEGERS = ("int32", "int8", "int16", "uint8", "uint16", "uint32", "int64")

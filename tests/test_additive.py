@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import attnlib
 from attnlib import scores
-from attnlib._additive import QUERY, Sum, Term, additive_logits, pair_sum
+from attnlib.scores._tanh_sum import QUERY, Sum, Term, additive_logits, pair_sum
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

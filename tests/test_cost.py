@@ -13,9 +13,10 @@ import pytest
 from cases import BY_NAME, CASES, COMPLETE, build, context
 
 import attnlib
-from attnlib import _choose, masks, scores
-from attnlib._cost import operations
-from attnlib._impl.blockwise import blockwise
+from attnlib import masks, scores
+from attnlib._engine import dispatch as _choose
+from attnlib._engine.blockwise.implementation import blockwise
+from attnlib._engine.cost import operations
 
 # Without pairs XLA has nothing left to count; `reference` prepares operands that nothing uses.
 WITHOUT_PAIRS = ("0 queries, 7 keys", "5 queries, 0 keys", "no keys, causal", "no batch entries")

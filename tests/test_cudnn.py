@@ -84,7 +84,7 @@ def cudnn(monkeypatch):
         return
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     yield
-    importlib.import_module("attnlib._call").attend.clear_cache()  # what was traced with the stand-in
+    importlib.import_module("attnlib._engine.call").attend.clear_cache()  # what was traced with the stand-in
 
 
 def half(name, **change):

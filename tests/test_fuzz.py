@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnlib
-from attnlib._impl._tile import tile_kinds
-from attnlib._tiles import EMPTY, FULL
+from attnlib._core.tile_kinds import EMPTY, FULL
+from attnlib._engine.blockwise.tile import tile_kinds
 
 PACKAGE = str(pathlib.Path(attnlib.__file__).parent)
 NAMES = tuple(signatures.signature(attnlib.attention).parameters)

@@ -17,8 +17,8 @@ from flax import serialization
 
 import attnlib
 from attnlib import masks, scores
-from attnlib._identity import program_key, value_key
-from attnlib._pytree import Pytree
+from attnlib._core.identity import program_key, value_key
+from attnlib._core.pytree import Pytree
 
 X, Y = (np.random.default_rng(n).normal(size=(1, 3, 1, 2)).astype(np.float32) for n in range(2))
 
@@ -55,7 +55,7 @@ def test_no_two_classes_have_one_structure():
     assert {scores.Dot, masks.Causal, attnlib.KVCache, attnlib.modifiers.ALiBi} <= structures.keys()
     assert len(structures) > 30
     for (one, a), (other, b) in itertools.combinations(structures.items(), 2):
-        assert a != b, f"{one} and {other} have equal structures: register both with attnlib._pytree"
+        assert a != b, f"{one} and {other} have equal structures: register both with attnlib._core.pytree"
 
 
 def test_a_class_keeps_its_structure():
@@ -376,7 +376,7 @@ def test_the_same_function_has_the_same_key(name):
 
 @pytest.mark.parametrize("name", ["gelu", "a vjp rule", "a callback"])
 def test_the_same_function_does_not_recompile(name):
-    attend = sys.modules["attnlib._call"].attend
+    attend = sys.modules["attnlib._engine.call"].attend
     counts = []
     for n in range(3):
         attnlib.dot_product_attention(X * n, Y, Y, score_mod=lambda y, *_: SAME[name](y))  # a new lambda each time

@@ -13,7 +13,7 @@ from conftest import assert_close, assert_same
 
 import attnlib
 from attnlib import masks
-from attnlib._mask import Shapes
+from attnlib._core.axes import Shapes
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

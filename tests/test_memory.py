@@ -6,7 +6,7 @@ import pytest
 
 import attnlib
 from attnlib import masks, modifiers, scores
-from attnlib._impl.blockwise import blockwise
+from attnlib._engine.blockwise.implementation import blockwise
 
 pytestmark = pytest.mark.measured
 HEADS, FEATURES = 2, 64

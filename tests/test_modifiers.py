@@ -214,7 +214,7 @@ def test_a_learned_soft_cap_has_a_gradient(keys):
 
 def test_captured_arrays_do_not_recompile(keys):
     """Not another table, not another function object that reads the same; another formula does."""
-    from attnlib._call import attend as program
+    from attnlib._engine.call import attend as program
 
     arrays = operands(keys, 2)
 

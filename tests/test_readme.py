@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import attnlib
-from attnlib import _choose
+from attnlib._engine import dispatch as _choose
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

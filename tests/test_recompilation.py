@@ -8,7 +8,7 @@ from cases import NAMES, by_name, unsupported
 
 import attnlib
 from attnlib import masks, modifiers, scores
-from attnlib._call import attend
+from attnlib._engine.call import attend
 
 SHAPES = dict(query=(2, 5, 2, 4), key=(2, 5, 2, 4), value=(2, 5, 2, 3))
 BATCH, LENGTH = 2, 5

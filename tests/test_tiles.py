@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlib import masks
-from attnlib._impl._tile import tile_kinds
-from attnlib._tiles import EMPTY, FULL, PARTIAL, Ranges
+from attnlib._core.tile_kinds import EMPTY, FULL, PARTIAL, Ranges
+from attnlib._engine.blockwise.tile import tile_kinds
 
 lengths = st.integers(1, 23)
 offsets = st.integers(-9, 9)

@@ -16,7 +16,7 @@ from conftest import assert_same
 
 import attnlib
 from attnlib import masks, modifiers
-from attnlib._call import attend
+from attnlib._engine.call import attend
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ from flax import nnx
 from test_readme import rows as keras_rows
 
 import attnlib
-from attnlib._words import LEAVE, WORDS, advised
+from attnlib._core.suggestions import LEAVE, WORDS, advised
 
 dot, MHA = attnlib.dot_product_attention, attnlib.MultiHeadAttention
 

@@ -14,7 +14,7 @@ import numpy as np
 from timing import KINDS, compare
 
 import attnlib
-from attnlib import _dropout
+from attnlib._engine import dropout as _dropout
 
 
 def cost(repeats):

@@ -1,0 +1,110 @@
+"""Functions with a derivative rule of their own that stays theirs, however often and wherever they are differentiated.
+
+`custom_jvp` has such rules too, but JAX drops them where it linearises the body of a loop or of a checkpoint: what is
+differentiated next is then the function's own code, a loop whose steps are all kept. This primitive is never opened
+before it is lowered, so a derivative of any order has the memory that its rule gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from attnlib._autodiff.linear_map import Bound, Leaves, called, linear_map, out_avals, shown_of
+
+Function = Callable[..., Sequence[Any]]
+Rule = Callable[[tuple[int, ...], Leaves, Leaves], tuple[Sequence[Any], Sequence[Any]]]
+
+
+def ruled(function: Function, rule: Rule, args: Leaves) -> list[jax.Array]:
+    """`function(*args)`, a list of arrays, with `rule(active, args, changes)` for its derivative.
+
+    `active` are the numbers of the arguments that change, `changes` their tangents; the rule gives the results and
+    the tangents of them all. Both functions must be hashable, and equal when they mean the same.
+    """
+    shown = shown_of(function, *args)
+    return list(_ruled.bind(*args, function=function, rule=rule, shown=shown))
+
+
+def tangent_of(
+    forward: Function, transpose: Function, residuals: Leaves, active: tuple[int, ...], changes: Leaves
+) -> list[jax.Array]:
+    """The tangents that a rule gives, as a linear map: `forward(active, residuals, changes)`, with its transpose."""
+    return linear_map(Bound(forward, (active,)), Bound(transpose, (active,)), residuals, changes)
+
+
+def program_of(equation: Any) -> Any:
+    """The jaxpr that an equation of a jaxpr runs if it is one of `ruled`, else None."""
+    if equation.primitive is not _ruled:
+        return None
+    function = equation.params["function"]
+    return jax.make_jaxpr(lambda *args: called(function, *args))(*(atom.aval for atom in equation.invars)).jaxpr
+
+
+_ruled = Primitive("attnlib_ruled")
+_ruled.multiple_results = True
+
+
+def _evaluate(*args: Any, function: Function, rule: Rule, shown: Any) -> list[Any]:
+    del rule, shown
+    return called(function, *args)
+
+
+_ruled.def_impl(_evaluate)
+mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
+
+
+@_ruled.def_abstract_eval  # type: ignore[untyped-decorator]
+def _abstract_eval(*avals: Any, function: Function, rule: Rule, shown: Any) -> list[Any]:
+    del rule, shown
+    return out_avals(function, *avals)
+
+
+def _jvp(primals: Any, tangents: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
+    del function, shown
+    active = tuple(n for n, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
+    return rule(active, primals, [tangents[n] for n in active])
+
+
+ad.primitive_jvps[_ruled] = _jvp
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batched:
+    """A function over a batch; the arguments are batched where `axes` says so."""
+
+    function: Function
+    axes: tuple[int | None, ...]
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        return jax.vmap(lambda *args: tuple(self.function(*args)), in_axes=self.axes)(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchedRule:
+    """The same for a rule; a change is batched where its argument is."""
+
+    rule: Rule
+    axes: tuple[int | None, ...]
+
+    def __call__(self, active: tuple[int, ...], args: Any, changes: Any) -> Any:
+        def one(args: Any, changes: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            results, tangents = self.rule(active, args, changes)
+            return tuple(results), tuple(tangents)
+
+        return jax.vmap(one, in_axes=(self.axes, [self.axes[n] for n in active]))(tuple(args), list(changes))
+
+
+def _batch(args: Any, dims: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
+    del shown
+    axes = tuple(dims)
+    out = ruled(_Batched(function, axes), _BatchedRule(rule, axes), args)
+    return out, [0] * len(out)
+
+
+batching.primitive_batchers[_ruled] = _batch

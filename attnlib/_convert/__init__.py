@@ -1,1 +1,0 @@
-"""Parameters of other libraries' attention layers: one room a library."""

@@ -1,0 +1,192 @@
+"""Folding: from the axes a user has to the few axes an implementation knows, and back.
+
+A user's query is `(*batch and attention axes, N, D)` in any order of the leading axes. Folded, it is
+`(*batch, N, T, D)`: batch axes first in their order, heads, then all attention axes flattened in row-major order
+of `attention_axes`. Batch axes are never merged: merging would force gathers where one of them is sharded.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._core.array_types import Array
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Which axes of an operand of rank `rank` are attended over and which are batch axes; all non-negative."""
+
+    rank: int
+    attention: tuple[int, ...]
+    batch: tuple[int, ...]
+
+    def attention_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape[axis] for axis in self.attention)
+
+    def batch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape[axis] for axis in self.batch)
+
+
+def normalize(attention_axes: int | Sequence[int] | None, rank: int, trailing: int) -> Axes:
+    """Resolves `attention_axes` for arrays of rank `rank` whose last `trailing` axes are heads and features."""
+    leading = rank - trailing
+    if attention_axes is None:
+        attended = tuple(range(1 if leading > 1 else 0, leading))
+    else:
+        attended = _as_tuple(attention_axes)
+        for axis in attended:
+            if not -rank <= axis < rank or axis % rank >= leading:
+                tail = "heads and features" if trailing == 2 else "features"
+                raise ValueError(
+                    f"attention_axes must name axes among the first {leading} of an array of rank {rank} (the last "
+                    f"{trailing} hold {tail}), i.e. 0..{leading - 1} or {-rank}..{-trailing - 1}; got {axis} in "
+                    f"attention_axes={attention_axes!r}. The last sequence axis is {-trailing - 1}."
+                )
+        attended = tuple(axis % rank for axis in attended)
+    if len(set(attended)) != len(attended):
+        raise ValueError(f"attention_axes must not repeat an axis; got {attention_axes!r} for rank {rank}.")
+    return Axes(rank, attended, tuple(axis for axis in range(leading) if axis not in attended))
+
+
+def _as_tuple(attention_axes: int | Sequence[int]) -> tuple[int, ...]:
+    values = attention_axes if isinstance(attention_axes, Sequence) else (attention_axes,)
+    try:
+        axes = tuple(operator.index(axis) for axis in values)
+    except TypeError as error:
+        raise TypeError(
+            f"attention_axes must be an int, a sequence of ints or None; got {attention_axes!r}."
+        ) from error
+    if not axes:
+        raise ValueError("attention_axes must name at least one axis; got (). Pass None to attend over all of them.")
+    return axes
+
+
+def fold_operand(array: jax.Array, axes: Axes) -> jax.Array:
+    """(user's axes, N, D) -> (*batch, N, T, D)."""
+    heads, features = axes.rank - 2, axes.rank - 1
+    array = jnp.transpose(array, (*axes.batch, heads, *axes.attention, features))
+    lead = array.shape[: len(axes.batch) + 1]
+    positions = math.prod(array.shape[len(lead) : -1])
+    return array.reshape(*lead, positions, array.shape[-1])
+
+
+def unfold_output(array: jax.Array, axes: Axes, attention_shape: tuple[int, ...]) -> jax.Array:
+    """(*batch, N, T, E) -> (user's axes, N, E)."""
+    lead = array.shape[: len(axes.batch) + 1]
+    array = array.reshape(*lead, *attention_shape, array.shape[-1])
+    order = (*axes.batch, axes.rank - 2, *axes.attention, axes.rank - 1)
+    return jnp.transpose(array, tuple(order.index(axis) for axis in range(axes.rank)))
+
+
+def fold_pairs(array: Array, query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> jax.Array:
+    """Flattens the query axes and the key axes of a mask or bias: (..., *query axes, *key axes) -> (..., T, S).
+
+    An axis group that is all ones stays one, so that a broadcast array keeps its own size; a group that is partly
+    ones is expanded, since its flattened form cannot broadcast.
+    """
+    spread = len(query_shape) + len(key_shape)
+    array = array.reshape((1,) * max(0, spread - array.ndim) + array.shape)
+    lead = array.shape[: array.ndim - spread]
+    query_part, key_part = array.shape[len(lead) : array.ndim - len(key_shape)], array.shape[-len(key_shape) :]
+    query_part, key_part = _whole_or_one(query_part, query_shape), _whole_or_one(key_part, key_shape)
+    array = jnp.broadcast_to(array, (*lead, *query_part, *key_part))
+    return array.reshape(*lead, math.prod(query_part), math.prod(key_part))
+
+
+def pad_pairs(array: jax.Array, sizes: tuple[int, int]) -> jax.Array:
+    """Repeats the last row and column of a folded array up to `sizes`; an axis of one stays one."""
+    return pad_axis(pad_axis(array, -2, sizes[0]), -1, sizes[1])
+
+
+def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """Repeats the last entry along an axis up to `size`; an axis of one broadcasts and stays."""
+    missing = size - array.shape[axis]
+    if missing <= 0 or array.shape[axis] == 1:
+        return array
+    last = jax.lax.slice_in_dim(array, array.shape[axis] - 1, None, axis=axis)
+    shape = list(array.shape)
+    shape[axis] = missing
+    return jnp.concatenate([array, jnp.broadcast_to(last, shape)], axis)
+
+
+def _whole_or_one(part: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
+    return part if all(size == 1 for size in part) else whole
+
+
+def split_heads(array: jax.Array, kv_heads: int) -> jax.Array:
+    """(..., N, T, S) -> (..., K, N // K, T, S); a head axis of one becomes two of one; rank 2 is left alone."""
+    if array.ndim < 3:
+        return array
+    heads = array.shape[-3]
+    groups = (1, 1) if heads == 1 else (kv_heads, heads // kv_heads)
+    return array.reshape(*array.shape[:-3], *groups, *array.shape[-2:])
+
+
+def check_pairs(
+    shape: tuple[int, ...],
+    name: str,
+    batch: tuple[int, ...],
+    heads: int,
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+) -> None:
+    """Raises ValueError unless a mask or bias of `shape` broadcasts to the weights by the rank rule (DESIGN, Words)."""
+    whole = (*batch, heads, *query_shape, *key_shape)
+    spread = len(query_shape) + len(key_shape)
+    if spread < len(shape) < len(whole):
+        raise ValueError(
+            f"{name} of rank {len(shape)} is ambiguous: it must have the rank of the weights, {len(whole)} "
+            f"(*batch, heads, *query axes, *key axes) = {whole}, or at most {spread} (*query axes, *key axes); got "
+            f"shape {shape}. A (batch, query, key) {name} needs an axis for heads: {name}[:, None]; a (heads, query, "
+            f"key) one needs an axis for the batch: {name}[None]."
+        )
+    aligned = whole[len(whole) - len(shape) :] if len(shape) <= len(whole) else ()
+    if len(shape) > len(whole) or any(size not in (1, full) for size, full in zip(shape, aligned, strict=True)):
+        raise ValueError(
+            f"{name} must broadcast to the weights (*batch, heads, *query axes, *key axes) = {whole}; got shape "
+            f"{shape}. Use 1 for an axis along which it does not vary."
+            f"{_pairs_hint(shape, name, batch, heads, query_shape, key_shape)}"
+        )
+
+
+def _pairs_hint(
+    shape: tuple[int, ...],
+    name: str,
+    batch: tuple[int, ...],
+    heads: int,
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+) -> str:
+    """What a shape that does not broadcast was likely meant to be."""
+    spread = len(query_shape) + len(key_shape)
+    if name == "mask" and batch and shape == (*batch, *key_shape):
+        return " One of (batch, keys) is a Mask: attnlib.masks.KeyPadding(mask); in a layer, key_mask=mask."
+    if len(shape) == spread + len(batch) + 1 and shape[-spread:] == (*query_shape, *key_shape):
+        groups, rest = divmod(heads, shape[-spread - 1] or heads + 1)
+        if not rest:
+            return (
+                f" One for each key head is for {groups} query heads each: jnp.repeat({name}, {groups}, {len(batch)})."
+            )
+    if shape[-spread:] == (*key_shape, *query_shape):
+        return " Query axes come before key axes: swap them."
+    if len(query_shape) == 1 and shape[-2:-1] == (heads,):
+        return (
+            " If query is (batch, heads, positions, features), swap its axes and key's and value's: x.swapaxes(-3, -2)."
+        )
+    return ""
+
+
+class Shapes(NamedTuple):
+    """What a mask is checked against: sizes of the batch axes, of heads, and of the attention axes on each side."""
+
+    batch: tuple[int, ...]
+    heads: int
+    query: tuple[int, ...]
+    key: tuple[int, ...]

@@ -1,0 +1,97 @@
+"""Positions: the places along the attention axes of a query or a key, as masks and modifiers see them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlib._core.array_types import Array
+from attnlib._core.pytree import register
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A run of `size` consecutive flat positions from `start`, over attention axes of lengths `shape`.
+
+    `side` is "query" or "key": query indices come as a column `(size, 1)`, key indices as a row `(1, size)`, so that
+    a comparison of the two is already a block. What belongs to a place in the array goes by `slot`, whatever positions
+    are explicit there.
+    """
+
+    shape: tuple[int, ...]
+    side: str
+    start: int | jax.Array = 0
+    size: int | None = None
+    explicit: Array | None = None  # integers `(*batch, *shape)` or `shape` that stand for the positions
+
+    @property
+    def total(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def length(self) -> int:
+        return self.total if self.size is None else self.size
+
+    def placed(self, explicit: Array | None) -> Positions:
+        """The same run, whose positions are these integers."""
+        return dataclasses.replace(self, explicit=explicit)
+
+    @cached_property
+    def index(self) -> jax.Array:
+        """Flat positions, by default in row-major order; explicit ones of a batch are `(*batch, 1, T, 1)`."""
+        return self.slot if self.explicit is None else self.take(self.explicit).astype(jnp.int32)
+
+    @cached_property
+    def slot(self) -> jax.Array:
+        """Places in the flattened array, in row-major order."""
+        block = (self.length, 1) if self.side == "query" else (1, self.length)
+        index = jax.lax.broadcasted_iota(jnp.int32, block, 0 if self.side == "query" else 1)
+        return index + jnp.asarray(self.start, jnp.int32)
+
+    @cached_property
+    def coordinates(self) -> tuple[jax.Array, ...]:
+        """The position along each attention axis."""
+        if len(self.shape) == 1:
+            return (self.index,)
+        strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        return tuple(
+            (self.index // np.int32(max(stride, 1))) % np.int32(max(size, 1))
+            for stride, size in zip(strides, self.shape, strict=True)
+        )
+
+    def take(self, array: Array) -> jax.Array:
+        """Entries of `array (*batch, *shape)` at these positions, laid out against a block `(*batch, 1, T, S)`.
+
+        Positions beyond the end, in the last tile, give the last entry: whoever pads leaves them out.
+        """
+        lead = array.shape[: array.ndim - len(self.shape)]
+        run = jnp.asarray(array).reshape(*lead, self.total)
+        if self.length != self.total:
+            run = jnp.take(run, self.slot.reshape(-1), axis=-1, mode="clip")
+        run = run[..., None] if self.side == "query" else run[..., None, :]
+        return run[..., None, :, :] if lead else run  # batch entries get a head axis of one
+
+    def cut(self, array: jax.Array, axis: int) -> jax.Array:
+        """The part of a flattened axis that these positions cover; an axis of one broadcasts and stays."""
+        if array.shape[axis] == 1 or self.length == array.shape[axis]:
+            return array
+        return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)
+
+
+@register
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Where queries that are looked at alone stand among all queries: a run of them from `start`."""
+
+    start: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def of(self, query: Positions) -> Positions:
+        """Positions along the run as positions among all queries."""
+        return Positions(self.shape, "query", self.start + query.start, query.length)

@@ -1,0 +1,50 @@
+"""Functions of the user whose captured arrays become arguments: traced, differentiable, never recompiled for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from attnlib._core.identity import program_key
+from attnlib._core.pytree import register
+
+
+class _Program:
+    """A jaxpr; equal to another one that computes the same, so that what is compiled for it serves both."""
+
+    __slots__ = ("jaxpr", "key")
+
+    def __init__(self, jaxpr: Any):
+        self.jaxpr, self.key = jaxpr, program_key(jaxpr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Program) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return str(self.jaxpr)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hoisted:
+    """A function of arrays as its program and the arrays that it captured."""
+
+    captured: list[Any]
+    program: _Program = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's only result."""
+        return jaxpr_as_fun(ClosedJaxpr(self.program.jaxpr, self.captured))(*args)[0]
+
+
+def hoisted(function: Callable[..., Any], *avals: Any) -> tuple[Hoisted, Any]:
+    """(the function of such arguments, what it returns as a tree of shapes and dtypes)."""
+    closed, result = jax.make_jaxpr(function, return_shape=True)(*avals)
+    return Hoisted(list(closed.consts), _Program(closed.jaxpr)), result

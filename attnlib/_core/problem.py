@@ -1,0 +1,147 @@
+"""The one canonical form in which every implementation receives attention, and what an implementation is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._core.array_types import Array
+from attnlib._core.block_positions import Positions
+from attnlib._core.pytree import register
+
+if TYPE_CHECKING:
+    from attnlib.masks import Mask
+    from attnlib.modifiers._base import Modifier
+    from attnlib.scores import Score
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """Attention with axes folded, arguments checked, defaults resolved. Query head n = k * G + g reads key head k.
+
+    Attributes:
+      query: `(*batch, K, G, T, D)`; batch axes may be one where another operand's are larger.
+      key: `(*batch, K, S, D)`.
+      value: `(*batch, K, S, E)`.
+      score: turns blocks of query and key into logits.
+      mask: which pairs may attend, or None for all.
+      score_mod: modifies the logits, after bias and soft cap, or None.
+      bias: `(*batch | 1, K | 1, G | 1, T | 1, S | 1)` or `(T | 1, S | 1)`, or None.
+      dropout_seeds: `(4,)` words for `_dropout.keep_block`, or None for no dropout.
+      batch: sizes of the batch axes after broadcasting.
+      query_shape, key_shape: sizes of the attention axes, whose products are T and S.
+      sink: `()` or `(N,)`, or None; not an implementation's business, but that of `_sink`.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    score: Score
+    score_mod: Modifier | None
+    mask: Mask | None
+    bias: jax.Array | None
+    dropout_seeds: jax.Array | None
+    batch: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    query_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    key_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dropout_rate: float = dataclasses.field(metadata={"static": True})
+    logits_soft_cap: float | None = dataclasses.field(metadata={"static": True})
+    return_weights: bool = dataclasses.field(metadata={"static": True})
+    block_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
+    precision: Any = dataclasses.field(metadata={"static": True})
+    return_lse: bool = dataclasses.field(default=True, metadata={"static": True})
+    sink: Any = None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[-3]
+
+    @property
+    def groups(self) -> int:
+        return self.query.shape[-3]
+
+    @property
+    def query_length(self) -> int:
+        return math.prod(self.query_shape)
+
+    @property
+    def key_length(self) -> int:
+        return math.prod(self.key_shape)
+
+    @property
+    def rows(self) -> int:
+        """How many softmax rows: one for each batch index, head and query position."""
+        return math.prod(self.batch) * self.kv_heads * self.groups * self.query_length
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether an implementation has to give the lse."""
+        return self.return_lse or self.sink is not None
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """(*batch, K, G)."""
+        return (*self.batch, self.kv_heads, self.groups)
+
+    @property
+    def positions(self) -> tuple[Positions, Positions]:
+        """All query positions and all key positions."""
+        return Positions(self.query_shape, "query"), Positions(self.key_shape, "key")
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of logits and softmax statistics: float32 at least."""
+        return compute_dtype(self.query, self.key, self.value)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of the arrays that go in and of the results that come out."""
+        size = self.value.shape[-1] * self.value.dtype.itemsize
+        size += (self.return_lse + self.return_weights * self.key_length) * jnp.dtype(self.dtype).itemsize
+        return self.rows * size + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+class Result(NamedTuple):
+    """What an implementation gives, in the dtype of `Problem.dtype` and with full batch axes."""
+
+    output: jax.Array  # (*batch, K, G, T, E)
+    lse: jax.Array | None  # (*batch, K, G, T); always if asked for
+    weights: jax.Array | None  # (*batch, K, G, T, S) if asked for
+
+
+class Estimate(NamedTuple):
+    """What a forward pass of an implementation would need."""
+
+    memory: int  # bytes of temporaries
+    flops: int  # operations, as `_cost` counts them
+    block_sizes: tuple[int, int] | None = None  # (queries, keys) of a tile, where there are tiles
+    tiles: tuple[int, int] | None = None  # (tiles computed, all tiles)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Implementation:
+    """A way to compute a Problem. `unsupported` says why it cannot compute one (None: it can); all who ask, ask it."""
+
+    name: str
+    unsupported: Callable[[Problem], str | None]
+    run: Callable[[Problem], Result]
+    estimate: Callable[[Problem], Estimate]
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+# What may be asked for: a name, or one that has none that users know, or several to try in order; None: chosen.
+Asked: TypeAlias = str | Implementation | tuple[str | Implementation, ...] | None
+
+
+def compute_dtype(*arrays: Array) -> Any:
+    """float64 if any array is float64 (and JAX has it: NumPy's may come where it does not), else float32."""
+    wide = any(array.dtype == jnp.float64 for array in arrays)
+    return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.float32

@@ -1,0 +1,1 @@
+"""How attention is computed: the implementations, and which of them computes a problem."""

@@ -1,0 +1,207 @@
+"""Few queries against many keys on a CPU, as in decoding: all heads in one product, keys and values as they lie.
+
+The batched products of attention want keys (K, S, D), and where they lie as (S, K, D) XLA moves them all first, which
+takes longer than to attend. Here the keys of all heads are one matrix (S, K * D); the queries stand block-diagonally in
+another, (N * T, K * D), a head's features beside zeros for the other heads. Likewise for the values, of whose product
+only each head's own block is kept. That multiplies K times more, and moves nothing.
+
+Nor is anything cleared of what is not finite. A zero makes NaN of it, in every head, and so it cannot go unseen: then
+all is computed again, tile by tile, as ever: slower, and where it was a masked key, the same but for rounding. So it is
+with the gradients by query, key and value; those by others, and tangents, run over tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from attnlib._autodiff.linear_map import unbroadcast
+from attnlib._core.problem import Problem
+from attnlib._core.tile_kinds import EMPTY
+from attnlib._engine import softmax as _online_softmax
+from attnlib._engine.blockwise.plan import BlockwiseStrategy
+from attnlib._engine.blockwise.tile import Arrays, Plan, Tile, tile_kinds
+from attnlib._engine.softmax import Running
+from attnlib.scores import Score
+
+Absorb = Callable[[Running, Tile], Running]
+
+
+def numbers(problem: Problem, strategy: BlockwiseStrategy) -> int:
+    """About how many numbers the temporaries of a forward pass hold."""
+    features = problem.key.shape[-1] + problem.value.shape[-1]
+    pairs_and_rows = problem.rows * (2 * problem.key_length + problem.kv_heads * features)
+    moved = math.prod(problem.batch) * problem.kv_heads * min(strategy.keys_again, problem.key_length) * features
+    converted = 0 if problem.key.dtype == problem.dtype else problem.key.size + problem.value.size
+    return pairs_and_rows + moved + converted
+
+
+def attend(plan: Plan, arrays: Arrays, start: Running, absorb: Absorb) -> Running:
+    """The sums over all keys, the plan's tile being all queries and all keys; `absorb` adds one tile to them."""
+    if _kind(plan, arrays) == EMPTY:
+        return start
+    # As they lie, before the branches: else XLA moves them for both.
+    arrays = _moved(arrays)
+    arrays = arrays._replace(key=_lying(arrays.key), value=_lying(arrays.value))
+    running, finite = _attend(plan, arrays)
+    return jax.lax.cond(_all(finite), lambda: running, lambda: _in_tiles(plan, arrays, start, absorb))
+
+
+def transpose(
+    plan: Plan, arrays: Arrays, output: jax.Array, lse: jax.Array, bars: Any, tiled: Callable[[Arrays], Any]
+) -> list[jax.Array]:
+    """Cotangents of query, key and value from those of output and lse; `tiled` gives them of any arrays.
+
+    Written out beside the loop of tiles in blockwise.py, and not differentiable itself.
+    """
+    if _kind(plan, arrays) == EMPTY:
+        return tiled(arrays)
+    arrays = _moved(arrays)
+    (query, key, value), finite = _transpose(plan, arrays, output, lse, *bars)
+
+    def again() -> tuple[jax.Array, ...]:
+        query, key, value = tiled(_moved(arrays))
+        return query, _lying(jnp.swapaxes(key, -3, -2)), _lying(jnp.swapaxes(value, -3, -2))
+
+    query, key, value = jax.lax.cond(_all(finite), lambda: (query, key, value), again)
+    return [query, jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)]
+
+
+def _attend(plan: Plan, arrays: Arrays) -> tuple[Running, jax.Array]:
+    """(the sums, which rows are finite wherever they attend), of keys and values `(*batch, S, K, D)`."""
+    product = _over_features(plan, arrays.query, arrays.key)
+    tile, logits = _logits(plan, arrays, product)
+    logits, finite = jnp.where(tile.mask, logits, -jnp.inf), jnp.isfinite(product) | ~tile.mask
+    highest = jnp.max(logits, -1)
+    weights = jnp.exp(logits - _online_softmax.base(highest)[..., None])
+    output = _over_keys(plan, tile.drop(weights), arrays.value)
+    return Running(highest, jnp.sum(weights, -1), output), _finite(output) & jnp.all(finite, -1)
+
+
+def _transpose(
+    plan: Plan, arrays: Arrays, output: jax.Array, lse: jax.Array, output_bar: jax.Array, lse_bar: jax.Array
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    query, key, value = arrays[:3]
+    product = _over_features(plan, query, key)
+    logits, pull = jax.vjp(lambda product: _logits(plan, arrays, product)[1], product)
+    tile, _ = _logits(plan, arrays, product)
+    logits = jnp.where(tile.mask, logits, -jnp.inf)
+    weights = jnp.exp(logits - _online_softmax.base(lse)[..., None])
+    delta = lse_bar - jnp.sum(output * output_bar, -1)
+    weights_bar = tile.drop(_over_features(plan, output_bar, value)) + delta[..., None]
+    (product_bar,) = pull(jnp.where(tile.mask, weights * weights_bar, 0))
+    dropped = tile.drop(weights)
+    query_bar = _over_keys(plan, product_bar, key)
+    bars = query_bar, _over_queries(plan, product_bar, query, key), _over_queries(plan, dropped, output_bar, value)
+    finite = jnp.all(jnp.isfinite(product) | ~tile.mask, -1) & _finite(query) & _finite(output_bar)
+    return bars, finite & _finite(query_bar) & _finite(product_bar) & _finite(dropped)
+
+
+def _logits(plan: Plan, arrays: Arrays, product: jax.Array) -> tuple[Tile, jax.Array]:
+    """(the tile of all, its logits from those products), not yet masked."""
+    tile = Tile(plan, arrays._replace(score=_Given(product)), plan.everywhere(asked=False))
+    return tile, tile.terms()[0]
+
+
+# The products of _product.py, of keys and values as they lie. Pairs of one key stand side by side, (*batch, S, N * T),
+# with which all three run fastest.
+
+
+def _over_features(plan: Plan, query: jax.Array, key: jax.Array) -> jax.Array:
+    """(*batch, K, G, T, D), (*batch, S, K, D) -> (*batch, K, G, T, S)."""
+    pairs = jnp.einsum("...sc,...rc->...sr", _merged(key, -2, -1), _spread(query), precision=plan.precision)
+    return jnp.swapaxes(pairs, -1, -2).reshape(*pairs.shape[:-2], *query.shape[-4:-1], key.shape[-3])
+
+
+def _over_keys(plan: Plan, pairs: jax.Array, value: jax.Array) -> jax.Array:
+    """(*batch, K, G, T, S), (*batch, S, K, D) -> (*batch, K, G, T, D)."""
+    blocks = jnp.einsum("...sr,...sc->...rc", _columns(pairs), _merged(value, -2, -1), precision=plan.precision)
+    blocks = blocks.reshape(*blocks.shape[:-2], *pairs.shape[-4:-1], *value.shape[-2:])  # (*batch, K, G, T, K, D)
+    return jnp.stack([blocks[..., head, :, :, head, :] for head in range(value.shape[-2])], -4)
+
+
+def _over_queries(plan: Plan, pairs: jax.Array, query: jax.Array, like: jax.Array) -> jax.Array:
+    """(*batch, K, G, T, S), (*batch, K, G, T, D) -> (*batch, S, K, D), the sum over what batch axes are one of."""
+    total = jnp.einsum("...sr,...rc->...sc", _columns(pairs), _spread(query), precision=plan.precision)
+    return unbroadcast(total.reshape(*total.shape[:-1], *like.shape[-2:]), like.shape)
+
+
+def _spread(query: jax.Array) -> jax.Array:
+    """(*batch, K, G, T, D) -> (*batch, N * T, K * D), zero but for each head's own features."""
+    own = jnp.eye(query.shape[-4], dtype=bool)[:, None, None, :, None]
+    return _merged(_merged(jnp.where(own, query[..., None, :], 0), -2, -1), -4, -2)
+
+
+def _columns(pairs: jax.Array) -> jax.Array:
+    """(*batch, K, G, T, S) -> (*batch, S, N * T)."""
+    return jax.lax.optimization_barrier(jnp.swapaxes(_merged(pairs, -4, -2), -1, -2))
+
+
+def _finite(array: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(array), -1)
+
+
+def _moved(arrays: Arrays) -> Arrays:
+    """Keys and values from (*batch, K, S, D) to how they lie, (*batch, S, K, D), or back."""
+    return arrays._replace(key=jnp.swapaxes(arrays.key, -3, -2), value=jnp.swapaxes(arrays.value, -3, -2))
+
+
+def _kind(plan: Plan, arrays: Arrays) -> int:
+    return int(tile_kinds(arrays.mask, plan.query_shape, plan.key_shape, plan.tile)[0, 0])
+
+
+def _in_tiles(plan: Plan, arrays: Arrays, running: Running, absorb: Absorb) -> Running:
+    """The same as any tiles have it, NaN and all."""
+    length, side = arrays.key.shape[-3], plan.strategy.keys_again
+    whole = length // side * side
+    for size, starts in ((side, range(0, whole, side)), (length - whole, range(whole, length, side))):
+        strategy = dataclasses.replace(plan.strategy, block_sizes=(plan.tile[0], size))
+        smaller = dataclasses.replace(plan, strategy=strategy)
+
+        def step(running: Running, start: Any, plan: Plan = smaller) -> tuple[Running, None]:
+            at = plan.place(start, asked=arrays.mask is not None)
+            key, value = (jnp.moveaxis(at.cut(x, (None, -3)), -3, -2) for x in (arrays.key, arrays.value))
+            bias = None if arrays.bias is None else at.cut(arrays.bias, (None, -1))
+            return absorb(running, Tile(plan, arrays._replace(key=key, value=value, bias=bias), at)), None
+
+        if starts:
+            running, _ = jax.lax.scan(step, running, jnp.asarray([(0, start) for start in starts], jnp.int32))
+    return running
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Given(Score):
+    """Logits that were computed before."""
+
+    logits: jax.Array
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        return self.logits
+
+
+def _lying(array: jax.Array) -> jax.Array:
+    """The array, its last axis innermost in memory: else XLA may lay out the results of both branches another way."""
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+
+
+@jax.custom_batching.custom_vmap
+def _all(array: jax.Array) -> jax.Array:
+    """Whether all are true; in a batch too one answer for all of it, since a branch for each would compute both."""
+    return jnp.all(array)
+
+
+@_all.def_vmap
+def _all_of_batch(axis_size: int, in_batched: Any, array: jax.Array) -> tuple[jax.Array, bool]:
+    return _all(array), False
+
+
+def _merged(array: jax.Array, first: int, last: int) -> jax.Array:
+    """With the axes from `first` to `last`, both counted from the end, merged into one."""
+    shape, stop = array.shape, last + array.ndim + 1
+    return array.reshape(*shape[:first], -1, *shape[stop:])

@@ -1,0 +1,267 @@
+"""Attention tile by tile: memory linear in the lengths, for every score, mask, bias and dropout, and every derivative.
+
+Forward: online softmax over a static list of the tiles that the mask does not empty (Rabe and Staats 2021; Dao et al.
+2022); it gives the output o and the log-sum-exp of each row. Nothing square is kept. With s the logits of a tile,
+p = exp(s - lse) its softmax, d its dropout factors (0 or 1 / (1 - rate)), v its values:
+
+  tangent     a = sum_tiles (d p s') v + (d p) v',  c = sum_tiles p s';   o' = a - o c,  lse' = c
+  transpose   with delta = lse~ - <o, o~>:   s~ = p (d <o~, v> + delta),  v~ = (d p)^T o~
+
+The score's own derivatives take s' from (query', key', ...) and (query~, key~, ...) from s~. Both loops are plain
+scans over checkpointed bodies, so JAX differentiates them again for higher orders, in linear memory too. A tile has all
+batch indices and heads, or on a CPU one head after another: then the scans run over these as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._autodiff.custom_rule import ruled, tangent_of
+from attnlib._autodiff.linear_map import Bound, unbroadcast
+from attnlib._autodiff.matmul import over_features, over_keys, over_queries
+from attnlib._autodiff.zeros import nought
+from attnlib._core import axes as _axes
+from attnlib._core.problem import Estimate, Implementation, Problem, Result
+from attnlib._core.tile_kinds import EMPTY
+from attnlib._engine import softmax as _online_softmax
+from attnlib._engine.blockwise import decode as _side_by_side
+from attnlib._engine.blockwise.plan import Kind, plan_blocks, rows_at_once, unsupported
+from attnlib._engine.blockwise.tile import Arrays, Place, Plan, Tile, tile_kinds
+from attnlib._engine.cost import operations
+from attnlib._engine.softmax import Running
+
+Leaves = Sequence[jax.Array]
+
+# The axes of queries and of keys, as `Place.cut` takes them, of numbers a row, of the output, and of all of `Running`.
+_OF_ROWS, _OUTPUT = (-1, None), (-2, None)
+_RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
+# Query, key and value among the leaves that can have derivatives.
+_OPERANDS = 0, 1, 2
+
+
+@functools.cache
+def blockwise(kind: Kind | None = None) -> Implementation:
+    """The implementation, by a strategy of that kind, or of the one likely fastest."""
+    name = "blockwise" if kind is None else f"blockwise, {kind}"
+    return Implementation(
+        name, partial(unsupported, kind=kind), partial(_run, kind=kind), partial(_estimate, kind=kind)
+    )
+
+
+def _run(problem: Problem, kind: Kind | None) -> Result:
+    if problem.query_length == 0 or problem.key_length == 0:
+        return _nothing(problem)
+    problem = _prepared(problem)
+    strategy = plan_blocks(problem, kind)
+    arrays = _padded(problem, strategy.block_sizes)
+    plan = Plan.of(problem, strategy, arrays)
+    moving, fixed = plan.split(arrays)
+    output, lse = _attend(plan, moving, fixed)
+    output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
+    return Result(output, lse, _weights(plan, moving, fixed, lse) if problem.return_weights else None)
+
+
+def _prepared(problem: Problem) -> Problem:
+    """The same with the score's work on single positions done, in the dtype to compute in."""
+    query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
+    query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
+    query, key, score = problem.score.prepare(query, key, problem.precision)
+    bias = None if problem.bias is None else problem.bias.astype(problem.dtype)
+    return dataclasses.replace(problem, query=query, key=key, value=value, score=score, bias=bias)
+
+
+def _padded(problem: Problem, tile: tuple[int, int]) -> Arrays:
+    """The arrays up to whole tiles."""
+    sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
+    # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
+    return Arrays(
+        query=_axes.pad_axis(problem.query, -2, sizes[0]),
+        key=_axes.pad_axis(problem.key, -2, sizes[1]),
+        value=_axes.pad_axis(problem.value, -2, sizes[1]),
+        bias=None if problem.bias is None else _axes.pad_pairs(problem.bias, sizes),
+        score=problem.score,
+        score_mod=problem.score_mod,
+        mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
+        seeds=problem.dropout_seeds,
+    )
+
+
+def _nothing(problem: Problem) -> Result:
+    """The result where there are no queries or no keys."""
+    rows = (*problem.batch, problem.kv_heads, problem.groups, problem.query_length)
+    weights = jnp.zeros((*rows, problem.key_length), problem.dtype) if problem.return_weights else None
+    output = jnp.zeros((*rows, problem.value.shape[-1]), problem.dtype)
+    return Result(output, jnp.full(rows, -jnp.inf, problem.dtype), weights)
+
+
+def _weights(plan: Plan, moving: Leaves, fixed: Leaves, lse: jax.Array) -> jax.Array:
+    """All weights, which the user asked for: square by nature, so made at once, from the tiles' lse."""
+    at = plan.everywhere(asked=plan.join(moving, fixed).mask is not None)
+    tile = Tile(plan, plan.join([at.cut(x, axes) for x, axes in zip(moving, plan.axes, strict=True)], fixed), at)
+    logits, _ = tile.terms()
+    return tile.drop(tile.softmax(logits, lse))
+
+
+# Derivatives: (output, lse) has the tangent loop as its derivative, and that the transpose loop as its transpose.
+
+
+def _attend(plan: Plan, moving: Leaves, fixed: Leaves) -> tuple[jax.Array, jax.Array]:
+    """(output, lse) of padded arrays; `moving` are those that can have derivatives."""
+    output, lse = ruled(Bound(_forward, (plan,)), Bound(_rule, (plan,)), (*moving, *fixed))
+    return output, lse
+
+
+def _rule(plan: Plan, active: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
+    output, lse = _attend(plan, leaves[: sum(plan.floating)], leaves[sum(plan.floating) :])
+    forward, transpose = Bound(_tangent, (plan,)), Bound(_transpose, (plan,))
+    return (output, lse), tangent_of(forward, transpose, (*leaves, output, lse), active, changes)
+
+
+class _Loop:
+    """Runs a body over all active tiles, those that ask the mask last."""
+
+    def __init__(self, plan: Plan, leaves: Leaves):
+        count = sum(plan.floating)
+        self.plan, self.moving, self.fixed = plan, leaves[:count], leaves[count:]
+        self.schedule = plan.schedule(plan.join(self.moving, self.fixed).mask)
+
+    def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
+        for asked, starts in self.schedule:
+
+            def step(carry: Any, start: jax.Array, asked: bool = asked) -> tuple[Any, None]:
+                at = self.plan.place(start, asked)
+                return body(carry, Tile(self.plan, self.plan.join(self.cut(self.moving, at), self.fixed), at)), None
+
+            if checkpoint:  # derivatives of the loop recompute a tile rather than keep it
+                step = jax.checkpoint(step, prevent_cse=len(starts) == 1)
+            if len(starts) == 1:
+                carry, _ = step(carry, jnp.asarray(starts[0]))
+            else:
+                carry, _ = jax.lax.scan(step, carry, jnp.asarray(starts))
+        return carry
+
+    def cut(self, leaves: Leaves, at: Place, which: Sequence[int] | None = None) -> list[jax.Array]:
+        which = range(len(leaves)) if which is None else which
+        return [at.cut(leaf, self.plan.axes[n]) for leaf, n in zip(leaves, which, strict=True)]
+
+
+def _forward(plan: Plan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+    loop = _Loop(plan, leaves)
+    arrays = plan.join(loop.moving, loop.fixed)
+
+    def body(running: Running, tile: Tile) -> Running:
+        logits, value = tile.terms()
+        old = Running(*(tile.at.cut(x, axes) for x, axes in zip(running, _RUNNING, strict=True)))
+        highest = jnp.maximum(old.highest, jnp.max(logits, -1))
+        shift = _online_softmax.base(highest)
+        fade, weights = jnp.exp(old.highest - shift), jnp.exp(logits - shift[..., None])
+        total = old.total * fade + jnp.sum(weights, -1)
+        output = old.output * fade[..., None] + over_keys(plan.precision, tile.drop(weights), value)
+        new = Running(highest, total, output)
+        return Running(*(tile.at.put(x, y, axes) for x, y, axes in zip(running, new, _RUNNING, strict=True)))
+
+    rows = jnp.sum(nought(arrays.query[..., :1]), -1)
+    start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
+    if plan.strategy.kind == "decode":
+        return _online_softmax.finish(_side_by_side.attend(plan, arrays, start, body))
+    return _online_softmax.finish(loop.run(body, start, checkpoint=False))
+
+
+def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
+    """(output', lse') from the tangents of the active leaves."""
+    *leaves, output, lse = residuals
+    loop = _Loop(plan, leaves)
+
+    def body(carry: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
+        changes = loop.cut(tangents, tile.at, active)
+        terms, values = tile.terms_of(active)
+        (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, changes)
+        weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
+        moved = weights * logits_dot
+        average_dot = over_keys(plan.precision, tile.drop(moved), value)
+        average_dot += over_keys(plan.precision, tile.drop(weights), value_dot)
+        return tile.at.add(carry[0], average_dot, _OUTPUT), tile.at.add(carry[1], jnp.sum(moved, -1), _OF_ROWS)
+
+    a, c = loop.run(body, (nought(output), nought(lse)), checkpoint=True)
+    return [a - output * c[..., None], c]
+
+
+def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
+    """Cotangents of the active leaves from those of (output, lse)."""
+    if plan.strategy.kind != "decode" or not set(active) <= set(_OPERANDS):
+        return _transpose_tiles(plan, active, residuals, cotangents)
+    bound = plan, active, len(residuals)
+    return ruled(Bound(_transpose_at_once, bound), Bound(_transpose_rule, bound), (*residuals, *cotangents))
+
+
+def _transpose_at_once(plan: Plan, active: tuple[int, ...], count: int, *args: jax.Array) -> list[jax.Array]:
+    *leaves, output, lse = args[:count]
+    whole = sum(plan.floating)
+    arrays = plan.join(leaves[:whole], leaves[whole:])
+
+    def tiled(arrays: Arrays) -> list[jax.Array]:
+        moving, fixed = plan.split(arrays)
+        return _transpose_tiles(plan, _OPERANDS, (*moving, *fixed, output, lse), args[count:])
+
+    bars = _side_by_side.transpose(plan, arrays, output, lse, args[count:], tiled)
+    return [bars[n] for n in active]
+
+
+def _transpose_rule(plan: Plan, active: tuple[int, ...], count: int, moving: Any, args: Any, changes: Any) -> Any:
+    """The tangents of the same by tiles."""
+
+    def tiled(*values: jax.Array) -> list[jax.Array]:
+        whole = list(args)
+        for n, value in zip(moving, values, strict=True):
+            whole[n] = value
+        return _transpose_tiles(plan, active, whole[:count], whole[count:])
+
+    _, tangents = jax.jvp(tiled, [args[n] for n in moving], list(changes))
+    return _transpose(plan, active, args[:count], args[count:]), tangents
+
+
+def _transpose_tiles(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
+    *leaves, output, lse = residuals
+    loop = _Loop(plan, leaves)
+    output_bar, lse_bar = cotangents
+    if any(asked for asked, _ in loop.schedule):
+        # A row that attends NaN is NaN; its cotangent must not meet the zero weights of what it does not attend.
+        output_bar = jnp.where(jnp.isnan(lse)[..., None], 0, output_bar)
+    delta = lse_bar - jnp.sum(output * output_bar, -1)
+
+    def body(totals: list[jax.Array], tile: Tile) -> list[jax.Array]:
+        terms, values = tile.terms_of(active)
+        (logits, value), pull = jax.vjp(terms, *values)
+        weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
+        rows_bar = tile.at.cut(output_bar, _OUTPUT)
+        value_bar = unbroadcast(over_queries(plan.precision, tile.drop(weights), rows_bar), value.shape)
+        weights_bar = over_features(plan.precision, rows_bar, value)
+        logits_bar = weights * (tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None])
+        parts = pull((logits_bar, value_bar))
+        return [tile.at.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, active, strict=True)]
+
+    return loop.run(body, [nought(loop.moving[n]) for n in active], checkpoint=True)
+
+
+def _estimate(problem: Problem, kind: Kind | None) -> Estimate:
+    """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
+    if problem.query_length == 0 or problem.key_length == 0:
+        return Estimate(memory=0, flops=0)
+    strategy = plan_blocks(problem, kind)
+    tile = strategy.block_sizes
+    kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
+    whole = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
+    whole += problem.key.size + problem.value.size
+    itemsize = jnp.dtype(problem.dtype).itemsize
+    memory = (whole + 2 * rows_at_once(problem, strategy.kind) * tile[0] * tile[1]) * itemsize
+    if strategy.kind == "decode":
+        memory = _side_by_side.numbers(problem, strategy) * itemsize
+    flops = operations(partial(_run, kind=kind), problem)
+    return Estimate(memory, flops, tile, (int((kinds != EMPTY).sum()), kinds.size))

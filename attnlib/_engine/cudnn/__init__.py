@@ -1,0 +1,1 @@
+"""Attention by the fused kernel of NVIDIA GPUs."""

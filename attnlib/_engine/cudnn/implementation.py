@@ -1,0 +1,300 @@
+"""cuDNN's fused attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`: what maps on it, and what is refused.
+
+It takes dot scores of half-precision operands under the masks that the kernel itself knows: causal, a causal window,
+lengths. The rest would change a meaning, so it is refused (`_unsupported`, `_native` give each reason).
+
+What the kernel does otherwise than attnlib is set right around it, in linear memory:
+
+  padded rows   a row that may attend nothing is computed with one key, and its output replaced by 0
+  NaN           the kernel multiplies masked values by weights of zero, and 0 * NaN is NaN: where there is a mask, what
+                is not finite is replaced before the call, and rows that do attend it are NaN after it, without gradient
+  scale         a traced scale, or one a head, is multiplied into the query; see `_scaled`
+
+cuDNN has a backward pass but neither forward mode nor second derivatives, which are borrowed (`_borrowed.py`) from
+another implementation. The backward pass runs the forward kernel again; where both are in one program and not in a
+loop, XLA merges the two. It may add gradients up in any order: two runs are then equal bit by bit only with XLA's own
+option for that, `--xla_gpu_deterministic_ops=true` in XLA_FLAGS.
+
+Known at run time alone, hence not refused here: XLA needs one sharding for query, key and value, and none of positions.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._core.problem import Estimate, Implementation, Problem, Result
+from attnlib._engine.blockwise.plan import pairs_computed
+from attnlib._engine.cudnn.fallback_derivatives import output_of
+from attnlib._engine.cudnn.kernel import Static, call, kernel
+from attnlib.masks import Causal, Lengths, Prefix, SlidingWindow
+from attnlib.masks._base import And, Mask
+from attnlib.scores import Dot
+
+# (queries, keys) of what its kernels compute at once, or near it: they choose among several, out of our sight.
+_TILE = 128, 128
+
+
+def cudnn(general: Implementation, elsewhere: bool) -> Implementation:
+    """The implementation; `general` gives the derivatives that cuDNN lacks.
+
+    Which device a program is for is not known when it is traced. Lowered for another than CUDA, `general` runs it if
+    `elsewhere`, as fits an automatic choice; else lowering fails, as fits a name that the user asked for.
+    """
+
+    def generally(problem: Problem) -> jax.Array:
+        return general.run(problem).output
+
+    def run(problem: Problem) -> Result:
+        return Result(output_of(problem, _output, generally, elsewhere), None, None)
+
+    return Implementation("cudnn", _unsupported, run, _estimate)
+
+
+def _estimate(problem: Problem) -> Estimate:
+    """The output, and cleaned copies of the operands where there is a mask."""
+    operands = (problem.query, problem.key, problem.value) if problem.mask is not None else ()
+    numbers = sum(operand.size for operand in operands) + problem.rows * problem.value.shape[-1]
+    # Of a pair two products, and for the softmax a maximum, a difference, an exponential, a sum and a rounding.
+    of_a_pair = 2 * problem.query.shape[-1] + 2 * problem.value.shape[-1] + 5
+    heads = math.prod(problem.batch) * problem.kv_heads * problem.groups
+    return Estimate(numbers * problem.value.dtype.itemsize, heads * pairs_computed(problem, *_TILE) * of_a_pair)
+
+
+# What is refused. Facts of the call come first, so that the reason is the same on every machine; jax.nn has the last
+# word, which depends on the GPU and the cuDNN at hand (head sizes over 128 need Hopper or later).
+
+
+def _unsupported(problem: Problem) -> str | None:
+    checks = _unsupported_options, _unsupported_operands, _unsupported_mask, _unsupported_here
+    return next((reason for check in checks if (reason := check(problem)) is not None), None)
+
+
+def _unsupported_options(problem: Problem) -> str | None:
+    if type(problem.score) is not Dot:
+        return f"it computes dot products only; the score is {type(problem.score).__name__}"
+    if problem.bias is not None:
+        return (
+            "its bias is rounded to half precision, must be as large as all pairs, and may not hold -inf; "
+            "leave bias=None, or use masks.Causal, SlidingWindow or Lengths for what it masks"
+        )
+    if problem.score_mod is not None:
+        return "it computes no function of the user; leave score_mod=None"
+    if problem.dropout_seeds is not None:
+        return "it cannot drop the entries that dropout_rng determines; set dropout_rate=0"
+    if problem.logits_soft_cap is not None:
+        return "it has no soft cap; leave logits_soft_cap=None"
+    if problem.return_weights:
+        return "it never holds the weights; set return_weights=False"
+    if problem.needs_lse:
+        return "jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False and sink=None"
+    if problem.block_sizes is not None:
+        return "it chooses its own blocks; leave block_sizes=None"
+    if problem.precision not in (None, "default", jax.lax.Precision.DEFAULT):
+        return f"it multiplies in one precision, its own; leave precision=None, not {problem.precision!r}"
+    return None
+
+
+def _unsupported_operands(problem: Problem) -> str | None:
+    query, key, value = problem.query, problem.key, problem.value
+    dtypes = [str(operand.dtype) for operand in (query, key, value)]
+    if len(set(dtypes)) > 1 or dtypes[0] not in ("float16", "bfloat16"):
+        return f"query, key and value must all be float16 or all bfloat16; they are {', '.join(dtypes)}"
+    assert isinstance(problem.score, Dot)
+    if problem.score.scale is not None and dtypes[0] == "float16":
+        return "a query multiplied by a scale may leave the range of float16; leave scale=None, or use bfloat16"
+    features = query.shape[-1]
+    if value.shape[-1] != features:
+        return f"query and value must have equally many features; they have {features} and {value.shape[-1]}"
+    if features == 0 or features % 8 or features > 256:
+        return f"features must be a multiple of 8 and at most 256; there are {features}"
+    if min(problem.query_length, problem.key_length) <= 1 or math.prod(problem.batch) == 0:
+        # One position alone is where cuDNN versions differ (PyTorch issue 138529), and nothing to be fast at.
+        lengths = problem.query_length, problem.key_length
+        return f"it needs at least two queries, two keys and a batch entry; there are {(*problem.batch, *lengths)}"
+    if any(map(_explicitly_sharded, (query, key, value))):
+        return "jax.nn has no rule to shard it over explicit mesh axes; make them jax.sharding.AxisType.Auto"
+    return None
+
+
+def _explicitly_sharded(operand: Any) -> bool:
+    sharding = getattr(operand if isinstance(operand, jax.ShapeDtypeStruct) else jax.typeof(operand), "sharding", None)
+    return any(axis is not None for axis in getattr(sharding, "spec", ()))
+
+
+def _unsupported_mask(problem: Problem) -> str | None:
+    native = _native(problem)
+    return native if isinstance(native, str) else None
+
+
+def _unsupported_here(problem: Problem) -> str | None:
+    """What jax.nn says of it on this machine."""
+    native = _native(problem)
+    assert isinstance(native, _Native)
+    heads, kv_heads, features = problem.kv_heads * problem.groups, problem.kv_heads, problem.query.shape[-1]
+    query = jax.ShapeDtypeStruct((1, problem.query_length, heads, features), problem.query.dtype)
+    key = jax.ShapeDtypeStruct((1, problem.key_length, kv_heads, features), problem.key.dtype)
+    lengths = [jax.ShapeDtypeStruct((1,), jnp.int32)] * sum(native.static.lengths)
+    try:
+        jax.eval_shape(partial(call, native.static), query, key, key, *lengths)
+    except RuntimeError as error:  # NotImplementedError is one
+        if isinstance(error, NotImplementedError):
+            return f"jax.nn.dot_product_attention refuses it on this machine: {error}"
+        return f"it needs an NVIDIA GPU, and jax[cuda12] or jax[cuda13] installed; jax.nn says: {error}"
+    except ValueError as error:
+        return f"jax.nn.dot_product_attention refuses it: {error}"
+    return None
+
+
+# What the kernel knows of masks
+
+
+class _Native(NamedTuple):
+    """A mask in the kernel's terms; the masks of queries and of keys are of the form `position < length`."""
+
+    static: Static
+    queries: list[Mask]
+    keys: list[Mask]
+
+
+def _native(problem: Problem) -> _Native | str:
+    """The problem's mask, peeled across `&`; or why the kernel cannot have it."""
+    causal = False
+    lefts, rights = [problem.query_length], [problem.key_length]  # bounds so wide are none
+    queries: list[Mask] = []
+    keys: list[Mask] = []
+    for part in _conjuncts(problem.mask):
+        if isinstance(part, Causal):
+            if not isinstance(part.offset, int) or part.offset != 0:
+                return "its causal mask begins at the first query and key; leave Causal(offset=0)"
+            if part.axis is not None and len(problem.key_shape) > 1:
+                return f"it knows one order of positions, not Causal(axis={part.axis}) among several; leave axis=None"
+            causal = True
+        elif isinstance(part, SlidingWindow):
+            lefts += [] if part.left is None else [part.left]
+            rights += [] if part.right is None else [part.right]
+        elif isinstance(part, Lengths):
+            queries += [] if part.query is None else [Lengths(query=part.query)]
+            keys += [] if part.key is None else [Lengths(key=part.key)]
+        elif isinstance(part, Prefix):
+            keys.append(part)
+        else:
+            # jax.nn adds it to the logits as numbers of one size for all pairs: quadratic memory, through which larger
+            # logits of masked keys leak, and an average of masked values in rows that attend nothing.
+            return (
+                f"it knows causal masks, windows and lengths joined by `&`, not {type(part).__name__}; use "
+                "masks.Lengths where padding is at the end"
+            )
+    causal = causal or min(rights) == 0
+    left = min(lefts) if min(lefts) < problem.query_length - 1 else None
+    if not causal and (left is not None or min(rights) < problem.key_length - 1):
+        return "its windows are causal ones; use SlidingWindow(left, 0)"
+    if left is not None and (queries or keys or problem.query_length > problem.key_length):
+        return "a window with lengths, or with more queries than keys, may leave it rows without keys; leave one out"
+    return _Native(Static(causal, left, (bool(queries), bool(keys))), queries, keys)
+
+
+def _conjuncts(mask: Mask | None) -> list[Mask]:
+    if isinstance(mask, And):
+        return _conjuncts(mask.left) + _conjuncts(mask.right)
+    return [] if mask is None else [mask]
+
+
+# The call: a Problem that is not refused -> output (*batch, K, G, T, E)
+
+
+def _output(problem: Problem, training: bool) -> jax.Array:
+    native = _native(problem)
+    assert isinstance(native, _Native), native
+    real_queries, real_keys = _real(problem, native.queries, -2), _real(problem, native.keys, -1)
+    query, key, value = (
+        jnp.broadcast_to(x, (*problem.batch, *x.shape[len(problem.batch) :]))
+        for x in (problem.query, problem.key, problem.value)
+    )
+    rows = real_queries[..., None, None, :] if native.queries else jnp.bool_(True)  # (*batch, 1, 1, T)
+    if native.keys:
+        rows = rows & real_keys[..., None, None, :1]  # some key is real if the first is
+    poisoned = None
+    if problem.mask is not None:
+        poisoned = rows & _attends_non_finite(native.static, query, key, value, real_keys)
+        query = _clean(query, real_queries[..., None, None, :, None])
+        key, value = (_clean(x, real_keys[..., None, :, None]) for x in (key, value))
+
+    lengths = [
+        # At least one, as the softmax of no key is not defined there; `rows` says which ones this adds.
+        jnp.maximum(jnp.sum(real, -1, dtype=jnp.int32), 1).reshape(-1)
+        for real, given in zip((real_queries, real_keys), native.static.lengths, strict=True)
+        if given
+    ]
+    static = native.static._replace(training=training)
+    output = kernel(static, _laid_out(_scaled(problem, query), 3), _laid_out(key, 2), _laid_out(value, 2), lengths)
+    output = jnp.swapaxes(output, 1, 2).reshape(query.shape).astype(problem.dtype)
+    if poisoned is not None:
+        # Chosen, not multiplied, so that no derivative passes through the rows that are replaced.
+        output = jnp.where(rows[..., None], jnp.where(poisoned[..., None], jnp.nan, output), 0)
+    return output
+
+
+def _real(problem: Problem, masks: list[Mask], axis: int) -> jax.Array:
+    """`(*batch, positions)`: which positions of one side are not padding; the masks leave the other side at one."""
+    length = problem.query_length if axis == -2 else problem.key_length
+    real = jnp.ones(length, bool)
+    for mask in masks:
+        block = mask.at(*problem.positions)  # (*batch, 1, T, 1), (*batch, 1, 1, S), or without batch and heads
+        inside = jnp.squeeze(block, -1 if axis == -2 else -2)
+        real = real & (inside if inside.ndim == 1 else inside[..., 0, :])
+    return jnp.broadcast_to(real, (*problem.batch, length))
+
+
+def _attends_non_finite(
+    static: Static, query: jax.Array, key: jax.Array, value: jax.Array, real_keys: jax.Array
+) -> jax.Array:
+    """`(*batch, K, G, T)`: rows whose query, or a key or value that they attend, is not finite, and so their output.
+
+    A row attends a run of keys, so that two numbers of a running count say whether one of them is bad.
+    """
+    bad_query, bad_key, bad_value = (~jnp.all(jnp.isfinite(x), -1) for x in (query, key, value))
+    bad = (bad_key | bad_value) & real_keys[..., None, :]  # (*batch, K, S)
+    if not static.causal:
+        return bad_query | jnp.any(bad, -1)[..., None, None]
+    queries, keys = query.shape[-2], key.shape[-2]
+    count = jnp.cumsum(bad, -1, dtype=jnp.int32)
+    before = jnp.concatenate([jnp.zeros_like(count[..., :1]), count], -1)  # bad ones among the first n keys
+    place = jnp.arange(queries)
+    attended = before[..., jnp.minimum(place + 1, keys)]
+    if static.left is not None:
+        attended = attended - before[..., jnp.maximum(place - static.left, 0)]
+    return bad_query | (attended > 0)[..., None, :]
+
+
+def _clean(array: jax.Array, real: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(array) & real, array, jnp.ones((), array.dtype))
+
+
+def _scaled(problem: Problem, query: jax.Array) -> jax.Array:
+    """The query, times what the scale is beyond the kernel's own 1 / sqrt(D), which alone is static.
+
+    scale <q, k> = <ratio q, k> / sqrt(D), of which only `ratio q` is rounded once more, by half a unit of the type the
+    query came in; it is exact where the ratio is a power of two, and 1 for the usual scale. JAX differentiates it, so
+    a scale has its gradient.
+    """
+    assert isinstance(problem.score, Dot)
+    if problem.score.scale is None:
+        return query
+    ratio = jnp.asarray(problem.score.scale).astype(jnp.float32) * math.sqrt(query.shape[-1])
+    if ratio.ndim == 1:
+        ratio = ratio.reshape(problem.kv_heads, problem.groups, 1, 1)
+    return (query.astype(jnp.float32) * ratio).astype(query.dtype)
+
+
+def _laid_out(array: jax.Array, lead: int) -> jax.Array:
+    """(*batch, [K, G] or K, positions, features) -> (B, positions, heads, features): jax.nn's layout, one batch axis.
+
+    More batch axes than one have to be merged, which gathers them where another than the first is sharded.
+    """
+    heads = math.prod(array.shape[-1 - lead : -2])
+    return jnp.swapaxes(array.reshape(-1, heads, *array.shape[-2:]), 1, 2)

@@ -1,0 +1,144 @@
+"""The implementations in order of preference, how one is chosen, and how the choice is explained."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from attnlib._core.problem import Asked, Implementation, Problem
+from attnlib._engine.blockwise.implementation import blockwise
+from attnlib._engine.blockwise.plan import choose_kind
+from attnlib._engine.cost import operations
+from attnlib._engine.cudnn.implementation import cudnn
+from attnlib._engine.reference import reference
+from attnlib._engine.sink import with_sink
+
+# Implementations never import each other, so the derivatives that cuDNN lacks are handed to it here.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise(), reference, cudnn(blockwise(), elsewhere=False))
+NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
+
+# Chosen for a GPU that is a default: the program may still be placed on another device, and then runs blockwise.
+_CUDNN_OR_BLOCKWISE = cudnn(blockwise(), elsewhere=True)
+
+# Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
+# cores, time dense / tiled, forward and training. Dot, 8 heads x 64 features, in turn: 1.03, 0.79 at 1 M numbers
+# (8 x 128 positions); 1.74, 1.00 at 4 M (8 x 256); 2.1, 1.7 at 8 M (4 x 512); all heads at once: 0.91, 0.84;
+# 1.33, 0.60; 1.06, 0.79. Scores whose arrays hold the features too (64, a plain tanh): 0.64, 0.52 at 8 M numbers
+# (32 x 64 positions); 0.36, 1.15 at 16 M. Again with `python tests/benchmarks/crossover.py`.
+DENSE_NUMBERS_IN_TURN, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23, 2**24
+
+
+def choose(problem: Problem, asked: Asked) -> Implementation:
+    """The first implementation, of those asked for by name or of all in order of preference, that can compute it.
+
+    Raises:
+      ValueError: none can; the message gives each one's reason.
+    """
+    names = asked if asked is None or isinstance(asked, tuple) else (asked,)
+    candidates = preferred(problem) if names is None else tuple(map(_named, names))
+    reasons = {implementation.name: implementation.unsupported(problem) for implementation in candidates}
+    for implementation in candidates:
+        if reasons[implementation.name] is None:
+            return implementation
+    raise ValueError(
+        f"no implementation can compute this with implementation={asked!r}:\n"
+        + "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        + ("\nimplementation=None chooses among all that can." if asked is not None else "")
+    )
+
+
+def preferred(problem: Problem) -> tuple[Implementation, ...]:
+    """The implementations worth trying on this machine, the one likely fastest first; the last can do all."""
+    features = problem.query.shape[-1]
+    pair_size = problem.score.pair_size(features)
+    if problem.score.prepared_pair_size(features) < pair_size:  # additive scores: tiled, the faster one at every size
+        return blockwise(), reference
+    # In half precision, keys and values have to be converted first, which the dense path does while it moves them:
+    # dense / side by side 0.33 of a query against 4096 keys, with lengths 0.82, training 0.61, 0.80.
+    stored = problem.key.dtype == problem.value.dtype == problem.dtype
+    kind = choose_kind(problem)
+    if kind == "decode" and stored and not problem.return_weights:
+        return blockwise(), reference
+    limit = DENSE_NUMBERS_IN_TURN if kind == "loop_over_heads" else DENSE_NUMBERS
+    limit = limit if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES
+    dense = problem.return_weights or problem.rows * problem.key_length * pair_size <= limit
+    anywhere = (reference, blockwise()) if dense else (blockwise(), reference)
+    return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere
+
+
+def _named(name: str | Implementation) -> Implementation:
+    if isinstance(name, Implementation):
+        return name
+    return next(implementation for implementation in IMPLEMENTATIONS if implementation.name == name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call would run, and why not the others; print it.
+
+    Attributes:
+      implementation: the name of the implementation that would run.
+      axes: what the axes of query and key were taken for.
+      block_sizes: (queries, keys) of its tiles; None where it has none.
+      tiles: (tiles it computes, all tiles), those that the mask empties being left out; None where it has none.
+      memory: estimated bytes of temporaries of a forward pass.
+      flops: operations of a forward pass, as XLA counts them: two for each multiplication of a product, which is added
+        up, and one for each number that anything else computes, be it a comparison or a `tanh`. Whole tiles count where
+        the mask leaves out a part of them, nothing where it leaves out all. It is no measure of time: a `tanh` takes
+        many times longer than a sum.
+      bytes: of the arrays that are passed, each read once, and of the results, each written once: the least that any
+        implementation must move. Tiles read some again, and temporaries are written and read.
+      refusals: for each other implementation, why it would not run.
+    """
+
+    implementation: str
+    axes: str
+    block_sizes: tuple[int, int] | None
+    tiles: tuple[int, int] | None
+    memory: int
+    flops: int
+    bytes: int
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"implementation: {self.implementation}", f"axes: {self.axes}"]
+        if self.block_sizes and self.tiles:
+            size, tiles = self.block_sizes, self.tiles
+            lines.append(f"tiles: {size[0]} queries x {size[1]} keys, {tiles[0]} of {tiles[1]} computed")
+        lines.append(f"memory: about {self.memory / 1e6:.1f} MB of temporaries in a forward pass")
+        lines.append(f"cost: about {_short(self.flops)}FLOP, {_short(self.bytes)}B read and written")
+        return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.refusals.items()])
+
+
+def _short(number: int) -> str:
+    """Three digits and the prefix of a unit."""
+    rounded = float(f"{number:.3g}")
+    power = next((n for n in range(5) if rounded < 1000 ** (n + 1)), 5)
+    return f"{rounded / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
+
+
+def explain(problem: Problem, asked: Asked) -> Explanation:
+    chosen = choose(problem, asked)
+    others = [implementation for implementation in IMPLEMENTATIONS if implementation.name != chosen.name]
+    tried = {implementation.name for implementation in preferred(problem)}
+
+    def reason(other: Implementation) -> str:
+        if asked is not None:
+            return f"{chosen.name} was asked for"
+        return f"{chosen.name} is likely faster at this size" if other.name in tried else "the default device is no GPU"
+
+    refusals = {other.name: other.unsupported(problem) or reason(other) for other in others}
+    estimate = chosen.estimate(problem)
+    flops = estimate.flops
+    if problem.sink is not None:
+        flops += operations(with_sink, jax.eval_shape(chosen.run, problem), problem)
+    heads = problem.kv_heads * problem.groups
+    shared = f" on {problem.kv_heads} of keys" if problem.groups > 1 else ""
+    axes = (
+        f"batch {problem.batch}, queries {problem.query_shape}, keys {problem.key_shape}, {heads} heads{shared}, "
+        f"{problem.query.shape[-1]} features"
+    )
+    return Explanation(
+        chosen.name, axes, estimate.block_sizes, estimate.tiles, estimate.memory, flops, problem.traffic, refusals
+    )

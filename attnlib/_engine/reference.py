@@ -1,0 +1,109 @@
+"""The definition: every logit at once, plain automatic differentiation, the shortest code that keeps the contract.
+
+softmax(score_mod(cap(score(q, k) + bias))) v (Bahdanau et al. 2015; Vaswani et al. 2017), masked pairs left out of it.
+Its memory is quadratic; it shares no numerics with the fast implementations, which are tested against it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._core import axes as _axes
+from attnlib._core.problem import Estimate, Implementation, Problem, Result
+from attnlib._engine import dropout as _dropout
+from attnlib._engine.cost import operations
+
+
+def _unsupported(problem: Problem) -> str | None:
+    if problem.block_sizes is not None:
+        return "it computes all pairs at once and has no blocks; leave block_sizes=None"
+    return None
+
+
+def _run(problem: Problem) -> Result:
+    query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
+    mask = _dense_mask(problem)
+    poison: jax.Array | bool = False
+    if mask is not None:
+        poison = _non_finite(query)[..., :, None] | (_non_finite(key) | _non_finite(value))[..., None, None, :]
+        query, key, value = (jnp.where(jnp.isfinite(x), x, 1) for x in (query, key, value))
+
+    logits = problem.score.block(query, key, problem.precision)  # (*batch, K, G, T, S)
+    if problem.bias is not None:
+        logits = logits + problem.bias.astype(logits.dtype)
+    if problem.logits_soft_cap is not None:
+        if mask is not None:
+            logits = jnp.where(mask, logits, 0)  # a masked bias may be NaN, and so would be the cap's derivative
+        logits = problem.logits_soft_cap * jnp.tanh(logits / problem.logits_soft_cap)
+    if problem.score_mod is not None:
+        if mask is not None:
+            logits = jnp.where(mask, logits, 0)
+        logits = problem.score_mod.apply(logits, problem.heads, *problem.positions)
+    if mask is not None:
+        # What a row attends must reach it, NaN too; what it does not attend must not, in either pass.
+        logits = jnp.where(mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
+
+    logits = jnp.broadcast_to(logits, (*problem.batch, *logits.shape[-4:]))
+    weights, lse = _softmax(mask is not None, logits)
+    if problem.dropout_seeds is not None:
+        weights = jnp.where(_keep(problem), weights / (1 - problem.dropout_rate), 0)
+    output = jnp.einsum("...kgts,...kse->...kgte", weights, value, precision=problem.precision)
+    if mask is not None:
+        # Stops the NaN cotangent of a poisoned row from meeting the zero weights of what the row does not attend.
+        output = jnp.where(jnp.isnan(lse)[..., None], jnp.nan, output)
+    return Result(output, lse, weights if problem.return_weights else None)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax(masked: bool, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the last axis and its log-sum-exp; a row of -inf (or of no keys) gives weights 0 and lse -inf."""
+    highest = jnp.max(logits, -1, keepdims=True, initial=-jnp.inf)
+    highest = jnp.where(highest == -jnp.inf, 0, highest)
+    terms = jnp.exp(logits - highest)
+    total = jnp.sum(terms, -1, keepdims=True)
+    empty = total == 0
+    lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + highest)
+    weights = terms / jnp.where(empty, 1, total)
+    if masked:  # a row that attends NaN is NaN, but not where it does not attend
+        weights = jnp.where(logits == -jnp.inf, 0, weights)
+    return weights, lse[..., 0]
+
+
+@_softmax.defjvp
+def _softmax_jvp(masked: bool, primals: Any, tangents: Any) -> Any:
+    weights, lse = _softmax(masked, *primals)
+    mean = jnp.sum(weights * tangents[0], -1)
+    moved = weights * (tangents[0] - mean[..., None])
+    if masked:  # likewise: the mean of a NaN row must not reach what the row does not attend
+        moved = jnp.where(weights == 0, 0, moved)
+    return (weights, lse), (moved, mean)
+
+
+def _dense_mask(problem: Problem) -> jax.Array | None:
+    if problem.mask is None:
+        return None
+    return _axes.split_heads(problem.mask.at(*problem.positions), problem.kv_heads)
+
+
+def _non_finite(array: jax.Array) -> jax.Array:
+    return ~jnp.all(jnp.isfinite(array), -1)
+
+
+def _keep(problem: Problem) -> jax.Array:
+    query, key = problem.positions
+    lead = _dropout.lead_index(problem.batch, problem.kv_heads, problem.groups)
+    assert problem.dropout_seeds is not None
+    return _dropout.keep_block(problem.dropout_seeds, problem.dropout_rate, lead, query.slot, key.slot)
+
+
+def _estimate(problem: Problem) -> Estimate:
+    """Logits and weights of all pairs."""
+    memory = 2 * problem.rows * problem.key_length * jnp.dtype(problem.dtype).itemsize
+    return Estimate(memory, operations(_run, problem))
+
+
+reference = Implementation("reference", _unsupported, _run, _estimate)

@@ -1,1 +1,0 @@
-"""Implementations of a Problem; they share no code but the rooms below them, and never import each other."""

@@ -1,0 +1,67 @@
+"""What a tree of parameters says of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from attnlib.convert._layouts import flat
+from attnlib.convert._shape_check import check, with_used
+
+KERNELS = {
+    "query/kernel": ("C", "N", "D"), "key/kernel": ("Ck", "K", "D"), "value/kernel": ("Cv", "K", "E"),
+    "out/kernel": ("N", "E", "*O"),
+}  # fmt: skip
+BIASES = {"query/bias": ("N", "D"), "key/bias": ("K", "D"), "value/bias": ("K", "E"), "out/bias": ("*O",)}
+GATE, GATE_BIAS = {"gate/kernel": ("C", "N", "E")}, {"gate/bias": ("N", "E")}
+NORMS = {"query_norm/scale": ("D",), "key_norm/scale": ("D",)}
+SINK = {"sink/logit": ("N",)}
+
+
+def projections(entries: Mapping[str, Any]) -> dict[str, Sequence[int | str]]:
+    """The shapes of projections, with a gate where there is one, and with biases everywhere or nowhere."""
+    biases = {**BIASES, **GATE_BIAS} if "gate/kernel" in entries else BIASES
+    return with_used(entries, KERNELS, GATE, biases)
+
+
+def module_fields(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that an `attnlib.MultiHeadAttention` needs for these parameters.
+
+    Args:
+      params: as of `init_multi_head_attention`, or a `from_` function.
+
+    Returns:
+      `{"num_heads": N, "num_kv_heads": K, "key_dim": D, "value_dim": E, "output_shape": O, "use_bias": bool}`, and
+      where there are parameters for them `use_gate`, `score` or `use_scale`, `normalize_qk` and `use_sink`.
+      normalize_qk is "layer", as in Flax: the parameters of "rms" look the same.
+
+    Raises:
+      ValueError: parameters are missing, unexpected or misshapen; all are listed. Some projections have a bias and
+        others have none: that is for `multi_head_attention`.
+
+    Example:
+      >>> import jax, attnlib
+      >>> params = attnlib.init_multi_head_attention(jax.random.key(0), 32, num_heads=4, num_kv_heads=2)
+      >>> layer = attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params))
+      >>> layer.num_heads, layer.num_kv_heads, layer.key_dim
+      (4, 2, 8)
+    """
+    entries = flat(params)
+    additive = np.ndim(entries.get("score/scale", 0)) == 2
+    score = {"score/scale": ("N", "D") if additive else ("N",)}
+    used = with_used(entries, projections(entries), NORMS, SINK, score)
+    sizes = check(entries, used, "the parameters do not fit an attnlib.MultiHeadAttention")
+    words = {"num_heads": "N", "num_kv_heads": "K", "key_dim": "D", "value_dim": "E", "output_shape": "*O"}
+    fields: dict[str, Any] = {name: sizes[letter] for name, letter in words.items()}
+    fields["use_bias"] = "out/bias" in entries
+    if "gate/kernel" in entries:
+        fields["use_gate"] = True
+    if "score/scale" in entries:
+        fields |= {"score": "additive"} if additive else {"use_scale": True}
+    if "query_norm/scale" in entries:
+        fields["normalize_qk"] = "layer"
+    if "sink/logit" in entries:
+        fields["use_sink"] = True
+    return fields

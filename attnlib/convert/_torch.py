@@ -1,0 +1,158 @@
+"""torch.nn.MultiheadAttention <-> attnlib. A tensor there multiplies from the left: y = W x, W (outputs, inputs)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from attnlib._core.validation import check_positive
+from attnlib.convert._layouts import (
+    as_array,
+    flat,
+    for_jax,
+    for_numpy,
+    kernel_of,
+    matrix_of,
+    nested,
+    out_kernel_of,
+    out_matrix_of,
+)
+from attnlib.convert._shape_check import check, with_used
+
+State = Mapping[str, Any] | str | os.PathLike[str]
+
+QKV = ("query", "key", "value")
+BIASES = {"query/bias": ("N", "D"), "key/bias": ("N", "D"), "value/bias": ("N", "D"), "out/bias": ("N*D",)}
+
+
+def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str, dict[str, jax.Array]]:
+    """The parameters of a `torch.nn.MultiheadAttention`, for `attnlib.multi_head_attention`.
+
+    Its `batch_first` says how inputs are laid out, nothing of parameters: attnlib's are batch first. Kernels may be
+    fused (`in_proj_weight`) or, where kdim or vdim differ from embed_dim, separate.
+
+    Args:
+      state_dict: the module's or a whole model's, of tensors or of what NumPy takes for arrays; or the path of a
+        safetensors file (with the package safetensors).
+      num_heads: heads N, which a state dict does not tell.
+      prefix: the module's name in the model, such as "encoder.layers.0.self_attn"; other entries are not looked at.
+
+    Returns:
+      `{"query" | "key" | "value" | "out": {"kernel"[, "bias"]}}`, the same numbers in another layout.
+
+    Raises:
+      ValueError: entries are missing, unexpected (`bias_k` and `bias_v` have no counterpart) or misshapen; all are
+        listed.
+      TypeError: an entry does not hold floating-point numbers.
+
+    Example:
+      >>> import numpy as np, jax.numpy as jnp, attnlib
+      >>> tensors = {"in_proj_weight": np.ones((24, 8)), "out_proj.weight": np.ones((8, 8)),
+      ...            "in_proj_bias": np.zeros(24), "out_proj.bias": np.zeros(8)}
+      >>> params = attnlib.convert.from_torch(tensors, num_heads=2)
+      >>> params["query"]["kernel"].shape
+      (8, 2, 4)
+      >>> attnlib.multi_head_attention(params, jnp.ones((1, 5, 8))).shape
+      (1, 5, 8)
+    """
+    num_heads = check_positive(num_heads, "num_heads")
+    entries, prefix = selected(state_dict, prefix)
+    expected: dict[str, tuple[str, ...]] = {"out_proj.weight": ("N*D", "N*D")}
+    if any(f"{name}_proj_weight" in entries for name in "qkv"):
+        features = {"q": "N*D", "k": "Ck", "v": "Cv"}
+        expected |= {f"{name}_proj_weight": ("N*D", inputs) for name, inputs in features.items()}
+    else:
+        expected |= {"in_proj_weight": ("3*N*D", "N*D")}
+    used = with_used(entries, expected, {"in_proj_bias": ("3*N*D",), "out_proj.bias": ("N*D",)})
+    context = f"the entries do not fit a torch.nn.MultiheadAttention of {num_heads} heads"
+    check(entries, used, context, prefix=prefix, N=num_heads)
+    if "in_proj_weight" in entries:
+        matrices = _thirds(entries["in_proj_weight"])
+    else:
+        matrices = [entries[f"{name}_proj_weight"] for name in "qkv"]
+    made = {f"{name}/kernel": kernel_of(matrix, num_heads) for name, matrix in zip(QKV, matrices, strict=True)}
+    made["out/kernel"] = out_kernel_of(entries["out_proj.weight"], num_heads)
+    if "in_proj_bias" in entries:
+        for name, bias in zip(QKV, _thirds(entries["in_proj_bias"]), strict=True):
+            made[f"{name}/bias"] = bias.reshape(num_heads, -1)
+        made["out/bias"] = entries["out_proj.bias"]
+    return for_jax(nested(made))
+
+
+def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """The state dict of a `torch.nn.MultiheadAttention` with these parameters: the inverse of `from_torch`.
+
+    `module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(params).items()})` loads it;
+    bfloat16, which PyTorch does not take from NumPy, goes by `torch.from_dlpack(jnp.asarray(array))`.
+
+    Args:
+      params: of a layer as PyTorch has it: N heads of query, key and value with D features each, N * D features of
+        query and output, biases everywhere or nowhere.
+      prefix: put before the names, as in `from_torch`.
+
+    Returns:
+      NumPy arrays by name: `in_proj_weight`, or where key or value have other features than the query
+      `q_proj_weight`, `k_proj_weight` and `v_proj_weight`; `out_proj.weight`; `in_proj_bias` and `out_proj.bias`.
+
+    Raises:
+      ValueError: the parameters have what PyTorch's module has not, such as grouped heads, a gate, or norms.
+
+    Example:
+      >>> import jax, attnlib
+      >>> params = attnlib.init_multi_head_attention(jax.random.key(0), 8, num_heads=2)
+      >>> {name: array.shape for name, array in attnlib.convert.to_torch(params).items()}
+      {'in_proj_weight': (24, 8), 'out_proj.weight': (8, 8), 'in_proj_bias': (24,), 'out_proj.bias': (8,)}
+    """
+    entries = flat(params)
+    kernels = {
+        "query/kernel": ("N*D", "N", "D"), "key/kernel": ("Ck", "N", "D"), "value/kernel": ("Cv", "N", "D"),
+        "out/kernel": ("N", "D", "N*D"),
+    }  # fmt: skip
+    check(entries, with_used(entries, kernels, BIASES), "the parameters do not fit a torch.nn.MultiheadAttention")
+    matrices = [for_numpy(matrix_of(entries[f"{name}/kernel"])) for name in QKV]
+    if matrices[0].shape == matrices[1].shape == matrices[2].shape:
+        made = {"in_proj_weight": np.concatenate(matrices)}
+    else:
+        made = {f"{name}_proj_weight": matrix for name, matrix in zip("qkv", matrices, strict=True)}
+    made["out_proj.weight"] = for_numpy(out_matrix_of(entries["out/kernel"]))
+    if "out/bias" in entries:
+        made["in_proj_bias"] = np.concatenate([for_numpy(entries[f"{name}/bias"]).reshape(-1) for name in QKV])
+        made["out_proj.bias"] = for_numpy(entries["out/bias"])
+    return {dotted(prefix) + name: array for name, array in made.items()}
+
+
+def selected(state: State, prefix: str) -> tuple[dict[str, Any], str]:
+    """The entries below a prefix without it, from a mapping or a file; and the prefix with its dot."""
+    prefix = dotted(prefix)
+    if isinstance(state, (str, os.PathLike)):
+        return _from_safetensors(state, prefix), prefix
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"the state dict must be a mapping of names to arrays or the path of a safetensors file; got "
+            f"{type(state).__name__}."
+        )
+    return {
+        name.removeprefix(prefix): as_array(value) for name, value in state.items() if name.startswith(prefix)
+    }, prefix
+
+
+def dotted(prefix: str) -> str:
+    return prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+
+
+def _from_safetensors(path: str | os.PathLike[str], prefix: str) -> dict[str, Any]:
+    """Only what is below the prefix is read."""
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="numpy") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  (it is no mapping)
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def _thirds(array: Any) -> list[Any]:
+    third = array.shape[0] // 3
+    return [array[n * third : (n + 1) * third] for n in range(3)]

@@ -1,0 +1,111 @@
+"""Operands of a layer: their axes, padding and dtypes, and their projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._core import axes as _axes
+from attnlib._core.array_types import Array
+from attnlib._core.operand_checks import check_arrays, check_axes, is_array
+from attnlib._core.validation import check_positive
+from attnlib.masks import KeyPadding, QueryPadding, SlidingWindow
+from attnlib.masks._arrays import as_mask
+from attnlib.masks._base import Mask
+
+Params = Mapping[str, Any]
+
+
+def default_operands(query: Array, key: Array | None, value: Array | None) -> tuple[Array, Array]:
+    """Key and value, which default to the query and the key, all being arrays of one rank."""
+    key = query if key is None else key
+    value = key if value is None else value
+    check_arrays(query=query, key=key, value=value)
+    if query.ndim < 2:
+        raise ValueError(f"query must have rank 2 or more, (*batch and attention axes, features); got {query.shape}.")
+    for name, operand in (("key", key), ("value", value)):
+        if operand.ndim != query.ndim:
+            raise ValueError(
+                f"query, key and value must have the same rank; got query {query.shape} and {name} {operand.shape}."
+            )
+    return key, value
+
+
+def module_axes(attention_axes: int | Sequence[int] | None, query: Array) -> _axes.Axes:
+    """Resolves attention axes counted in arrays that have no heads axis."""
+    return _axes.normalize(check_axes(attention_axes), query.ndim, trailing=1)
+
+
+def joined_mask(
+    mask: Any,
+    query_mask: Any,
+    key_mask: Any,
+    sliding_window: int | None,
+    axes: _axes.Axes,
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+) -> Mask | None:
+    """One mask of all that a layer is given, padding masks being laid out as their operands are."""
+    parts: list[Mask] = []
+    if query_mask is not None:
+        parts.append(QueryPadding(_padding(query_mask, "query_mask", axes, query_shape)))
+    if key_mask is not None:
+        parts.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))
+    if sliding_window is not None:
+        reach = check_positive(sliding_window, "sliding_window") - 1
+        parts.append(SlidingWindow(reach, reach))
+    given = as_mask(mask)
+    if given is not None:
+        parts.append(given)
+    joined = None
+    for part in parts:
+        joined = part if joined is None else joined & part
+    return joined
+
+
+def _padding(mask: Any, name: str, axes: _axes.Axes, operand_shape: tuple[int, ...]) -> jax.Array:
+    """(user's leading axes) -> (*batch, *attention axes)."""
+    if not is_array(mask):
+        raise TypeError(f"{name} must be a bool array; got {type(mask).__name__}. Write jnp.asarray({name}, bool).")
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be bool (True = real); got {mask.dtype}. Write {name}.astype(bool).")
+    leading = operand_shape[:-1]
+    if mask.ndim != len(leading) or any(size not in (1, full) for size, full in zip(mask.shape, leading, strict=True)):
+        raise ValueError(
+            f"{name} must have the shape of its operand without features, {leading}, or ones to broadcast; got "
+            f"{mask.shape}."
+        )
+    whole = [full if axis in axes.attention else mask.shape[axis] for axis, full in enumerate(leading)]
+    return jnp.transpose(jnp.broadcast_to(mask, whole), (*axes.batch, *axes.attention))
+
+
+def cleared(operand: Any, mask: Any) -> jax.Array:
+    return jnp.asarray(operand) if mask is None else jnp.where(mask[..., None], operand, 0)
+
+
+def promote(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tuple[Any, Any, Any, Params]:
+    arrays = (query, key, value, dict(params))
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # a layer promotes inputs and parameters whatever the setting
+            dtype = jnp.result_type(*jax.tree.leaves(arrays)) if dtype is None else jnp.dtype(dtype)
+    except (TypeError, ValueError) as error:  # eight bits promote to nothing
+        raise TypeError(f"dtype must be a floating-point dtype, given where JAX finds none; got {dtype!r}.") from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a floating-point dtype; got {dtype}.")
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), arrays)
+
+
+def project(inputs: jax.Array, affine: Params, name: str, precision: Any, contracted: int = 1) -> jax.Array:
+    kernel = affine["kernel"]
+    if kernel.shape[:contracted] != inputs.shape[-contracted:]:
+        raise ValueError(
+            f"{name} was made for {kernel.shape[:contracted]} features, its kernel being {kernel.shape}; got an input "
+            f"of shape {inputs.shape}. Parameters are made for the features of an input: make new ones, or project it "
+            "before."
+        )
+    axes = tuple(range(inputs.ndim - contracted, inputs.ndim)), tuple(range(contracted))
+    output = jax.lax.dot_general(inputs, kernel, (axes, ((), ())), precision=precision)
+    return output + affine["bias"] if "bias" in affine else output

@@ -1,0 +1,341 @@
+"""Attention layers as pure functions over explicit parameters: projections around attention.
+
+Parameters are plain nested dicts of arrays, the same tree that the linen modules declare:
+
+    query | key | value   kernel (C, N, D), bias (N, D)      N heads; key and value have K heads, value E features
+    out                   kernel (N, E, *O), bias (*O)
+    gate                  kernel (C, N, E), bias (N, E)      with use_gate
+    score                 scale (N, D) or (N,)               with score="additive"; with use_scale
+    query_norm | key_norm scale (D,)                         with normalize_qk
+    sink                  logit (N,)                         with use_sink
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._api import ScoreMod, attention
+from attnlib._core import axes as _axes
+from attnlib._core.array_types import Array, Bias, BoolMask, Rng
+from attnlib._core.operand_checks import is_key
+from attnlib._core.suggestions import advised
+from attnlib._core.validation import check_bool, check_positive
+from attnlib.layers._inputs import Params, cleared, default_operands, joined_mask, module_axes, project, promote
+from attnlib.layers._projections import (
+    Dimensions,
+    Initializer,
+    default_bias_init,
+    default_kernel_init,
+    normalization,
+    projection_inits,
+)
+from attnlib.masks._base import Mask
+from attnlib.positions import rotary_embedding
+from attnlib.scores import Additive, Dot, Score
+
+Rotary = bool | Callable[..., jax.Array]
+
+
+@advised
+def init_multi_head_attention(
+    rng: Rng,
+    query_features: int,
+    *,
+    num_heads: int,
+    key_dim: int | None = None,
+    value_dim: int | None = None,
+    num_kv_heads: int | None = None,
+    key_features: int | None = None,
+    value_features: int | None = None,
+    output_shape: int | Sequence[int] | None = None,
+    use_bias: bool = True,
+    use_gate: bool = False,
+    score: str | Score = "dot",
+    use_scale: bool = False,
+    normalize_qk: bool | str = False,
+    use_sink: bool = False,
+    kernel_init: Initializer = default_kernel_init,
+    bias_init: Initializer = default_bias_init,
+    out_kernel_init: Initializer | None = None,
+    out_bias_init: Initializer | None = None,
+    scale_init: Initializer | None = None,
+    param_dtype: Any = jnp.float32,
+) -> dict[str, dict[str, jax.Array]]:
+    """Parameters for `multi_head_attention`, an explicit tree of arrays.
+
+    Args:
+      rng: a JAX random key.
+      query_features: last axis of the query.
+      num_heads: query heads N.
+      key_dim: features D of a head of query and key; default query_features // num_heads.
+      value_dim: features E of a head of value; default key_dim.
+      num_kv_heads: key/value heads K, a divisor of N (grouped-query attention; 1: multi-query); default N.
+      key_features, value_features: last axes of key and value; default query_features, and the key's.
+      output_shape: the output's last axis, or several; default query_features.
+      use_bias: whether projections have a bias.
+      use_gate: whether a sigmoid gate computed from the query multiplies the attention output.
+      score: "dot", "additive" (adds a learned scale `(N, D)`) or a `Score`.
+      use_scale: whether the logits of score="dot" have a learned scale, one a head, that begins at 1 / sqrt(D).
+      normalize_qk: whether query and key have a learned norm each: "layer" or True as in Flax, "rms", or False.
+      use_sink: whether each head has a learned sink, a logit without value, that begins at 0.
+      kernel_init, bias_init: initialisers `(rng, shape, dtype)`; kernels are initialised as matrices.
+      out_kernel_init, out_bias_init: those of the output projection; default kernel_init, bias_init.
+      scale_init: initialiser of the scale of score="additive" or use_scale; default glorot uniform; 1 / sqrt(D).
+      param_dtype: dtype of the parameters.
+
+    Returns:
+      `{"query" | "key" | "value" | "out" [| "gate"]: {"kernel"[, "bias"]}[, "score": {"scale"}]
+      [, "query_norm": {"scale"}, "key_norm": {"scale"}][, "sink": {"logit"}]}`.
+
+    Raises:
+      ValueError, TypeError: a size is not a positive int or does not fit the others.
+
+    Example:
+      >>> import jax, attnlib
+      >>> params = attnlib.init_multi_head_attention(jax.random.key(0), 32, num_heads=4, num_kv_heads=2)
+      >>> params["key"]["kernel"].shape
+      (32, 2, 8)
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023).
+    """
+    if not is_key(rng):
+        raise TypeError(f"rng must be one JAX random key, jax.random.key(seed); got {rng!r}.")
+    query_features = check_positive(query_features, "query_features")
+    key_features = query_features if key_features is None else check_positive(key_features, "key_features")
+    value_features = key_features if value_features is None else check_positive(value_features, "value_features")
+    dimensions = Dimensions.resolve(
+        query_features, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, num_kv_heads=num_kv_heads,
+        output_shape=output_shape, use_gate=use_gate,
+    )  # fmt: skip
+    projections = dimensions.projections(query_features, key_features, value_features)
+    params: dict[str, dict[str, jax.Array]] = {}
+    for name, projection in projections.items():
+        rng, kernel_rng, bias_rng = jax.random.split(rng, 3)
+        inits = projection_inits(name, kernel_init, bias_init, out_kernel_init, out_bias_init)
+        params[name] = {"kernel": projection.init_kernel(kernel_rng, inits[0], param_dtype)}
+        if check_bool(use_bias, "use_bias"):
+            params[name]["bias"] = projection.init_bias(bias_rng, inits[1], param_dtype)
+    vectors = dimensions.vectors(
+        score, scale_init=scale_init, use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink
+    )
+    for name, vector in vectors.items():
+        params[name] = {vector.name: vector.init(rng, vector.shape, param_dtype)}
+    return params
+
+
+@advised
+def multi_head_attention(
+    params: Params,
+    query: Array,
+    key: Array | None = None,
+    value: Array | None = None,
+    *,
+    score: str | Score = "dot",
+    attention_axes: int | Sequence[int] | None = None,
+    query_mask: BoolMask | None = None,
+    key_mask: BoolMask | None = None,
+    mask: BoolMask | Mask | None = None,
+    bias: Bias | None = None,
+    is_causal: bool = False,
+    sliding_window: int | None = None,
+    rotary: Rotary = False,
+    normalize_qk: bool | str = False,
+    score_mod: ScoreMod | None = None,
+    sink: float | Array | None = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Rng | None = None,
+    return_weights: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    logits_soft_cap: float | None = None,
+    implementation: str | Sequence[str] | None = None,
+    block_sizes: tuple[int, int] | None = None,
+) -> Any:
+    """Multi-head attention with its projections: what `attnlib.MultiHeadAttention` applies, on explicit parameters.
+
+    Args:
+      params: from `init_multi_head_attention` (or a module's "params"); heads and features are read off its shapes.
+      query: `(*batch and attention axes, C)`, rank 2 or more; for one sequence axis `(B, T, C)`.
+      key: `(..., C_key)`; default: query (self-attention).
+      value: `(..., C_value)`, with the key's positions; default: key.
+      score: "dot" (scaled by `params["score"]`, if there, else by 1 / sqrt(key_dim)), "additive" (scale in
+        `params["score"]`) or a `Score`.
+      attention_axes: numbered in query, key and value as passed (the last sequence axis is -2). Default: every axis
+        but the first and the features; for rank 2 (no batch axis) the first.
+      query_mask: bool, query's shape without features (or ones to broadcast), True = real; others attend nothing.
+      key_mask: bool, key's shape without features, True = real; others are attended by none.
+      mask: bool array or `Mask` over `(*batch, N, *query axes, *key axes)`, as in `dot_product_attention`.
+      bias: added to the logits, shapes as for mask.
+      is_causal: also mask keys after the query.
+      sliding_window: w masks keys w or more positions away on either side (flat row-major positions), as in Keras.
+      rotary: whether query and key get rotary positions: True, or a function called as
+        `attnlib.positions.rotary_embedding` is, such as a `functools.partial` of it with a base and scaling.
+      normalize_qk: what `params` were made with: "layer" or True, "rms", or False. Norms come before rotary positions.
+      score_mod: as in `dot_product_attention`.
+      sink: as in `dot_product_attention`, where `params` hold no learned one.
+      query_positions, key_positions: as in `dot_product_attention`, and what rotary positions turn by; the key's are
+        the query's by default where key is not given.
+      dropout_rate, dropout_rng: as in `dot_product_attention`.
+      return_weights: also return the weights `(*batch, N, *query axes, *key axes)`.
+      dtype: to compute in; default: promoted from inputs and parameters.
+      precision, logits_soft_cap, implementation, block_sizes: as in `dot_product_attention`.
+
+    Returns:
+      output `(*query's leading axes, *output_shape)`, or (output, weights).
+
+    Raises:
+      ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, attnlib
+      >>> params = attnlib.init_multi_head_attention(jax.random.key(0), 32, num_heads=4)
+      >>> attnlib.multi_head_attention(params, jnp.ones((2, 10, 32)), is_causal=True).shape
+      (2, 10, 32)
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017).
+    """
+    output, weights, _ = project_and_attend(
+        params, query, key, value, score=score, attention_axes=attention_axes, query_mask=query_mask,
+        key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=sliding_window, rotary=rotary,
+        normalize_qk=normalize_qk, score_mod=score_mod, sink=sink, query_positions=query_positions,
+        key_positions=key_positions, dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_weights=return_weights,
+        dtype=dtype, precision=precision, logits_soft_cap=logits_soft_cap, implementation=implementation,
+        block_sizes=block_sizes,
+    )  # fmt: skip
+    return (output, weights) if return_weights else output
+
+
+def project_and_attend(
+    params: Params,
+    query: Array,
+    key: Array | None,
+    value: Array | None,
+    *,
+    score: str | Score,
+    attention_axes: int | Sequence[int] | None,
+    query_mask: Any,
+    key_mask: Any,
+    mask: Any,
+    sliding_window: int | None,
+    rotary: Rotary,
+    normalize_qk: bool | str,
+    sink: Any,
+    query_positions: Array | None,
+    key_positions: Array | None,
+    dtype: Any,
+    attend: Callable[..., Any] = attention,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
+    """The layer: (output, weights if asked for, what each projection gave, for activity regularisers).
+
+    `attend` is called as `attention` is; decoding puts its cache there.
+    """
+    if key is None and key_positions is None:
+        key_positions = query_positions
+    key, value = default_operands(query, key, value)
+    _check_params(params, normalize_qk, sink)
+    axes = module_axes(attention_axes, query)
+    joined = joined_mask(mask, query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
+    query, key, value, params = promote(query, key, value, params, dtype)
+    # Padding is cleared before it is projected: the gradient of a kernel multiplies it even where it attends nothing.
+    query, key, value = cleared(query, query_mask), cleared(key, key_mask), cleared(value, key_mask)
+
+    precision = options["precision"]
+    made = {
+        "query": project(query, params["query"], "query", precision),
+        "key": project(key, params["key"], "key", precision),
+        "value": project(value, params["value"], "value", precision),
+    }
+    placed = dict(made)
+    for name, positions in (("query", query_positions), ("key", key_positions)):
+        if normalization(normalize_qk):
+            placed[name] = _normalized(placed[name], params[f"{name}_norm"]["scale"], normalization(normalize_qk))
+        placed[name] = _turned(placed[name], rotary, positions, axes)
+    results = attend(
+        *placed.values(), score=_score(score, params), mask=joined, attention_axes=axes.attention,
+        sink=params["sink"]["logit"] if "sink" in params else sink, query_positions=query_positions,
+        key_positions=key_positions, **options,
+    )  # fmt: skip
+    attended, weights = results if options["return_weights"] else (results, None)
+    if "gate" in params:
+        made["gate"] = jax.nn.sigmoid(project(query, params["gate"], "gate", precision))
+        attended = attended * made["gate"]
+    made["out"] = project(attended, params["out"], "out", precision, contracted=2)
+    return made["out"], weights, made
+
+
+def _normalized(x: jax.Array, scale: jax.Array, kind: str | None) -> jax.Array:
+    """Over the features of a head, in float32 at least (layer: Ba et al. 2016; rms: Zhang and Sennrich 2019)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if kind == "layer":
+        wide = wide - jnp.mean(wide, -1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
+    return (wide * scale.astype(wide.dtype)).astype(x.dtype)
+
+
+def _turned(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _axes.Axes) -> jax.Array:
+    if not callable(rotary) and not isinstance(rotary, bool):
+        raise TypeError(
+            f"rotary must be True, False or a function such as functools.partial(attnlib.positions.rotary_embedding, "
+            f"base=5e5); got {rotary!r}."
+        )
+    if not rotary:
+        return x
+    if positions is not None and positions.ndim > 1:  # (*batch, length): the axis goes where x has it
+        positions = jnp.moveaxis(positions, -1, axes.attention[0])
+    turn = rotary if callable(rotary) else rotary_embedding
+    return turn(x, positions, attention_axes=axes.attention)
+
+
+def _with_head_axis(array: Array, axes: _axes.Axes) -> jax.Array:
+    """Inserts an axis of one head where a mask or bias has batch axes; of lower rank it broadcasts as it is."""
+    pairs = 2 * len(axes.attention)
+    return jnp.expand_dims(jnp.asarray(array), -pairs - 1) if array.ndim > pairs else jnp.asarray(array)
+
+
+def _score(score: str | Score, params: Params) -> Score:
+    if isinstance(score, Score):
+        return score
+    scale = params["score"]["scale"] if "score" in params else None
+    if score == "dot":
+        return Dot(scale)
+    if score != "additive":
+        raise ValueError(
+            f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
+        )
+    if scale is None:
+        raise ValueError(
+            'score="additive" needs params["score"]["scale"] (N, D); make them with '
+            'init_multi_head_attention(..., score="additive").'
+        )
+    return Additive(scale)
+
+
+def _check_params(params: Any, normalize_qk: bool | str, sink: Any) -> None:
+    names = ("query", "key", "value", "out")
+    if not isinstance(params, Mapping) or any(name not in params for name in names):
+        got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        remedy = ' Pass variables["params"].' if isinstance(params, Mapping) and "params" in params else ""
+        raise ValueError(
+            f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention makes it; got {got}."
+            f"{remedy}"
+        )
+    if any(hasattr(leaf, "unbox") for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "unbox"))):
+        raise TypeError(
+            "params must hold arrays; got some in boxes of partitioning metadata. Pass flax.linen.meta.unbox(params)."
+        )
+    for name in ("query_norm", "key_norm"):
+        if (name in params) != bool(normalization(normalize_qk)):
+            held = "hold" if name in params else "lack"
+            raise ValueError(
+                f"params {held} {name}, which does not fit normalize_qk={normalize_qk!r}; give "
+                "init_multi_head_attention and multi_head_attention the same normalize_qk."
+            )
+    if "sink" in params and sink is not None:
+        raise ValueError("params hold a learned sink; leave sink=None, or remove the sink from params.")

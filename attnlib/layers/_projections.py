@@ -1,0 +1,192 @@
+"""The sizes of a multi-head attention layer, and the shapes and initial values of its projections."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._core.array_types import Rng
+from attnlib._core.validation import check_bool, check_positive
+from attnlib.scores import Score
+
+Initializer = Callable[..., jax.Array]
+
+default_kernel_init: Initializer = jax.nn.initializers.lecun_normal()
+default_bias_init: Initializer = jax.nn.initializers.zeros
+
+
+def vector_glorot_uniform(rng: Rng, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform in +-sqrt(3 / D), D the last axis: what Keras' glorot_uniform gives for a vector of D entries."""
+    limit = math.sqrt(3 / max(shape[-1], 1))
+    return jax.random.uniform(rng, shape, dtype, -limit, limit)
+
+
+def projection_inits(
+    name: str,
+    kernel_init: Initializer,
+    bias_init: Initializer,
+    out_kernel_init: Initializer | None,
+    out_bias_init: Initializer | None,
+) -> tuple[Initializer, Initializer]:
+    """The initialisers of the kernel and bias of one projection: the output projection may have its own."""
+    inits = dict(kernel=kernel_init, bias=bias_init, out_kernel=out_kernel_init, out_bias=out_bias_init)
+    for kind, init in inits.items():
+        if isinstance(init, str):
+            raise TypeError(
+                f"{kind}_init must be an initialiser, a function (rng, shape, dtype) such as "
+                f"jax.nn.initializers.glorot_uniform(); got {init!r}."
+            )
+    if name != "out":
+        return kernel_init, bias_init
+    return (
+        kernel_init if out_kernel_init is None else out_kernel_init,
+        bias_init if out_bias_init is None else out_bias_init,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """The shapes of one projection: `inputs` axes are contracted, `outputs` axes are made."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def init_kernel(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
+        """Initialises the kernel as the matrix it is, so that fan-in and fan-out are those of the projection."""
+        if 0 in self.inputs:
+            raise ValueError("query, key and value must have features to project (last axis); got 0 of them.")
+        matrix = init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype)
+        return _reshaped(matrix, self.inputs + self.outputs, "kernel")
+
+    def init_bias(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
+        return _reshaped(init(rng, (math.prod(self.outputs),), dtype), self.outputs, "bias")
+
+
+def _reshaped(value: Any, shape: tuple[int, ...], name: str) -> Any:
+    """Reshapes what an initialiser made, also inside the box of partitioning metadata that it may come in.
+
+    A box's names are for the axes of `shape`. Its `unbox` would apply them to the array as it is before, which a mesh
+    in context refuses, so the box is mapped over as the pytree it is.
+    """
+    names = getattr(value, "names", ())
+    if len(names) > len(shape):
+        raise ValueError(
+            f"the initialiser of a {name} of shape {shape} names {len(shape)} axes at most; got {names}. The output "
+            f"projection has an initialiser of its own: out_{name}_init."
+        )
+    return jax.tree.map(lambda array: array.reshape(shape), value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vector:
+    """A parameter of a layer that is no projection: its name in its group, shape, and initialiser."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a multi-head attention layer, defaults resolved and checked."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    output_shape: tuple[int, ...]
+    use_gate: bool
+
+    @classmethod
+    def resolve(
+        cls,
+        query_features: int,
+        *,
+        num_heads: int,
+        key_dim: int | None,
+        value_dim: int | None,
+        num_kv_heads: int | None,
+        output_shape: int | Sequence[int] | None,
+        use_gate: bool,
+    ) -> Dimensions:
+        num_heads = check_positive(num_heads, "num_heads")
+        if key_dim is None:
+            if query_features % num_heads:
+                raise ValueError(
+                    f"key_dim defaults to query features / num_heads, which must be whole; got {query_features} / "
+                    f"{num_heads}. Pass key_dim."
+                )
+            key_dim = query_features // num_heads
+        kv_heads = num_heads if num_kv_heads is None else check_positive(num_kv_heads, "num_kv_heads")
+        if num_heads % kv_heads:
+            fitting = ", ".join(str(size) for size in range(1, num_heads + 1) if num_heads % size == 0)
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {kv_heads}. num_kv_heads may be "
+                f"{fitting}."
+            )
+        key_dim = check_positive(key_dim, "key_dim")
+        if output_shape is None:
+            output_shape = (query_features,)
+        elif not isinstance(output_shape, Sequence):
+            output_shape = (output_shape,)
+        return cls(
+            num_heads=num_heads,
+            num_kv_heads=kv_heads,
+            key_dim=key_dim,
+            value_dim=key_dim if value_dim is None else check_positive(value_dim, "value_dim"),
+            output_shape=tuple(check_positive(size, "output_shape") for size in output_shape),
+            use_gate=check_bool(use_gate, "use_gate"),
+        )
+
+    def projections(self, query_features: int, key_features: int, value_features: int) -> dict[str, Affine]:
+        attended = (self.num_heads, self.value_dim)
+        projections = {
+            "query": Affine((query_features,), (self.num_heads, self.key_dim)),
+            "key": Affine((key_features,), (self.num_kv_heads, self.key_dim)),
+            "value": Affine((value_features,), (self.num_kv_heads, self.value_dim)),
+            "out": Affine(attended, self.output_shape),
+        }
+        return {**projections, "gate": Affine((query_features,), attended)} if self.use_gate else projections
+
+    def vectors(
+        self,
+        score: str | Score,
+        *,
+        scale_init: Initializer | None,
+        use_scale: bool,
+        normalize_qk: bool | str,
+        use_sink: bool,
+    ) -> dict[str, Vector]:
+        """The other parameters, by the name of their group."""
+        made = {}
+        if not isinstance(score, Score) and score not in ("dot", "additive"):
+            raise ValueError(
+                f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
+            )
+        if isinstance(score, str) and score == "additive":
+            init = vector_glorot_uniform if scale_init is None else scale_init
+            made["score"] = Vector("scale", (self.num_heads, self.key_dim), init)
+        elif check_bool(use_scale, "use_scale"):
+            if isinstance(score, Score):
+                raise ValueError(f'use_scale is for score="dot"; {type(score).__name__} has parameters of its own.')
+            init = jax.nn.initializers.constant(self.key_dim**-0.5) if scale_init is None else scale_init
+            made["score"] = Vector("scale", (self.num_heads,), init)
+        if normalization(normalize_qk):
+            scale = Vector("scale", (self.key_dim,), jax.nn.initializers.ones)
+            made |= {"query_norm": scale, "key_norm": scale}
+        if check_bool(use_sink, "use_sink"):
+            made["sink"] = Vector("logit", (self.num_heads,), jax.nn.initializers.zeros)
+        return made
+
+
+def normalization(normalize_qk: bool | str) -> str | None:
+    """ "layer", "rms" or None."""
+    kinds: dict[Any, str | None] = {False: None, True: "layer", "layer": "layer", "rms": "rms"}
+    if not isinstance(normalize_qk, (bool, str)) or normalize_qk not in kinds:
+        raise ValueError(f'normalize_qk must be False, True (as "layer"), "layer" or "rms"; got {normalize_qk!r}.')
+    return kinds[normalize_qk]

@@ -1,0 +1,13 @@
+"""Attention layers as Flax linen modules: they declare parameters and call `attnlib.layers`, nothing else."""
+
+from attnlib.linen._multi_head import MultiHeadAttention
+from attnlib.linen._position_bias import BucketedPositionBias, RelativePositionBias
+from attnlib.linen._single_head import AdditiveAttention, DotProductAttention
+
+__all__ = [
+    "AdditiveAttention",
+    "BucketedPositionBias",
+    "DotProductAttention",
+    "MultiHeadAttention",
+    "RelativePositionBias",
+]

@@ -1,0 +1,301 @@
+"""Attention layers as Flax linen modules: they declare parameters and call `attnlib.layers`, nothing else."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attnlib._api import ScoreMod, attention
+from attnlib._core.array_types import Array, Bias, BoolMask, Rng
+from attnlib.cache import KVCache
+from attnlib.layers._inputs import default_operands, module_axes
+from attnlib.layers._multi_head import Rotary, project_and_attend
+from attnlib.layers._projections import (
+    Dimensions,
+    Initializer,
+    default_bias_init,
+    default_kernel_init,
+    projection_inits,
+)
+from attnlib.linen._base import Attention, Parameter, Projection
+from attnlib.linen._position_bias import BucketedPositionBias, RelativePositionBias
+from attnlib.linen._single_head import AdditiveAttention, DotProductAttention
+from attnlib.masks._base import Mask
+from attnlib.scores import Score
+
+__all__ = [
+    "AdditiveAttention",
+    "BucketedPositionBias",
+    "DotProductAttention",
+    "MultiHeadAttention",
+    "RelativePositionBias",
+]
+
+
+class MultiHeadAttention(Attention):
+    """Multi-head attention with query, key, value and output projections, over any axes.
+
+    Parameters: `query|key|value: {kernel (C, N, D), bias (N, D)}`, `out: {kernel (N, E, *O), bias (*O)}`, with
+    use_gate `gate: {kernel (C, N, E), bias (N, E)}`, with score="additive" `score: {scale (N, D)}`, with use_scale
+    `score: {scale (N,)}`, with normalize_qk `query_norm|key_norm: {scale (D,)}`, with use_sink `sink: {logit (N,)}`.
+
+    Attributes:
+      num_heads: query heads N. By position, fields are num_heads, key_dim, as in Keras (in PyTorch: features, heads).
+      key_dim: features D of a head of query and key; default: query features / num_heads.
+      value_dim: features E of a head of value; default: key_dim.
+      num_kv_heads: key/value heads K, a divisor of N (grouped-query attention; 1: multi-query); default: N.
+      use_bias: whether projections have a bias; default True.
+      output_shape: the output's last axis, or several; default: query features.
+      attention_axes: axes attended over, numbered in the arrays passed (the last sequence axis is -2); default: every
+        axis but the first and the features.
+      dropout_rate: fraction of attention weights dropped in training, in [0, 1); default 0.
+      deterministic: whether dropout is off; here or in the call, needed where dropout_rate > 0.
+      use_gate: whether a sigmoid gate from the query multiplies the attention output (Qiu et al. 2025).
+      sliding_window: w masks keys w or more positions away on either side; default: none.
+      score: "dot" (scaled by 1 / sqrt(key_dim)), "additive" (with a learned scale) or an `attnlib.scores.Score`.
+      use_scale: whether the logits of score="dot" have a learned scale, one a head, that begins at 1 / sqrt(key_dim).
+      normalize_qk: norms of query and key with learned scales: "layer" (True, as in Flax: Dehghani et al. 2023), "rms"
+        (Henry et al. 2020), or False.
+      use_sink: whether each head has a learned sink, a logit without value that takes a share of the weight.
+      rotary: rotary positions of query and key (Su et al. 2021): True, or a function called as
+        `attnlib.positions.rotary_embedding` is, such as a `functools.partial` of it.
+      score_mod: modifies logits, as in `attnlib.dot_product_attention`; or a module that makes such a function from the
+        number of heads, as `RelativePositionBias` and `BucketedPositionBias` do.
+      decode: whether the layer appends its tokens to a cache and attends to all in it, causally, as Flax's layers do:
+        collection "cache" with `cached_key (*batch, length, K, D)`, `cached_value` and `cache_index`. `init` with an
+        input of the greatest length makes it, empty (a ring of sliding_window tokens where that is less); then pass
+        `mutable=["cache"]` to `apply`, with any number of tokens at a time. One attention axis, self-attention.
+      logits_soft_cap: c bounds the logits to (-c, c) by c * tanh(x / c); default: none.
+      kernel_init, bias_init: initialisers; kernels are initialised as matrices, so fans are those of the projection.
+        Axes named by `nn.with_partitioning` are those of the parameters above, whose axes differ in `out`.
+      out_kernel_init, out_bias_init: those of the output projection; default: kernel_init, bias_init.
+      scale_init: of the scale of score="additive" or use_scale; default: glorot uniform; 1 / sqrt(key_dim).
+      kernel_regularizer, bias_regularizer, activity_regularizer: functions from a kernel, a bias, a projection's
+        output to a scalar (the last divided by the size of the first axis, as in Keras); sown into "losses", summed by
+        `attnlib.regularization_loss`.
+      dtype: to compute in; default: promoted from inputs and parameters.
+      param_dtype: of the parameters; default float32.
+      precision: of matrix products.
+      implementation, block_sizes: as in `attnlib.dot_product_attention`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, attnlib
+      >>> layer = attnlib.MultiHeadAttention(num_heads=4, key_dim=16, num_kv_heads=2)
+      >>> x = jnp.ones((2, 10, 32))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> layer.apply(variables, x, is_causal=True).shape
+      (2, 10, 32)
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023).
+    """
+
+    num_heads: int
+    key_dim: int | None = None
+    value_dim: int | None = None
+    num_kv_heads: int | None = None
+    use_bias: bool = True
+    output_shape: int | Sequence[int] | None = None
+    attention_axes: int | Sequence[int] | None = None
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
+    use_gate: bool = False
+    sliding_window: int | None = None
+    score: str | Score = "dot"
+    use_scale: bool = False
+    normalize_qk: bool | str = False
+    use_sink: bool = False
+    rotary: Rotary = False
+    score_mod: ScoreMod | nn.Module | None = None
+    decode: bool = False
+    logits_soft_cap: float | None = None
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
+    out_kernel_init: Initializer | None = None
+    out_bias_init: Initializer | None = None
+    scale_init: Initializer | None = None
+    kernel_regularizer: Callable[[jax.Array], jax.Array] | None = None
+    bias_regularizer: Callable[[jax.Array], jax.Array] | None = None
+    activity_regularizer: Callable[[jax.Array], jax.Array] | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    implementation: str | Sequence[str] | None = None
+    block_sizes: tuple[int, int] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Array,
+        key: Array | None = None,
+        value: Array | None = None,
+        *,
+        query_mask: BoolMask | None = None,
+        key_mask: BoolMask | None = None,
+        mask: BoolMask | Mask | None = None,
+        bias: Bias | None = None,
+        is_causal: bool = False,
+        score_mod: ScoreMod | None = None,
+        sink: float | Array | None = None,
+        query_positions: Array | None = None,
+        key_positions: Array | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: Rng | None = None,
+        return_weights: bool = False,
+        sow_weights: bool = False,
+    ) -> Any:
+        """Applies the layer.
+
+        Args:
+          query: `(*batch and attention axes, C)`; for one sequence axis `(B, T, C)`.
+          key: `(..., C_key)`; default: query.
+          value: `(..., C_value)`, with the key's positions; default: key. (Keras' layers take value before key.)
+          query_mask, key_mask: bool, the shape of query / key without features, True = real.
+          mask: bool array or `Mask` over `(*batch, N, *query axes, *key axes)`; a Keras `(B, T, S)` mask is
+            `mask[:, None]`. True = attend: where a mask leaves a query nothing, its weights are zeros.
+          bias: added to the logits, shapes as for mask.
+          is_causal: also mask keys after the query.
+          score_mod: in place of the field's.
+          sink: as in `attnlib.dot_product_attention`, where use_sink is off; 0 gives softmax-off-by-one.
+          query_positions, key_positions: ints `(*batch, length)` or `(length,)`, the positions that rotary, masks of
+            positions and score_mod see; the key's are the query's by default where key is not given.
+          deterministic: whether dropout is off.
+          dropout_rng: a key for dropout; default: from the "dropout" stream.
+          return_weights: also return the weights `(*batch, N, *query axes, *key axes)`.
+          sow_weights: sow them into "intermediates" as "attention_weights".
+
+        Returns:
+          output `(*query's leading axes, *output_shape)`, or (output, weights).
+        """
+        if self.decode:
+            self._check_decoding(key, value, key_mask, query_positions, key_positions)
+        operands = (query, *default_operands(query, key, value))
+        if self.decode:
+            query_positions = self._positions(query)
+        wanted = self.wants_weights(return_weights, sow_weights)
+        params = self._declare(*(operand.shape[-1] for operand in operands))
+        output, weights, activities = project_and_attend(
+            params, query, key, value, score=self.score, attention_axes=self.attention_axes, query_mask=query_mask,
+            key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=self.sliding_window,
+            rotary=self.rotary, normalize_qk=self.normalize_qk, score_mod=self._modifier(score_mod), sink=sink,
+            query_positions=query_positions, key_positions=key_positions,
+            return_weights=wanted, dtype=self.dtype, precision=self.precision,
+            logits_soft_cap=self.logits_soft_cap, implementation=self.implementation, block_sizes=self.block_sizes,
+            **self.dropout_options(deterministic, dropout_rng), **({"attend": self._decode} if self.decode else {}),
+        )  # fmt: skip
+        self._sow_losses(params, activities)
+        return self.finish((output, weights) if wanted else output, return_weights, sow_weights)
+
+    def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
+        dimensions = Dimensions.resolve(
+            query_features, num_heads=self.num_heads, key_dim=self.key_dim, value_dim=self.value_dim,
+            num_kv_heads=self.num_kv_heads, output_shape=self.output_shape, use_gate=self.use_gate,
+        )  # fmt: skip
+        inits = (self.kernel_init, self.bias_init, self.out_kernel_init, self.out_bias_init)
+        params = {
+            name: Projection(affine, self.use_bias, *projection_inits(name, *inits), self.param_dtype, name=name)()
+            for name, affine in dimensions.projections(query_features, key_features, value_features).items()
+        }
+        vectors = dimensions.vectors(
+            self.score, scale_init=self.scale_init, use_scale=self.use_scale, normalize_qk=self.normalize_qk,
+            use_sink=self.use_sink,
+        )  # fmt: skip
+        self._check_unused({**params, **vectors})
+        return params | {name: Parameter(vector, self.param_dtype, name=name)() for name, vector in vectors.items()}
+
+    def _check_unused(self, declared: dict[str, Any]) -> None:
+        """Flax does not look at parameters that no field asks for: the layer would compute something else."""
+        held = self.variables.get("params", {})
+        optional = ("gate", "score", "query_norm", "key_norm", "sink")
+        unused = [name for name in optional if name in held and name not in declared]
+        if not self.use_bias:
+            unused += [f"{name}/bias" for name in declared if "bias" in held.get(name, {})]
+        if unused:
+            raise ValueError(
+                f"the parameters hold {', '.join(unused)}, which the fields of this layer leave out: make it with the "
+                "fields they were made with, attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params), ...)."
+            )
+
+    def _modifier(self, score_mod: ScoreMod | None) -> ScoreMod | None:
+        if score_mod is not None:
+            return score_mod
+        return self.score_mod(self.num_heads) if isinstance(self.score_mod, nn.Module) else self.score_mod
+
+    def _sow_losses(self, params: dict[str, Any], activities: dict[str, jax.Array]) -> None:
+        if self.is_initializing():
+            return  # so that `init` gives parameters alone
+        terms = [(self.kernel_regularizer, p["kernel"]) for p in params.values() if "kernel" in p]
+        terms += [(self.bias_regularizer, p["bias"]) for p in params.values() if "bias" in p]
+        losses = [regularizer(array) for regularizer, array in terms if regularizer is not None]
+        if self.activity_regularizer is not None:  # a mean over the batch, as in Keras
+            losses += [self.activity_regularizer(x) / max(x.shape[0], 1) for x in activities.values()]
+        if losses:
+            self.sow("losses", "regularization", sum(losses), reduce_fn=operator.add, init_fn=lambda: 0.0)
+
+    # Decoding
+
+    def _check_decoding(self, key: Any, value: Any, key_mask: Any, query_positions: Any, key_positions: Any) -> None:
+        if key is not None or value is not None:
+            raise ValueError(
+                "decode=True is for self-attention: pass the query alone. Attend to the fixed keys of an encoder with "
+                "a layer that has decode=False."
+            )
+        if key_mask is not None:
+            raise ValueError(
+                "decode=True takes no key_mask: the cache has keys that it says nothing of. Pass a mask of the slots "
+                "of the cache, mask=attnlib.masks.KeyPadding(real)."
+            )
+        if query_positions is not None or key_positions is not None:
+            raise ValueError("decode=True takes no positions: they are those of the tokens in the cache.")
+
+    def _positions(self, query: Array) -> jax.Array | None:
+        """Those of the query's tokens; None where `init` makes the cache."""
+        axes = module_axes(self.attention_axes, query)
+        if len(axes.attention) != 1:
+            raise ValueError(f"decode=True needs one attention axis; there are {len(axes.attention)}.")
+        if not self.is_initializing() and not self.has_variable("cache", "cached_key"):
+            raise ValueError(
+                "decode=True needs a cache, which init makes of an input of the greatest length: cache = "
+                'layer.init(rng, longest)["cache"]. Then layer.apply({"params": params, "cache": cache}, tokens, '
+                'mutable=["cache"]) gives (output, {"cache": the next}).'
+            )
+        index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+        if not self.has_variable("cache", "cached_key"):
+            return None
+        return index.value + jnp.arange(query.shape[axes.attention[0]], dtype=jnp.int32)
+
+    def _decode(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        query_positions: Any,
+        key_positions: Any,
+        **options: Any,
+    ) -> Any:
+        """In place of `attention`."""
+        del key_positions  # and the query's, which both are told by the cache
+        (axis,) = options["attention_axes"]
+        names = ("cached_key", "cached_value", "cache_index")
+        if not self.has_variable("cache", names[0]):
+            for name, array in zip(names, (key, value), strict=False):
+                self.put_variable("cache", name, self._empty(array, axis))
+            return attention(query, key, value, query_positions=query_positions, **options)
+        keys, values, length = map(jnp.asarray, (self.get_variable("cache", name) for name in names))
+        window = None if self.sliding_window is None else min(self.sliding_window, keys.shape[-3])
+        cache = KVCache(keys, values, length, window=window)
+        results, cache = cache.decode(query, key, value, **{**options, "is_causal": True})
+        for name, array in zip(names, (cache.key, cache.value, cache.length), strict=True):
+            self.put_variable("cache", name, array)
+        return results
+
+    def _empty(self, like: jax.Array, axis: int) -> jax.Array:
+        """A cache for as many tokens as the input has, or as the window shows."""
+        length = like.shape[axis] if self.sliding_window is None else min(like.shape[axis], self.sliding_window)
+        batch = [size for n, size in enumerate(like.shape[:-2]) if n != axis]
+        return jnp.zeros((*batch, length, *like.shape[-2:]), like.dtype)

@@ -1,0 +1,89 @@
+"""Flax modules that hold the learned table of a position bias; one may be shared by several layers, as in T5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attnlib._core.validation import check_positive
+from attnlib.layers._projections import Initializer
+from attnlib.modifiers import BucketedBias, RelativeBias
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias for each head and distance along each attention axis, to pass as a layer's `score_mod`.
+
+    Parameters: `table (2 * M_1 - 1, ..., 2 * M_n - 1, N)`.
+
+    Attributes:
+      sizes: M along each attention axis, or an int: distances beyond -(M - 1) .. M - 1 share the last entries.
+      table_init: default: normal of standard deviation 0.02.
+      param_dtype: default float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, attnlib
+      >>> layer = attnlib.MultiHeadAttention(num_heads=4, score_mod=attnlib.RelativePositionBias(sizes=(7, 7)))
+      >>> windows = jnp.ones((2, 7, 7, 32))
+      >>> variables = layer.init(jax.random.key(0), windows)
+      >>> variables["params"]["score_mod"]["table"].shape
+      (13, 13, 4)
+
+    Source: Shaw et al., "Self-Attention with Relative Position Representations" (2018); Liu et al., "Swin
+    Transformer" (2021).
+    """
+
+    sizes: int | Sequence[int]
+    table_init: Initializer = nn.initializers.normal(0.02)
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, num_heads: int) -> RelativeBias:
+        """The modifier for a layer with these heads.
+
+        Args:
+          num_heads: query heads N.
+        """
+        sizes = self.sizes if isinstance(self.sizes, Sequence) else (self.sizes,)
+        shape = (*(2 * check_positive(size, "sizes") - 1 for size in sizes), num_heads)
+        return RelativeBias(self.param("table", self.table_init, shape, self.param_dtype))
+
+
+class BucketedPositionBias(nn.Module):
+    """A learned bias for each head and bucket of distances (T5), to pass as a layer's `score_mod`.
+
+    Parameters: `table (num_buckets, N)`.
+
+    Attributes:
+      num_buckets, bidirectional, max_distance: as in `attnlib.modifiers.BucketedBias`; default 32, True, 128.
+      table_init: default: normal of standard deviation 0.02.
+      param_dtype: default float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, attnlib
+      >>> layer = attnlib.MultiHeadAttention(num_heads=4, score_mod=attnlib.BucketedPositionBias(bidirectional=False))
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 10, 32)))
+      >>> variables["params"]["score_mod"]["table"].shape
+      (32, 4)
+
+    Source: Raffel et al., "Exploring the Limits of Transfer Learning" (T5, 2020).
+    """
+
+    num_buckets: int = 32
+    bidirectional: bool = True
+    max_distance: int = 128
+    table_init: Initializer = nn.initializers.normal(0.02)
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, num_heads: int) -> BucketedBias:
+        """The modifier for a layer with these heads.
+
+        Args:
+          num_heads: query heads N.
+        """
+        shape = (check_positive(self.num_buckets, "num_buckets"), num_heads)
+        table = self.param("table", self.table_init, shape, self.param_dtype)
+        return BucketedBias(table, self.bidirectional, self.max_distance)

@@ -1,0 +1,181 @@
+"""What every mask is: the abstract `Mask` and its algebra."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlib import plot
+from attnlib._core.axes import Shapes
+from attnlib._core.block_positions import Positions
+from attnlib._core.pytree import Pytree
+from attnlib._core.tile_kinds import FULL, Kinds, Ranges, kinds
+from attnlib._core.validation import check_static_int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask(Pytree):
+    """Which query positions may attend which key positions; abstract.
+
+    A kind of mask implements `at(query, key)`, `tile(query, key)` where it knows whole tiles, and `check(shapes)` where
+    it holds arrays. It is a pytree: arrays and masks in its fields are traced, plain values static.
+    """
+
+    static_types = (bool, int, type(None))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
+        raise NotImplementedError
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        """For each tile, whether the mask empties it, fills it, or is to be asked entry by entry (PARTIAL).
+
+        It may say PARTIAL of an empty or a full tile, never the reverse. It decides the program, so it sees static
+        values alone: where those do not decide, it says PARTIAL.
+        """
+        del query, key
+        return kinds(empty=False, full=False)
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        """The same mask, with arrays of pairs folded and padded to `sizes` so that tiles can be cut from them."""
+        del query, key, sizes
+        return self
+
+    def check(self, shapes: Shapes) -> None:
+        """Raises ValueError where the arrays of this mask do not fit the operands."""
+
+    def as_array(self, query_shape: int | Sequence[int], key_shape: int | Sequence[int]) -> jax.Array:
+        """The mask as a bool array `(*query_shape, *key_shape)`, with `(*batch, 1 or N)` in front where it has them.
+
+        Args:
+          query_shape: length of each query attention axis (an int where there is one).
+          key_shape: length of each key attention axis.
+
+        Returns:
+          A bool array that can itself be passed as `mask=`; True = attend.
+
+        >>> from attnlib import masks
+        >>> masks.Causal().as_array(2, 3).astype(int)
+        Array([[1, 0, 0],
+               [1, 1, 0]], dtype=int32)
+        """
+        query_shape, key_shape = _as_shape(query_shape, "query_shape"), _as_shape(key_shape, "key_shape")
+        query, key = Positions(query_shape, "query"), Positions(key_shape, "key")
+        block = self.at(query, key)
+        block = jnp.broadcast_to(block, (*block.shape[:-2], query.total, key.total))
+        return block.reshape(*block.shape[:-2], *query_shape, *key_shape)
+
+    def plot(
+        self,
+        query_shape: int | Sequence[int],
+        key_shape: int | Sequence[int],
+        *,
+        block_sizes: tuple[int, int] | None = None,
+        ax: Any = None,
+    ) -> Any:
+        """Draws the mask on matplotlib axes, with tiles of `block_sizes` where given, and returns the axes.
+
+        It needs the `notebooks` extra; `attnlib.plot.mask` describes the arguments.
+        """
+
+        return plot.mask(self, query_shape, key_shape, block_sizes=block_sizes, ax=ax)
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, _as_mask(other, "&"))
+
+    def __rand__(self, other: Mask) -> Mask:
+        return And(_as_mask(other, "&"), self)
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, _as_mask(other, "|"))
+
+    def __ror__(self, other: Mask) -> Mask:
+        return Or(_as_mask(other, "|"), self)
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a Mask has no truth value: combine masks with `&`, `|` and `~` instead of `and`, `or` and `not`, and "
+            "test for absence with `mask is None`."
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pair(Mask):
+    left: Mask
+    right: Mask
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        return type(self)(self.left.padded(query, key, sizes), self.right.padded(query, key, sizes))
+
+    def check(self, shapes: Shapes) -> None:
+        self.left.check(shapes)
+        self.right.check(shapes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class And(_Pair):
+    """`left & right`."""
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return self.left.at(query, key) & self.right.at(query, key)
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return np.minimum(self.left.tile(query, key), self.right.tile(query, key))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Or(_Pair):
+    """`left | right`."""
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return self.left.at(query, key) | self.right.at(query, key)
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return np.maximum(self.left.tile(query, key), self.right.tile(query, key))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Not(Mask):
+    """`~mask`."""
+
+    mask: Mask
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return ~self.mask.at(query, key)
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return FULL - self.mask.tile(query, key)
+
+    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+        return Not(self.mask.padded(query, key, sizes))
+
+    def check(self, shapes: Shapes) -> None:
+        self.mask.check(shapes)
+
+
+def set_fields(mask: Mask, /, **values: Any) -> None:
+    """Sets fields of a frozen mask while it is being made."""
+    for name, value in values.items():
+        object.__setattr__(mask, name, value)
+
+
+def _as_shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    return tuple(check_static_int(size, name, least=0) or 0 for size in sizes)
+
+
+def _as_mask(value: Any, symbol: str) -> Mask:
+    if isinstance(value, Mask):
+        return value
+    raise TypeError(
+        f"`{symbol}` combines a Mask with another Mask; got {type(value).__name__}. Wrap a bool array as "
+        "attnlib.masks.Dense(array)."
+    )

@@ -1,0 +1,194 @@
+"""Masks that are read off positions: causal, windows, prefixes, lengths, any function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlib._core.array_types import Array
+from attnlib._core.axes import Shapes
+from attnlib._core.block_positions import Positions
+from attnlib._core.suggestions import called
+from attnlib._core.tile_kinds import Kinds, Ranges, before, kinds
+from attnlib._core.validation import check_integer, check_per_batch, check_static_int, expand_per_batch, saturating_add
+from attnlib.masks._base import Mask, set_fields
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Causal(Mask):
+    """Key position <= query position + offset (top-left aligned where the lengths differ).
+
+    Args:
+      offset: how far the queries are ahead of the keys, e.g. the number of cached keys in decoding. An int is static;
+        an int array `()` or `(*batch,)` is traced.
+      axis: with several attention axes, the one (by its index among `attention_axes`) along which to be causal;
+        None compares flat positions in row-major order.
+    """
+
+    offset: int | Array = 0
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self, offset=check_integer(self.offset, "Causal offset"), axis=check_static_int(self.axis, "Causal axis")
+        )
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        if self.axis is None:
+            query_index, key_index = query.index, key.index
+        else:
+            query_index, key_index = query.coordinates[self.axis], key.coordinates[self.axis]
+        return key_index <= saturating_add(query_index, expand_per_batch(self.offset))
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        if not isinstance(self.offset, int):
+            return super().tile(query, key)
+        if self.axis is None:
+            query_first, query_last, key_first, key_last = query.first, query.last, key.first, key.last
+        else:
+            (query_first, query_last), (key_first, key_last) = query.along(self.axis), key.along(self.axis)
+        return kinds(empty=key_first > query_last + self.offset, full=key_last <= query_first + self.offset)
+
+    def check(self, shapes: Shapes) -> None:
+        check_per_batch(self.offset, "Causal offset", shapes)
+        axes = len(shapes.key)
+        if self.axis is not None and not -axes <= self.axis < axes:
+            raise ValueError(
+                f"Causal axis must be one of the {axes} attention axes ({-axes}..{axes - 1}); got {self.axis}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SlidingWindow(Mask):
+    """Query position - left <= key position <= query position + right, in flat row-major positions.
+
+    Args:
+      left: how many earlier keys a query sees; None: all of them.
+      right: how many later keys a query sees; None: all of them.
+    """
+
+    left: int | None
+    right: int | None
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self,
+            left=check_static_int(self.left, "SlidingWindow left", least=0),
+            right=check_static_int(self.right, "SlidingWindow right", least=0),
+        )
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        inside = jnp.ones((1, 1), bool)
+        if self.left is not None:
+            inside = inside & (key.index >= query.index - self.left)
+        if self.right is not None:
+            inside = inside & (key.index <= saturating_add(query.index, self.right))
+        return inside
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        empty: Any = np.False_
+        full: Any = np.True_
+        if self.left is not None:
+            empty = empty | (key.last < query.first - self.left)
+            full = full & (key.first >= query.last - self.left)
+        if self.right is not None:
+            empty = empty | (key.first > query.last + self.right)
+            full = full & (key.last <= query.first + self.right)
+        return kinds(empty, full)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefix(Mask):
+    """Key position < length: with `Causal() | Prefix(length)` the prefix language model (Raffel et al. 2020).
+
+    Args:
+      length: an int (static) or an int array `()` or `(*batch,)` (traced).
+    """
+
+    length: int | Array
+
+    def __post_init__(self) -> None:
+        set_fields(self, length=check_integer(self.length, "Prefix length"))
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        return key.index < expand_per_batch(self.length)
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return before(key, self.length)
+
+    def check(self, shapes: Shapes) -> None:
+        check_per_batch(self.length, "Prefix length", shapes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lengths(Mask):
+    """Positions < length are real, the rest is padding (flat row-major positions).
+
+    Args:
+      query: real query positions, an int or int array `()` or `(*batch,)`; None: all. Padded queries attend nothing.
+      key: real key positions, likewise. Padded keys are attended by none.
+    """
+
+    query: int | Array | None = None
+    key: int | Array | None = None
+
+    def __post_init__(self) -> None:
+        for side in ("query", "key"):
+            value = getattr(self, side)
+            set_fields(self, **{side: None if value is None else check_integer(value, f"Lengths {side}")})
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        real = jnp.ones((1, 1), bool)
+        if self.query is not None:
+            real = real & (query.index < expand_per_batch(self.query))
+        if self.key is not None:
+            real = real & (key.index < expand_per_batch(self.key))
+        return real
+
+    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+        return np.minimum(before(query, self.query), before(key, self.key))
+
+    def check(self, shapes: Shapes) -> None:
+        check_per_batch(self.query, "Lengths query", shapes)
+        check_per_batch(self.key, "Lengths key", shapes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predicate(Mask):
+    """A mask from a function of positions.
+
+    Args:
+      fn: `fn(query_position, key_position) -> bool`, called with broadcastable integer arrays, or with tuples of them
+        (one for each attention axis) where there are several attention axes. Static: pass the same function object
+        to avoid recompilation.
+    """
+
+    fn: Callable[[Any, Any], Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"Predicate fn must be a function of (query_position, key_position); got {self.fn!r}.")
+
+    def at(self, query: Positions, key: Positions) -> jax.Array:
+        single = len(key.shape) == 1
+        with called("Predicate"):
+            result = jnp.asarray(self.fn(*(p.index if single else p.coordinates for p in (query, key))))
+        if result.dtype != jnp.bool_:
+            raise TypeError(f"Predicate fn must return bool (True = attend); got {result.dtype}.")
+        return jnp.broadcast_to(result, jnp.broadcast_shapes(result.shape, (1, 1)))
+
+    def check(self, shapes: Shapes) -> None:
+        query, key = Positions(shapes.query, "query"), Positions(shapes.key, "key")
+        shape = jax.eval_shape(lambda: self.at(query, key)).shape
+        whole = (*shapes.batch, shapes.heads, query.total, key.total)
+        aligned = zip(reversed(shape), reversed(whole), strict=False)
+        if len(shape) > len(whole) or any(size not in (1, full) for size, full in aligned):
+            raise ValueError(
+                f"Predicate fn must return an array that broadcasts to (*batch, heads, queries, keys) = {whole}; got "
+                f"shape {shape}."
+            )

@@ -1,0 +1,128 @@
+"""Modifiers of logits: a function of one logit and of where it is, applied to the logits of any block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._core import axes as _axes
+from attnlib._core.array_types import Array
+from attnlib._core.block_positions import Positions, Run
+from attnlib._core.closures import hoisted
+from attnlib._core.pytree import register
+from attnlib._core.suggestions import called
+
+
+class Checked:
+    """A named modifier, which can be asked whether its arrays fit."""
+
+    def check(self, heads: int, axes: int) -> None:
+        """Raises ValueError where they do not fit so many query heads and attention axes."""
+        raise NotImplementedError
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Modifier:
+    """What a user's `score_mod` becomes.
+
+    Attributes:
+      function: of (logit, batch index along each batch axis..., head, query position along each attention axis..., key
+        position along each...), all scalars.
+      query_positions, key_positions: explicit positions, or None.
+      run: where the queries stand among those of the explicit positions, or None where they are all.
+    """
+
+    function: Any
+    query_positions: Array | None
+    key_positions: Array | None
+    run: Run | None = None
+
+    @classmethod
+    def of(
+        cls,
+        function: Any,
+        batch_axes: int,
+        axes: int,
+        heads: int,
+        dtype: Any,
+        positions: tuple[Array | None, Array | None],
+    ) -> Modifier:
+        """Traces the function for operands with so many batch and attention axes and heads."""
+        if not callable(function) or isinstance(function, type):
+            raise TypeError(
+                "score_mod must be a function (logit, batch, head, query_position, key_position) -> logit, such as "
+                f"attnlib.modifiers.ALiBi(...); got {function!r}."
+            )
+        if isinstance(function, Checked):
+            function.check(heads, axes)
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        with called("score_mod"):
+            program, result = hoisted(
+                _flat(function, batch_axes, axes),
+                jax.ShapeDtypeStruct((), dtype), *[index] * batch_axes, index, *[index] * axes, *[index] * axes,
+            )  # fmt: skip
+        if not isinstance(result, jax.ShapeDtypeStruct) or result.shape != ():
+            raise ValueError(
+                f"score_mod must return a scalar for one logit and its positions; got {result}. It is written for one "
+                "pair: the library batches it over batch indices, heads and positions."
+            )
+        if not jnp.issubdtype(result.dtype, jnp.floating):
+            raise TypeError(
+                f"score_mod must return the new logit, a floating-point number; got {result.dtype}. To leave pairs "
+                "out, pass a mask: mask=attnlib.masks.Predicate(fn)."
+            )
+        return cls(program, *positions)
+
+    def apply(
+        self,
+        logits: jax.Array,
+        heads: tuple[int, ...],
+        query: Positions,
+        key: Positions,
+        cut: Callable[[jax.Array], jax.Array] = lambda whole: whole,
+    ) -> jax.Array:
+        """The modified logits of a block.
+
+        Args:
+          logits: `(*batch, K, G, T, S)`.
+          heads: (*batch, K, G) of the whole.
+          query, key: the block's positions.
+          cut: takes the block's part along the batch axes and of the key heads.
+        """
+        query = query if self.run is None else self.run.of(query)
+        places = _coordinates(query.placed(self.query_positions)), _coordinates(key.placed(self.key_positions))
+        indices = [*_lead_indices(heads), *places[0], *places[1]]
+        return jnp.vectorize(self.function)(logits, *map(cut, indices)).astype(logits.dtype)
+
+
+def _flat(function: Callable[..., Any], batch_axes: int, axes: int) -> Callable[..., Any]:
+    """The function with the arguments that are tuples, where there are several axes, laid out one by one."""
+
+    def flat(logit: jax.Array, *indices: jax.Array) -> Any:
+        batch, head, rest = indices[:batch_axes], indices[batch_axes], indices[batch_axes + 1 :]
+        return function(logit, _single(batch), head, _single(rest[:axes]), _single(rest[axes:]))
+
+    return flat
+
+
+def _single(indices: Sequence[jax.Array]) -> Any:
+    return indices[0] if len(indices) == 1 else tuple(indices)
+
+
+def _coordinates(positions: Positions) -> list[jax.Array]:
+    return [_axes.split_heads(x, 1) for x in positions.coordinates]
+
+
+def _lead_indices(heads: tuple[int, ...]) -> list[jax.Array]:
+    """The index along each batch axis, and of the query head, laid out against `(*batch, K, G, T, S)`."""
+    rank = len(heads) + 2
+    indices = []
+    for axis, size in enumerate(heads[:-2]):
+        indices.append(jnp.arange(size, dtype=jnp.int32).reshape(-1, *(1,) * (rank - axis - 1)))
+    head = jnp.arange(heads[-2] * heads[-1], dtype=jnp.int32).reshape(*heads[-2:], 1, 1)
+    return [jnp.broadcast_to(x, (1,) * (rank - x.ndim) + x.shape) for x in (*indices, head)]

@@ -1,0 +1,384 @@
+"""Pictures of attention: weights between tokens, weights over images, masks, and curves of what it costs.
+
+matplotlib is imported when a picture is drawn, never before, so that attnlib itself does not need it. Every function
+draws into the Axes it is given or into a new pyplot figure, and returns the Axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnlib._core.operand_checks import check_block_sizes
+from attnlib._core.tile_kinds import EMPTY, Ranges
+from attnlib.plot import _panels
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+
+# One hue from light to dark: the order survives colour blindness and a grey printer, and no weight is no ink.
+WEIGHT_COLORS = "Blues"
+INK = "#08306b"  # the dark end of it, for masks
+SKIPPED = "#d5d5d5"  # tiles that are never computed: neither ink nor paper
+OVERLAY_COLOR = "#e66100"  # an orange that stays apart from every grey of an image, for every kind of colour vision
+QUERY_COLOR = "#1a85ff"  # the blue that colour-blind readers tell from that orange
+# Curves apart from each other for every kind of colour vision, by their markers too, and from white and from black.
+CURVES = (
+    ("#1a85ff", "o"), ("#d95f02", "s"), ("#0a9a74", "^"), ("#c565a9", "D"), ("#9a8400", "v"), ("#808080", "P"),
+)  # fmt: skip
+GRID = "#9a9a9a"
+MOST_SIZES = 10  # more sizes than this get the ticks of a logarithmic axis
+MOST_TILE_LABELS = 12  # beyond so many tiles round positions say more than where each begins
+
+
+def attention_map(
+    weights: ArrayLike,
+    query_tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    *,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    title: str | None = None,
+) -> Axes | np.ndarray:
+    """Draws which keys each query attends to: a row for each query, a column for each key, dark for a large weight.
+
+    Args:
+      weights: attention weights `(T, S)`, or `(N, T, S)` for one panel for each head, all on one colour scale.
+      query_tokens: T texts for the rows; default: positions.
+      key_tokens: S texts for the columns; default: positions.
+      ax: the Axes to draw into, or N of them for N heads; default: a new figure.
+      title: a title for the Axes, or for the figure where there are heads.
+
+    Returns:
+      The Axes; an array of N Axes where there are heads.
+
+    Raises:
+      ValueError: the weights have another rank or no entries, or tokens or Axes do not match them in number.
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> axes = attention_map([[0.9, 0.1], [0.2, 0.8]], ["le", "chat"], ["the", "cat"])
+      >>> axes.get_xlabel()
+      'key'
+    """
+    grid = _panels.weights(weights, ranks=(2, 3), wanted="(queries, keys) or (heads, queries, keys)")
+    queries, keys = grid.shape[-2:]
+    _panels.check_tokens("query_tokens", query_tokens, queries)
+    _panels.check_tokens("key_tokens", key_tokens, keys)
+    panels = grid.reshape(-1, queries, keys)
+    named = (keys, key_tokens), (queries, query_tokens)
+    size = [_panels.inches(count, len(panels), tokens is not None) for count, tokens in named]
+    axes = _panels.panels(ax, len(panels), size=(size[0], size[1]))
+    for panel, one_ax in zip(panels, axes, strict=True):
+        drawn = one_ax.imshow(panel, cmap=WEIGHT_COLORS, aspect="auto", **_panels.scale(grid))
+        _panels.label_axis(one_ax.xaxis, key_tokens, "key")
+        _panels.label_axis(one_ax.yaxis, query_tokens, "query")
+    return _panels.finish(axes, drawn, panel_name="head" if grid.ndim == 3 else None, title=title)
+
+
+def attention_over_image(
+    image: ArrayLike,
+    weights: ArrayLike,
+    *,
+    query: tuple[int, int] | None = None,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    title: str | None = None,
+) -> Axes | np.ndarray:
+    """Draws weights over the two axes of an image on the image itself: grey pixels, orange where the attention is.
+
+    Args:
+      image: `(H, W)` in any range, or `(H, W, 3)` colours as matplotlib takes them.
+      weights: weights over the image `(h, w)`, or `(N, h, w)` for one panel for each head. A grid coarser than the
+        image (patches) is stretched over it. With `query` also those of all queries: `(qh, qw, h, w)` or
+        `(N, qh, qw, h, w)`.
+      query: row and column of the query whose weights are drawn; it is framed in blue. Where the weights are its own
+        alone, as `attnlib.inspect.attention_rows` gives them, its grid is that of the keys.
+      ax: the Axes to draw into, or N of them for N heads; default: a new figure.
+      title: a title for the Axes, or for the figure where there are heads.
+
+    Returns:
+      The Axes; an array of N Axes where there are heads.
+
+    Raises:
+      ValueError: image or weights have another rank or no entries, the query is outside, or Axes do not match in
+        number.
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> weights = np.full((2, 8, 8), 1 / 64)  # two heads
+      >>> attention_over_image(np.zeros((8, 8)), weights).shape
+      (2,)
+    """
+    picture = np.asarray(image)
+    if picture.ndim not in (2, 3) or 0 in picture.shape:
+        raise ValueError(f"image: expected (H, W) or (H, W, colours), got shape {picture.shape}; pick one of a batch")
+    wanted = "(h, w) or (heads, h, w), or those of all queries together with query=(row, column)"
+    grid = _panels.weights(weights, ranks=(2, 3) if query is None else (2, 3, 4, 5), wanted=wanted)
+    query_grid = grid.shape[-2:] if grid.ndim < 4 else grid.shape[-4:-2]
+    grid = _of_query(grid, query, query_grid, "row and column")
+    height, width = picture.shape[:2]
+    panels = grid.reshape(-1, *grid.shape[-2:])
+    axes = _panels.panels(ax, len(panels), size=(3.0, 3.0 * min(height / width, 2)))
+    for panel, one_ax in zip(panels, axes, strict=True):
+        drawn = _draw_over(one_ax, picture, panel, _panels.scale(grid), {})
+        if query is not None:
+            one_ax.add_patch(_frame(query, (height / query_grid[0], width / query_grid[1])))
+    return _panels.finish(axes, drawn, panel_name="head" if grid.ndim == 3 else None, title=title)
+
+
+def attention_over_frames(
+    frames: ArrayLike,
+    weights: ArrayLike,
+    *,
+    query: tuple[int, int, int] | None = None,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    title: str | None = None,
+) -> np.ndarray:
+    """Draws weights over frame, row and column on the frames of a video, a panel for each, all on one colour scale.
+
+    Args:
+      frames: `(F, H, W)` in any range, or `(F, H, W, 3)` colours as matplotlib takes them.
+      weights: weights of one head over the frames `(F, h, w)`, coarser than these perhaps. With `query` also those of
+        all queries: `(qf, qh, qw, F, h, w)`.
+      query: frame, row and column of the query whose weights are drawn, framed in blue in its frame; otherwise as in
+        `attention_over_image`.
+      ax: F Axes to draw into; default: a new figure.
+      title: a title for the figure.
+
+    Returns:
+      An array of F Axes.
+
+    Raises:
+      ValueError: frames or weights have another rank or no entries, they are not equally many, the query is outside, or
+        Axes do not match in number.
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> weights = np.full((3, 4, 4), 1 / 48)
+      >>> attention_over_frames(np.zeros((3, 8, 8)), weights, query=(1, 0, 2)).shape
+      (3,)
+    """
+    pictures = np.asarray(frames)
+    if pictures.ndim not in (3, 4) or 0 in pictures.shape:
+        raise ValueError(f"frames: expected (F, H, W) or (F, H, W, colours), got shape {pictures.shape}")
+    wanted = "(frames, h, w), or those of all queries together with query=(frame, row, column)"
+    grid = _panels.weights(weights, ranks=(3,) if query is None else (3, 6), wanted=wanted)
+    query_grid = grid.shape[:3]
+    grid = _of_query(grid, query, query_grid, "frame, row and column")
+    if len(grid) != len(pictures):
+        raise ValueError(f"weights: expected {len(pictures)} frames as in frames, got {len(grid)}")
+    height, width = pictures.shape[1:3]
+    axes = _panels.panels(ax, len(pictures), size=(2.4, 2.4 * min(height / width, 2)))
+    for frame, (one_ax, picture, panel) in enumerate(zip(axes, pictures, grid, strict=True)):
+        # One range for all frames, or a dark one would look like a bright one.
+        shades = {} if picture.ndim == 3 else dict(vmin=pictures.min(), vmax=pictures.max())
+        drawn = _draw_over(one_ax, picture, panel, _panels.scale(grid), shades)
+        if query is not None and query[0] == frame:
+            one_ax.add_patch(_frame(query[1:], (height / query_grid[1], width / query_grid[2])))
+    _panels.finish(axes, drawn, panel_name="frame", title=title)
+    return axes
+
+
+def costs(
+    measured: Mapping[str, Mapping[float, float]],
+    *,
+    unit: str = "s",
+    x_label: str = "length",
+    y_label: str | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draws what was measured against a size, a curve for each contestant, both axes logarithmic.
+
+    Args:
+      measured: for each name, what was measured at each size: `{"attnlib": {1024: 0.03, 2048: 0.12}, ...}`, positive
+        numbers in seconds or bytes. Sizes need not be the same ones.
+      unit: "s" or "B"; ticks say ms, MB and so on.
+      x_label: what the sizes are.
+      y_label: what was measured; default: "time" or "memory".
+      ax: the Axes to draw into; default: a new figure.
+      title: a title for the Axes.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: nothing was measured, more contestants than can be told apart, numbers that are not positive, or an
+        unknown unit.
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> axes = costs({"tiled": {1024: 3e6, 2048: 6e6}, "dense": {1024: 8e6, 2048: 32e6}}, unit="B")
+      >>> axes.get_ylabel()
+      'memory'
+    """
+    if unit not in ("s", "B"):
+        raise ValueError(f'unit: expected "s" or "B", got {unit!r}')
+    if not measured or len(measured) > len(CURVES):
+        raise ValueError(f"measured: expected 1 to {len(CURVES)} names, got {len(measured)}")
+    for name, points in measured.items():
+        if not points or not all(x > 0 and y > 0 and np.isfinite([x, y]).all() for x, y in points.items()):
+            raise ValueError(f"measured[{name!r}]: expected positive numbers by positive sizes, got {dict(points)}")
+    (one_ax,) = _panels.panels(ax, 1, size=(5.2, 3.4))
+    for (name, points), (color, marker) in zip(measured.items(), CURVES, strict=False):
+        one_ax.plot(*zip(*sorted(points.items()), strict=True), color=color, marker=marker, label=name)
+    one_ax.set_xscale("log", base=2)
+    one_ax.set_yscale("log")
+    sizes = sorted(set().union(*measured.values()))
+    if len(sizes) <= MOST_SIZES:
+        one_ax.set_xticks(sizes, [f"{size:,g}" if size < 1e6 else f"{size:.3g}" for size in sizes])
+        one_ax.xaxis.set_minor_locator(_panels.matplotlib("ticker").NullLocator())
+    values = [y for points in measured.values() for y in points.values()]
+    between = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
+    one_ax.yaxis.set_major_locator(_panels.matplotlib("ticker").LogLocator(subs=between))
+    one_ax.yaxis.set_major_formatter(_panels.matplotlib("ticker").EngFormatter(unit))
+    one_ax.yaxis.set_minor_locator(_panels.matplotlib("ticker").NullLocator())
+    one_ax.grid(color=GRID, linewidth=0.6, alpha=0.5)
+    one_ax.set(xlabel=x_label, ylabel=y_label or {"s": "time", "B": "memory"}[unit], title=title or "")
+    one_ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, never on one
+    return one_ax
+
+
+def mask(
+    mask: Any,
+    query_shape: int | Sequence[int],
+    key_shape: int | Sequence[int],
+    *,
+    block_sizes: tuple[int, int] | None = None,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+) -> Axes | np.ndarray:
+    """Draws which keys each query may attend to: filled where attention is allowed.
+
+    Args:
+      mask: anything with `as_array(query_shape, key_shape)`, such as `attnlib.masks.Causal()`.
+      query_shape: the sizes of the query axes; one integer for one axis.
+      key_shape: the sizes of the key axes; one integer for one axis.
+      block_sizes: (queries, keys) of tiles to draw as well, grey where `implementation="blockwise"` with these
+        `block_sizes` leaves them out.
+      ax: the Axes to draw into, or one for each panel; default: a new figure.
+
+    Returns:
+      The Axes. Several axes are laid out in row-major order. A mask with batch or head axes gives an array of Axes, one
+      for each entry of those axes.
+
+    Raises:
+      ValueError: the mask has no entries, block sizes that are not two positive ints, or Axes do not match in number.
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import attnlib
+      >>> axes = mask(attnlib.masks.Causal(), 5, 5)
+      >>> axes.get_ylabel()
+      'query'
+    """
+    query_sizes, key_sizes = (tuple(np.atleast_1d(shape).tolist()) for shape in (query_shape, key_shape))
+    allowed = np.asarray(mask.as_array(query_sizes, key_sizes), bool)
+    if 0 in allowed.shape or not query_sizes + key_sizes:
+        raise ValueError(f"mask: nothing to draw for query_shape {query_sizes} and key_shape {key_sizes}")
+    leading = allowed.shape[: allowed.ndim - len(query_sizes) - len(key_sizes)]
+    panels = allowed.reshape(-1, np.prod(query_sizes), np.prod(key_sizes))
+    count, queries, keys = panels.shape
+    axes = _panels.panels(ax, count, size=(_panels.inches(keys, count), _panels.inches(queries, count)))
+    block_sizes = check_block_sizes(block_sizes)
+    skipped = None if block_sizes is None else _skipped(mask, query_sizes, key_sizes, block_sizes)
+    for panel, one_ax, place in zip(panels, axes, np.ndindex(leading), strict=True):
+        one_ax.imshow(panel, cmap=_mask_colors(), vmin=0, vmax=1, interpolation="nearest")
+        if skipped is not None:
+            one_ax.imshow(np.where(skipped, 1.0, np.nan), cmap=_skipped_colors(), interpolation="nearest")
+        _panels.label_axis(one_ax.xaxis, None, "key" + _order(key_sizes))
+        _panels.label_axis(one_ax.yaxis, None, "query" + _order(query_sizes))
+        _draw_grid_lines(one_ax, panel.shape, block_sizes)
+        if count > 1:
+            one_ax.set_title(_place_name(place, leading), fontsize="medium")
+    return axes if count > 1 else axes[0]
+
+
+def _of_query(grid: np.ndarray, query: Any, query_grid: tuple[int, ...], places: str) -> np.ndarray:
+    """The weights of one query, of those of all queries where these were given."""
+    if query is None:
+        return grid
+    if len(query) != len(query_grid) or not all(0 <= n < size for n, size in zip(query, query_grid, strict=True)):
+        raise ValueError(f"query: expected {places} inside {query_grid}, got {query}")
+    axes = len(query_grid)
+    if grid.ndim < 2 * axes:
+        return grid
+    return grid[(..., *query, *(slice(None),) * axes)]
+
+
+def _draw_over(
+    ax: Axes, picture: np.ndarray, grid: np.ndarray, scale: dict[str, Any], shades: dict[str, Any]
+) -> AxesImage:
+    """Draws an image and weights stretched over it."""
+    height, width = picture.shape[:2]
+    ax.imshow(picture, cmap=_image_colors(), interpolation="nearest", **shades)
+    ax.set(xlabel="column", ylabel="row")
+    return ax.imshow(grid, cmap=_overlay_colors(), extent=(-0.5, width - 0.5, height - 0.5, -0.5), **scale)
+
+
+def _image_colors() -> Any:
+    """Returns greys without black, on which an overlay would not show."""
+    return _panels.matplotlib("colors").LinearSegmentedColormap.from_list("image", ["#303030", "white"])
+
+
+def _overlay_colors() -> Any:
+    """Returns a colour map from fully transparent to opaque orange."""
+    colors = _panels.matplotlib("colors")
+    ends = [(*colors.to_rgb(OVERLAY_COLOR), opacity) for opacity in (0.0, 0.95)]
+    return colors.LinearSegmentedColormap.from_list("overlay", ends)
+
+
+def _mask_colors() -> Any:
+    return _panels.matplotlib("colors").ListedColormap(["white", INK])
+
+
+def _skipped_colors() -> Any:
+    return _panels.matplotlib("colors").ListedColormap([SKIPPED])
+
+
+def _frame(query: tuple[int, int], cell: tuple[float, float]) -> Any:
+    """Returns the outline of one cell of the query grid, in pixels of the image."""
+    corner = (query[1] * cell[1] - 0.5, query[0] * cell[0] - 0.5)
+    patches = _panels.matplotlib("patches")
+    return patches.Rectangle(corner, cell[1], cell[0], fill=False, edgecolor=QUERY_COLOR, linewidth=2.5)
+
+
+def _place_name(place: tuple[int, ...], sizes: tuple[int, ...]) -> str:
+    """Returns "batch 1, head 0" for an entry of the axes before the query's, leaving out axes of size 1."""
+    names = ["batch"] * (len(sizes) - 1) + ["head"]
+    return ", ".join(f"{name} {index}" for name, index, size in zip(names, place, sizes, strict=True) if size > 1)
+
+
+def _order(sizes: tuple[int, ...]) -> str:
+    return "" if len(sizes) == 1 else f" ({' × '.join(map(str, sizes))}, row-major)"
+
+
+def _skipped(
+    mask: Any, query_sizes: tuple[int, ...], key_sizes: tuple[int, ...], block_sizes: tuple[int, int]
+) -> np.ndarray:
+    """For each pair of positions, whether it is in a tile that the mask empties."""
+    query, key = Ranges.of(query_sizes, block_sizes[0], "query"), Ranges.of(key_sizes, block_sizes[1], "key")
+    empty = np.broadcast_to(mask.tile(query, key) == EMPTY, (query.first.size, key.first.size))
+    every_query = empty.repeat(query.last.ravel() - query.first.ravel() + 1, 0)
+    return every_query.repeat(key.last.ravel() - key.first.ravel() + 1, 1)
+
+
+def _draw_grid_lines(ax: Axes, shape: tuple[int, ...], block_sizes: tuple[int, int] | None) -> None:
+    """Separates the tiles, or the cells of a small mask, so that they can be counted."""
+    if block_sizes is None and max(shape) > 32:
+        return
+    steps = (1, 1) if block_sizes is None else block_sizes
+    for axis, size, step in ((ax.yaxis, shape[0], steps[0]), (ax.xaxis, shape[1], steps[1])):
+        starts = np.arange(0, size, step)
+        axis.set_ticks(np.append(starts, size) - 0.5, minor=True)
+        if block_sizes is not None and len(starts) <= MOST_TILE_LABELS:
+            axis.set_ticks(starts)
+    ax.grid(which="minor", color="lightgrey" if block_sizes is None else "grey", linewidth=0.5)
+    ax.tick_params(which="minor", length=0)

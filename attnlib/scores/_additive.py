@@ -1,0 +1,93 @@
+"""Scores that add up tanh of sums of a query and a key."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib.scores._base import Score, _cast, _check_shape, _per_head
+from attnlib.scores._tanh_sum import additive_logits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Additive(Score):
+    """sum_d scale_d * tanh(query_d + key_d) (Bahdanau et al. 2015).
+
+    Args:
+      scale: `()`, `(D,)` or `(N, D)`; None: 1.
+    """
+
+    scale: Any = None
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        del precision  # no contraction that a matrix unit would round
+        features = jnp.tanh(query[..., :, None, :] + key[..., None, None, :, :])  # (*batch, K, G, T, S, D)
+        return jnp.sum(features if self.scale is None else features * _per_head(self.scale, 1, query), -1)
+
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
+        del precision
+        scale = _cast(1.0 if self.scale is None else self.scale, query)
+        heads, features = query.shape[-4:-2], query.shape[-1]
+        scale = scale.reshape(*heads, features) if scale.ndim == 2 else jnp.broadcast_to(scale, (*heads, features))
+        return query, key, TanhSum(scale)
+
+    def prepared_pair_size(self, features: int) -> int:
+        return 1
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        super().check(heads, query_features, key_features)
+        _check_shape(self.scale, "additive scale", ((), (query_features,), (heads, query_features)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TanhSum(Score):
+    """sum_d scale_d tanh(query_d + key_d), fast: what Additive and Concat leave to the tiles.
+
+    Args:
+      scale: `(K, G, D)`.
+    """
+
+    scale: jax.Array
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        del precision
+        return additive_logits(query, key, self.scale)
+
+    def pair_size(self, features: int) -> int:
+        return 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Concat(Score):
+    """weight * sum_d tanh(scale * (query_d + key_d)): Keras' `score_mode="concat"` (after Luong et al. 2015).
+
+    Args:
+      weight: a scalar; None: 1.
+      scale: a scalar; None: 1.
+    """
+
+    weight: Any = None
+    scale: Any = None
+
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
+        if self.scale is not None:
+            scale = _cast(self.scale, query)
+            query, key = query * scale, key * scale
+        return Additive(self.weight).prepare(query, key, precision)
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        if self.scale is not None:
+            scale = _cast(self.scale, query)
+            query, key = query * scale, key * scale
+        return Additive(self.weight).block(query, key, precision)
+
+    def prepared_pair_size(self, features: int) -> int:
+        return 1
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        super().check(heads, query_features, key_features)
+        _check_shape(self.weight, "Concat weight", ((),))
+        _check_shape(self.scale, "Concat scale", ((),))

@@ -1,0 +1,86 @@
+"""A score of a function of the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._core.closures import Hoisted, hoisted
+from attnlib._core.suggestions import called
+from attnlib.scores._base import Score
+
+
+class Custom(Score):
+    """Any function of one query vector and one key vector; the library batches it.
+
+    Args:
+      fn: `fn(query (D,), key (D_key,), *params) -> scalar`. Arrays that it captures are traced and differentiable, as
+        `params` are; otherwise pass the same function object again to avoid recompilation.
+      *params: arrays or pytrees of arrays, shared by all heads; differentiable.
+
+    >>> import jax.numpy as jnp
+    >>> from attnlib import scores
+    >>> euclidean = scores.Custom(lambda q, k, sharpness: -sharpness * jnp.sum((q - k) ** 2), jnp.float32(0.5))
+    """
+
+    may_capture = True
+
+    def __init__(self, fn: Callable[..., Any], *params: Any):
+        if not callable(fn):
+            raise TypeError(f"Custom fn must be a function of (query, key, *params); got {fn!r}.")
+        self.fn, self.params = fn, params
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        del precision  # the function's own business
+        pairwise = jnp.vectorize(lambda q, k: self.fn(q, k, *self.params), signature="(d),(e)->()")
+        return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
+
+    def hoisted(self, query_features: int, key_features: int, dtype: Any) -> Score:
+        query, key = (jax.ShapeDtypeStruct((size,), dtype) for size in (query_features, key_features))
+        leaves, tree = jax.tree.flatten(self.params)
+
+        def flat(q: jax.Array, k: jax.Array, *leaves: jax.Array) -> Any:
+            return self.fn(q, k, *jax.tree.unflatten(tree, leaves))
+
+        with called("Custom"):
+            program, result = hoisted(flat, query, key, *leaves)
+        _check_result(result, query_features, key_features)
+        return _Converted(program, leaves)
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        del heads
+        query, key = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (query_features, key_features))
+        # A question of shapes: the dtypes to come are not known here.
+        with jax.numpy_dtype_promotion("standard"), called("Custom"):
+            result = jax.eval_shape(lambda *args: self.fn(*args), query, key, *self.params)  # new: not remembered
+        _check_result(result, query_features, key_features)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Converted(Score):
+    """A Custom whose function was traced: what it captured is a part of the program, and traced too."""
+
+    function: Hoisted
+    params: Sequence[jax.Array]
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        del precision
+        pairwise = jnp.vectorize(lambda q, k: self.function(q, k, *self.params), signature="(d),(e)->()")
+        return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        """It was checked when it was made."""
+
+
+def _check_result(result: Any, query_features: int, key_features: int) -> None:
+    if getattr(result, "shape", None) != ():
+        raise ValueError(
+            f"Custom fn must return a scalar for one query ({query_features},) and one key ({key_features},); got "
+            f"{result}. It is written for one pair: the library batches it over positions and heads."
+        )
+    if jnp.issubdtype(result.dtype, jnp.complexfloating) or result.dtype == jnp.bool_:
+        raise TypeError(f"Custom fn must return a real number; got {result.dtype}.")

@@ -1,0 +1,82 @@
+"""Scores that are inner products."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlib._autodiff.matmul import over_features
+from attnlib.scores._base import Score, _cast, _check_shape, _per_head
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dot(Score):
+    """scale * <query, key> (Luong et al. 2015; scaled: Vaswani et al. 2017).
+
+    Args:
+      scale: a scalar, or `(N,)` for one a head; None: 1 / sqrt(D).
+    """
+
+    scale: Any = None
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
+        return jnp.einsum("...kgtd,...ksd->...kgts", query * scale, key, precision=precision)
+
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
+        scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
+        return query * scale, key, Product()
+
+    def pair_size(self, features: int) -> int:
+        return 1
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        super().check(heads, query_features, key_features)
+        _check_shape(self.scale, "Dot scale", ((), (heads,)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product(Score):
+    """<query, key>: what Dot and Bilinear leave to the tiles."""
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        return over_features(precision, query, key)
+
+    def pair_size(self, features: int) -> int:
+        return 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bilinear(Score):
+    """query^T kernel key, unscaled (Luong et al. 2015, "general").
+
+    Args:
+      kernel: `(D, D_key)`, or `(N, D, D_key)` for one a head; query and key features may differ.
+    """
+
+    kernel: Any
+
+    def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
+        kernel = _cast(self.kernel, query)
+        if kernel.ndim == 2:
+            query = jnp.einsum("...kgtd,de->...kgte", query, kernel, precision=precision)
+        else:
+            kernel = kernel.reshape(*query.shape[-4:-2], *kernel.shape[1:])
+            query = jnp.einsum("...kgtd,kgde->...kgte", query, kernel, precision=precision)
+        return query, key, Product()
+
+    def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
+        query, key, product = self.prepare(query, key, precision)
+        return product.block(query, key, precision)
+
+    def pair_size(self, features: int) -> int:
+        return 1
+
+    def check(self, heads: int, query_features: int, key_features: int) -> None:
+        shape = (query_features, key_features)
+        if self.kernel is None:
+            raise TypeError(f"Bilinear kernel must be an array {shape} or {(heads, *shape)}; got None.")
+        _check_shape(self.kernel, "Bilinear kernel", (shape, (heads, *shape)))
