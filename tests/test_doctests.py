@@ -11,7 +11,7 @@ from doctest_examples import MODULES, NEEDS
 
 ROOT = Path(__file__).parent.parent
 WITH_EXAMPLES = (
-    "_convert", "attention", "attention_fn", "cache", "inspect", "layers", "linen", "masks", "modifiers", "positions",
+    "convert", "_api", "_attention_fn", "cache", "inspect", "layers", "linen", "masks", "modifiers", "positions",
     "regularization",
     "scores",
 )  # fmt: skip
@@ -20,9 +20,15 @@ PUBLIC = [f"attnlib.{name}" for name in WITH_EXAMPLES]
 
 def test_public_functions_have_examples_that_are_found():
     """`test_examples_run_and_annotations_hold` would pass if doctest found nothing."""
-    for name in ("attnlib.attention", "attnlib.layers", "attnlib.linen", "attnlib.scores", "attnlib.regularization"):
+    for name in (
+        "attnlib._api",
+        "attnlib.layers._multi_head",
+        "attnlib.linen._multi_head",
+        "attnlib.scores._custom",
+        "attnlib.regularization",
+    ):
         finder = doctest.DocTestFinder(exclude_empty=True)
-        found = [test for test in finder.find(importlib.import_module(name)) if test.examples]
+        found = [test for test in finder.find(importlib.import_module(f"attnlib.{name}")) if test.examples]
         assert found, f"doctest finds no example in {name}"
 
 

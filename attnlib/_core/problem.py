@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlib._core.array_types import Array
 from attnlib._core.block_positions import Positions
 from attnlib._core.pytree import register
+from attnlib._core.tile_kinds import EMPTY, Ranges
 
 if TYPE_CHECKING:
     from attnlib.masks import Mask
@@ -105,6 +107,15 @@ class Problem:
         size = self.value.shape[-1] * self.value.dtype.itemsize
         size += (self.return_lse + self.return_weights * self.key_length) * jnp.dtype(self.dtype).itemsize
         return self.rows * size + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def pairs_computed(self, queries: int, keys: int) -> int:
+        """Pairs of a head in the tiles of so many queries and keys that the mask does not empty."""
+        if self.mask is None:
+            return self.query_length * self.key_length
+        query, key = Ranges.of(self.query_shape, queries, "query"), Ranges.of(self.key_shape, keys, "key")
+        kinds = np.broadcast_to(self.mask.tile(query, key), (query.first.size, key.first.size))
+        sizes = (query.last - query.first + 1) * (key.last - key.first + 1)
+        return int(((kinds != EMPTY) * sizes).sum())
 
 
 class Result(NamedTuple):

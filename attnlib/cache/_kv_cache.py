@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._api import attention
-from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
-from attnlib._core.operand_checks import check_arrays, check_axes, check_integers, is_concrete
+from attnlib._core.operand_checks import check_integers, is_concrete
 from attnlib._core.problem import compute_dtype
 from attnlib._core.pytree import register, serializable
 from attnlib._core.validation import check_bool, check_size
 from attnlib.cache import _storage as _held
 from attnlib.cache._storage import Held
+from attnlib.cache._tokens import canonical_tokens, common_token_count, new_positions
 from attnlib.masks import Mask, SlidingWindow
 from attnlib.masks._arrays import as_mask
 from attnlib.scores import Dot, Score
@@ -154,7 +154,7 @@ class KVCache:
         [3, 1]
         """
         key, value = self._tokens(key, "key", attention_axes), self._tokens(value, "value", attention_axes)
-        count = self._count(lengths, _same_count(key=key, value=value))
+        count = self._count(lengths, common_token_count(key=key, value=value))
         self._check_room(count, key.shape[-3])
         return self._put(_held.stored(key, value, self._arrays), count)
 
@@ -200,7 +200,7 @@ class KVCache:
         Array([[3, 3, 0, 0, 0, 0],
                [2, 2, 2, 0, 0, 0]], dtype=int32)
         """
-        query, axis = _canonical(query, "query", self.key.ndim, attention_axes)
+        query, axis = canonical_tokens(query, "query", self.key.ndim, attention_axes)
         new = query.shape[-3]
         if self.window is not None and not self._keeps(new):
             raise ValueError(
@@ -209,7 +209,7 @@ class KVCache:
                 "create the cache with a larger capacity."
             )
         count = self._count(lengths, new)
-        at = _positions(self.length - count, count, new), self._key_positions()
+        at = new_positions(self.length - count, count, new), self._key_positions()
         lost = None if self.window is not None else self.length > self.capacity
         return self._attention(query, self._arrays, at, axis, score, is_causal, mask, lost, options)
 
@@ -254,13 +254,13 @@ class KVCache:
         ((2, 7, 1, 4), (2, 3, 1, 4), 7)
         """
         key, value = self._tokens(key, "key", attention_axes), self._tokens(value, "value", attention_axes)
-        query, axis = _canonical(query, "query", self.key.ndim, attention_axes)
-        new = _same_count(query=query, key=key, value=value)
+        query, axis = canonical_tokens(query, "query", self.key.ndim, attention_axes)
+        new = common_token_count(query=query, key=key, value=value)
         count = self._count(lengths, new)
         self._check_room(count, new)
         stored = _held.stored(key, value, self._arrays)
         cache = self._put(stored, count)
-        places = _positions(self.length, count, new)
+        places = new_positions(self.length, count, new)
         if self._keeps(new):
             held, at = cache._arrays, (places, cache._key_positions())
         else:  # the newest tokens overwrite what the first of them see: the old ring, then the new tokens
@@ -317,7 +317,7 @@ class KVCache:
 
     def _tokens(self, array: Any, name: str, attention_axes: Any) -> jax.Array:
         """New keys or values, checked against those held."""
-        array, _ = _canonical(array, name, self.key.ndim, attention_axes)
+        array, _ = canonical_tokens(array, name, self.key.ndim, attention_axes)
         held = getattr(self, name)
         if array.shape[:-3] != held.shape[:-3] or array.shape[-2:] != held.shape[-2:]:
             batch = "".join(f"{size}, " for size in held.shape[:-3])
@@ -372,35 +372,3 @@ class KVCache:
             slots = jnp.broadcast_to(jnp.where(real, slots, capacity + place), (*self.batch_shape, new))
             held = jax.tree.map(partial(_held.write_slots, slots), self._arrays, stored)
         return dataclasses.replace(self, **held._asdict(), length=jnp.asarray(length + count, jnp.int32))
-
-
-def _positions(first: Any, count: int | jax.Array, new: int) -> jax.Array:
-    """Positions of so many new tokens from the first on, `(n,)` or `(*batch, n)`; below 0 where they are not real."""
-    place = jnp.arange(new, dtype=jnp.int32)
-    real = place < jnp.asarray(count, jnp.int32)[..., None]
-    return jnp.where(real, jnp.asarray(first, jnp.int32)[..., None] + place, -1)
-
-
-def _canonical(array: Any, name: str, rank: int, attention_axes: Any) -> tuple[jax.Array, int]:
-    """(the array with its axis of tokens third from the end, where that axis was)."""
-    check_arrays(**{name: array})
-    if array.ndim != rank:
-        raise ValueError(
-            f"{name} must have rank {rank} to fit the cache, batch axes, tokens, heads, features; got {array.shape}."
-        )
-    asked = check_axes(-3 if attention_axes is None else attention_axes)
-    attended = _axes.normalize(asked, rank, trailing=2).attention
-    if len(attended) != 1:
-        raise ValueError(
-            f"attention_axes must be one axis, that of the tokens; got {attention_axes!r}. Several cannot be cached: "
-            "append along one of them, the others being batch axes, or flatten them."
-        )
-    return jnp.moveaxis(array, attended[0], -3), attended[0]
-
-
-def _same_count(**arrays: jax.Array) -> int:
-    counts = {name: array.shape[-3] for name, array in arrays.items()}
-    if len(set(counts.values())) > 1:
-        found = ", ".join(map(str, counts.values()))
-        raise ValueError(f"{', '.join(counts)} must have equally many tokens; got {found}.")
-    return next(iter(counts.values()))

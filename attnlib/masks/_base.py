@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib import plot
 from attnlib._core.axes import Shapes
 from attnlib._core.block_positions import Positions
 from attnlib._core.pytree import Pytree

@@ -1,7 +1,8 @@
 """Where tiles begin to pay: python tests/benchmarks/crossover.py
 
 Times the dense implementation against the tiled one, forward and training, over sizes around the crossover, for dot,
-additive and custom scores, and prints what `implementation=None` chooses. It sets the numbers in `attnlib._engine.dispatch`.
+additive and custom scores, and prints what `implementation=None` chooses. It sets the numbers in
+`attnlib._engine.dispatch`.
 """
 
 import argparse

@@ -10,10 +10,8 @@ import math
 from typing import Literal
 
 import jax
-import numpy as np
 
 from attnlib._core.problem import Problem
-from attnlib._core.tile_kinds import EMPTY, Ranges
 from attnlib.scores import Bilinear, Dot
 from attnlib.scores._inner_product import Product
 
@@ -99,7 +97,7 @@ def _few_queries(problem: Problem) -> bool:
         return False
     if problem.block_sizes is not None:
         return problem.block_sizes[0] >= lengths[0] and problem.block_sizes[1] >= lengths[1]
-    return problem.mask is None or 2 * pairs_computed(problem, lengths[0], 128) > lengths[0] * lengths[1]
+    return problem.mask is None or 2 * problem.pairs_computed(lengths[0], 128) > lengths[0] * lengths[1]
 
 
 def rows_at_once(problem: Problem, kind: Kind) -> int:
@@ -138,23 +136,13 @@ def _narrowed(problem: Problem, queries: int, keys: int) -> tuple[int, int]:
     best, price = (queries, keys), 1.0
     if problem.mask is None or max(best) < 256:
         return best
-    least: float = pairs_computed(problem, queries, keys)
+    least: float = problem.pairs_computed(queries, keys)
     while max(queries, keys) >= 256:
         queries, keys = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
         price /= 0.85  # a halving has to pay
-        if (cost := price * pairs_computed(problem, queries, keys)) < least:
+        if (cost := price * problem.pairs_computed(queries, keys)) < least:
             best, least = (queries, keys), cost
     return best
-
-
-def pairs_computed(problem: Problem, queries: int, keys: int) -> int:
-    """Pairs of a head in the tiles that the mask does not empty."""
-    if problem.mask is None:
-        return problem.query_length * problem.key_length
-    query, key = Ranges.of(problem.query_shape, queries, "query"), Ranges.of(problem.key_shape, keys, "key")
-    kinds = np.broadcast_to(problem.mask.tile(query, key), (query.first.size, key.first.size))
-    sizes = (query.last - query.first + 1) * (key.last - key.first + 1)
-    return int(((kinds != EMPTY) * sizes).sum())
 
 
 def _evenly(length: int, side: int) -> int:

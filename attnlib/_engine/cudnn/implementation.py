@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._core.problem import Estimate, Implementation, Problem, Result
-from attnlib._engine.blockwise.plan import pairs_computed
 from attnlib._engine.cudnn.fallback_derivatives import output_of
 from attnlib._engine.cudnn.kernel import Static, call, kernel
 from attnlib.masks import Causal, Lengths, Prefix, SlidingWindow
@@ -62,7 +61,7 @@ def _estimate(problem: Problem) -> Estimate:
     # Of a pair two products, and for the softmax a maximum, a difference, an exponential, a sum and a rounding.
     of_a_pair = 2 * problem.query.shape[-1] + 2 * problem.value.shape[-1] + 5
     heads = math.prod(problem.batch) * problem.kv_heads * problem.groups
-    return Estimate(numbers * problem.value.dtype.itemsize, heads * pairs_computed(problem, *_TILE) * of_a_pair)
+    return Estimate(numbers * problem.value.dtype.itemsize, heads * problem.pairs_computed(*_TILE) * of_a_pair)
 
 
 # What is refused. Facts of the call come first, so that the reason is the same on every machine; jax.nn has the last
