@@ -81,6 +81,7 @@ class Mask(Pytree):
 
         It needs the `notebooks` extra; `attnlib.plot.mask` describes the arguments.
         """
+        from attnlib import plot
 
         return plot.mask(self, query_shape, key_shape, block_sizes=block_sizes, ax=ax)
 
