@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from attnlib._core.array_types import Array, Bias, BoolMask, Key, Query, Rng, Value
-from attnlib._core.suggestions import advised
+from attnlib._core.suggestions import suggests_arguments
 from attnlib._engine import call as _call
 from attnlib._engine import dispatch as _choose
 from attnlib._engine.dispatch import Explanation
@@ -25,7 +25,7 @@ ScoreMod = Callable[..., Any]
 __all__ = ["Explanation", "additive_attention", "attention", "dot_product_attention", "explain", "merge_attention"]
 
 
-@advised
+@suggests_arguments
 def dot_product_attention(
     query: Query,
     key: Key,
@@ -112,7 +112,7 @@ def dot_product_attention(
     )  # fmt: skip
 
 
-@advised
+@suggests_arguments
 def additive_attention(
     query: Query,
     key: Key,
@@ -171,7 +171,7 @@ def additive_attention(
     )  # fmt: skip
 
 
-@advised
+@suggests_arguments
 def attention(
     query: Query,
     key: Key,
@@ -267,5 +267,5 @@ def explain(
     score = Dot() if score is None else score
     arrays, static = _call.arguments(query, key, value, score, **options)
     asked = static.pop("implementation")
-    problem = jax.eval_shape(lambda arrays: _call.fold(arrays, **static)[0], arrays)
+    problem = jax.eval_shape(lambda arrays: _call.canonicalize(arrays, **static)[0], arrays)
     return _choose.explain(problem, asked)

@@ -19,14 +19,14 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
-from attnlib._core.block_positions import Positions, Run
+from attnlib._core.block_positions import BlockPositions, QuerySlice
 from attnlib._core.operand_checks import check_arrays, check_rank, is_array, is_concrete
-from attnlib._core.problem import Problem, compute_dtype
+from attnlib._core.problem import AttentionProblem, compute_dtype
 from attnlib._core.pytree import jit, register
 from attnlib._core.validation import check_bool, check_size
 from attnlib._engine import call as _call
-from attnlib.masks._views import Along
-from attnlib.modifiers._base import Modifier
+from attnlib.masks._views import QuerySliceMask
+from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Dot, Score
 
 __all__ = ["attention_entropy", "attention_received", "attention_rows", "top_keys"]
@@ -186,7 +186,7 @@ def attention_entropy(query: Query, key: Key, *, score: Score | None = None, **o
 
 def _arguments(
     caller: str, query: Any, key: Any, score: Score | None, options: dict[str, Any]
-) -> tuple[_call.Arrays, dict[str, Any]]:
+) -> tuple[_call.TracedArguments, dict[str, Any]]:
     """The arguments of attention to values that nobody looks at."""
     check_arrays(query=query, key=key)
     value = jnp.ones((*key.shape[:-1], 1), compute_dtype(query, key))
@@ -201,7 +201,7 @@ _jit = partial(jit, static_argnames=(*_call.STATIC, "mean", "k"))
 
 
 @_jit
-def _attention_received(arrays: _call.Arrays, *, mean: bool, **static: Any) -> jax.Array:
+def _attention_received(arrays: _call.TracedArguments, *, mean: bool, **static: Any) -> jax.Array:
     problem, axes = _fold(arrays, static)
     shape = list(arrays.key.shape)
     for axis, size in zip(axes.batch, problem.batch, strict=True):
@@ -223,15 +223,15 @@ def _attention_received(arrays: _call.Arrays, *, mean: bool, **static: Any) -> j
 
 
 @_jit
-def _attention_entropy(arrays: _call.Arrays, **static: Any) -> jax.Array:
+def _attention_entropy(arrays: _call.TracedArguments, **static: Any) -> jax.Array:
     _, axes = _fold(arrays, static)
     dtype = compute_dtype(arrays.query, arrays.key)
     sink = None if arrays.sink is None else jnp.asarray(arrays.sink, dtype)
 
     def hot(temperature: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(output, lse) with all logits, the sink's too, times a number."""
-        score_mod = Modifier(None, None, None) if arrays.score_mod is None else arrays.score_mod
-        score_mod = dataclasses.replace(score_mod, function=_Times(score_mod.function, temperature))
+        score_mod = TracedScoreMod(None, None, None) if arrays.score_mod is None else arrays.score_mod
+        score_mod = dataclasses.replace(score_mod, function=_ScaledScoreMod(score_mod.function, temperature))
         moved = arrays._replace(score_mod=score_mod, value=value, sink=None if sink is None else temperature * sink)
         return _call.attend(moved, **{**static, "return_lse": True})
 
@@ -248,7 +248,7 @@ def _attention_entropy(arrays: _call.Arrays, **static: Any) -> jax.Array:
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Times:
+class _ScaledScoreMod:
     """A function of one logit and its place (None: the logit itself), times a number."""
 
     function: Callable[..., jax.Array] | None
@@ -263,27 +263,27 @@ class _Times:
 # Rows
 
 
-def _weights(problem: Problem, implementation: Any, start: jax.Array, size: int) -> jax.Array:
+def _weights(problem: AttentionProblem, implementation: Any, start: jax.Array, size: int) -> jax.Array:
     """`(*batch, N, size, S)`: the weights of a run of the queries."""
-    run = Run(start, problem.query_shape)
-    place = run.of(Positions((size,), "query"))
+    run = QuerySlice(start, problem.query_shape)
+    place = run.of(BlockPositions((size,), "query"))
     mask, score_mod, bias = problem.mask, problem.score_mod, problem.bias
     few = dataclasses.replace(
         problem,
         query=place.cut(problem.query, -2),
         query_shape=(size,),
-        mask=None if mask is None else Along(mask, run),
+        mask=None if mask is None else QuerySliceMask(mask, run),
         score_mod=None if score_mod is None else dataclasses.replace(score_mod, run=run),
         bias=None if bias is None else place.cut(bias, -2),
         return_weights=True,
     )
-    weights = _call.solve(few, implementation).weights
+    weights = _call.run_problem(few, implementation).weights
     assert weights is not None
     return weights.reshape(*_lead(problem), size, problem.key_length)
 
 
 @_jit
-def _attention_rows(arrays: _call.Arrays, rows: Any, **static: Any) -> jax.Array:
+def _attention_rows(arrays: _call.TracedArguments, rows: Any, **static: Any) -> jax.Array:
     problem, _ = _fold(arrays, static)
     parts, sizes = (rows, problem.query_shape) if isinstance(rows, tuple) else ((rows,), (problem.query_length,))
     flat, inside = jnp.int32(0), jnp.bool_(True)
@@ -302,13 +302,13 @@ def _attention_rows(arrays: _call.Arrays, rows: Any, **static: Any) -> jax.Array
 
 
 @_jit
-def _top_keys(arrays: _call.Arrays, *, k: int, **static: Any) -> tuple[jax.Array, jax.Array]:
+def _top_keys(arrays: _call.TracedArguments, *, k: int, **static: Any) -> tuple[jax.Array, jax.Array]:
     problem, _ = _fold(arrays, static)
     total = problem.query_length
     if k > problem.key_length:
         raise ValueError(f"k must be at most the number of keys, {problem.key_length}; got {k}.")
     rows = math.prod(_lead(problem))
-    numbers = rows * problem.key_length * problem.score.prepared_pair_size(problem.query.shape[-1])
+    numbers = rows * problem.key_length * problem.score.prepared_features_per_pair(problem.query.shape[-1])
     size = min(max(_NUMBERS // max(numbers, 1), _FEWEST), total)
 
     @jax.checkpoint  # derivatives compute the weights again rather than keep them
@@ -336,16 +336,16 @@ def _top_keys(arrays: _call.Arrays, *, k: int, **static: Any) -> tuple[jax.Array
 # What they share
 
 
-def _fold(arrays: _call.Arrays, static: dict[str, Any]) -> tuple[Problem, _axes.Axes]:
-    return _call.fold(arrays, **{name: value for name, value in static.items() if name != "implementation"})
+def _fold(arrays: _call.TracedArguments, static: dict[str, Any]) -> tuple[AttentionProblem, _axes.Axes]:
+    return _call.canonicalize(arrays, **{name: value for name, value in static.items() if name != "implementation"})
 
 
-def _lead(problem: Problem) -> tuple[int, ...]:
+def _lead(problem: AttentionProblem) -> tuple[int, ...]:
     """(*batch, N)."""
     return (*problem.batch, problem.kv_heads * problem.groups)
 
 
-def _query_shape(arrays: _call.Arrays, static: dict[str, Any]) -> tuple[int, ...]:
+def _query_shape(arrays: _call.TracedArguments, static: dict[str, Any]) -> tuple[int, ...]:
     check_rank(arrays.query, "query")
     axes = _axes.normalize(static["attention_axes"], arrays.query.ndim, trailing=2)
     return axes.attention_shape(arrays.query.shape)

@@ -285,7 +285,7 @@ def unsupported(name: str, query: Any, key: Any, value: Any, *, score: Any = Non
     options = _call.options("explain", {**options, **by_name(name)})
     arrays, static = _call.arguments(query, key, value, scores.Dot() if score is None else score, **options)
     asked = static.pop("implementation")
-    problem = jax.eval_shape(lambda arrays: _call.fold(arrays, **static)[0], arrays)
+    problem = jax.eval_shape(lambda arrays: _call.canonicalize(arrays, **static)[0], arrays)
     made = asked if not isinstance(asked, str) else next(one for one in _choose.IMPLEMENTATIONS if one.name == asked)
     reason = made.unsupported(problem)
     return None if reason is None else reason.splitlines()[0]

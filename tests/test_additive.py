@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import attnlib
 from attnlib import scores
-from attnlib.scores._tanh_sum import QUERY, Sum, Term, additive_logits, pair_sum
+from attnlib.scores._tanh_sum import QUERY, PairSumSpec, PairSumTerm, additive_logits, pair_sum
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -125,7 +125,10 @@ def test_sums_of_every_order_and_axis(platform, keys, monkeypatch):
             first, second = (other for other in arrays if other != axes)
             summed = ({*"tsd"} - {*axes}).pop()
             weights = (arrays[first], arrays[second])
-            sums = [Sum(axes, (first, second), (Term(order, (0,)), Term(0, (1, 0)))) for order in range(len(rates))]
+            sums = [
+                PairSumSpec(axes, (first, second), (PairSumTerm(order, (0,)), PairSumTerm(0, (1, 0))))
+                for order in range(len(rates))
+            ]
             made = jax.jit(lambda *x, sums=sums: [pair_sum(what, *x) for what in sums])(query, key, weights)
             for order, (got, rate) in enumerate(zip(made, rates, strict=True)):
                 letters = f"btsd,b{first}->b{axes}", f"btsd,b{first},b{second}->b{axes}"
@@ -137,7 +140,7 @@ def test_weights_may_broadcast():
     """One scale for all queries, as additive_logits has it, against the same repeated; gradients have its shape."""
     rng = np.random.default_rng(0)
     query, key, scale = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 4, 3), (1, 6, 3), (1, 1, 3)))
-    what = Sum("ts", (QUERY,), (Term(0, (0,)),))
+    what = PairSumSpec("ts", (QUERY,), (PairSumTerm(0, (0,)),))
 
     def total(scale):
         return jnp.sum(jnp.sin(pair_sum(what, query, key, (scale,))))

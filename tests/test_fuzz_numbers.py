@@ -49,8 +49,8 @@ def by_definition(query, key, value, *, score, sizes, mask=None, attention_axes=
     output, weights, lse = oracle.attention(query, key, value, mask=mask, attention_axes=axes, **how, **options)
     if sink is not None:  # one more key of that logit, whose value is 0
         sink = np.reshape(np.float64(sink), (-1, *[1] * len(sizes.query)))
-        with_sink = np.logaddexp(lse, sink)
-        kept = np.exp(lse - with_sink)
+        add_sink = np.logaddexp(lse, sink)
+        kept = np.exp(lse - add_sink)
         weights = weights * kept.reshape(*kept.shape, *[1] * len(sizes.key))
         attended = (
             [axis % query.ndim for axis in axes] if axes else [0] if query.ndim == 3 else range(1, query.ndim - 2)
@@ -58,7 +58,7 @@ def by_definition(query, key, value, *, score, sizes, mask=None, attention_axes=
         batch = len(sizes.batch)
         places = [axis for axis in range(query.ndim - 2) if axis not in attended]
         kept = np.moveaxis(kept, [*range(batch), batch, *range(batch + 1, kept.ndim)], [*places, -1, *attended])
-        output, lse = output * kept[..., None], with_sink
+        output, lse = output * kept[..., None], add_sink
     return output, weights, lse
 
 

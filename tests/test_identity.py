@@ -81,9 +81,9 @@ class Plain(masks.Mask):
     def __init__(self, limit, name):
         self.limit, self.name = limit, name
 
-    def at(self, query, key):
+    def evaluate(self, query, key):
         assert self.name == "plain"
-        return key.index < self.limit
+        return key.position < self.limit
 
 
 def test_a_base_class_registers_its_subclasses():
@@ -156,9 +156,9 @@ def a_mask(n):
     class Numbered(masks.Mask):
         shift: object
 
-        def at(self, query, key):
-            pair = query.slot * 3 + key.slot + self.shift
-            return ((n >> pair) & 1).astype(bool) | (key.slot == query.slot)
+        def evaluate(self, query, key):
+            pair = query.array_index * 3 + key.array_index + self.shift
+            return ((n >> pair) & 1).astype(bool) | (key.array_index == query.array_index)
 
     return jax.tree_util.register_dataclass(Numbered) if n % 2 else Numbered
 

@@ -13,7 +13,7 @@ from conftest import assert_close, assert_same
 
 import attnlib
 from attnlib import masks
-from attnlib._core.axes import Shapes
+from attnlib._core.axes import AttentionShape
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -319,7 +319,7 @@ def test_a_mask_is_its_array(implementation, make, keys):
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
     array = mask.as_array(5, 7)
-    masks.Dense(array).check(Shapes((2,), 4, (5,), (7,)))
+    masks.Dense(array).check(AttentionShape((2,), 4, (5,), (7,)))
     results = [
         attnlib.dot_product_attention(query, key, value, mask=m, return_lse=True, **by_name(implementation))
         for m in (mask, array)

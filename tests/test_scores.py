@@ -64,7 +64,7 @@ def test_block_is_a_loop_over_pairs(name):
         np.testing.assert_allclose(score.block(*arguments), expected, atol=1e-13)
         *prepared, rest = score.prepare(*arguments)
         np.testing.assert_allclose(rest.block(*prepared), expected, atol=1e-13)
-        assert rest.pair_size(4) >= 1
+        assert rest.features_per_pair(4) >= 1
 
 
 def test_features_may_differ_where_the_score_allows_it():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlib import masks
-from attnlib._core.tile_kinds import EMPTY, FULL, PARTIAL, Ranges
+from attnlib._core.tile_kinds import EMPTY, FULL, PARTIAL, TileRanges
 from attnlib._engine.blockwise.tile import tile_kinds
 
 lengths = st.integers(1, 23)
@@ -64,8 +64,8 @@ def blocks(dense, tile):
 def test_tile_never_contradicts_at(problem):
     mask, query_shape, key_shape, tile = problem
     dense = np.asarray(mask.as_array(query_shape, key_shape)).reshape(np.prod(query_shape), np.prod(key_shape))
-    query, key = Ranges.of(query_shape, tile[0], "query"), Ranges.of(key_shape, tile[1], "key")
-    kinds = np.broadcast_to(mask.tile(query, key), (query.first.size, key.first.size))
+    query, key = TileRanges.of(query_shape, tile[0], "query"), TileRanges.of(key_shape, tile[1], "key")
+    kinds = np.broadcast_to(mask.classify_tiles(query, key), (query.first.size, key.first.size))
     for place, block in blocks(dense, tile):
         assert kinds[place] in (EMPTY, PARTIAL, FULL)
         if kinds[place] == EMPTY:

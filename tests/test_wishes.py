@@ -226,7 +226,7 @@ def test_an_attention_sink_and_its_gradient(attend, operands):
     """A learned sink is one more key of value zero, its logit a bias: exp(sink) joins each denominator."""
     query, key, value = operands
 
-    def with_sink(sink):
+    def add_sink(sink):
         one_more = [jnp.concatenate([x, jnp.zeros_like(x[:, :1])], 1) for x in (key, value)]
         return attend(query, *one_more, bias=jnp.zeros((1, N, 1, S + 1)).at[0, :, 0, S].set(sink))
 
@@ -239,8 +239,8 @@ def test_an_attention_sink_and_its_gradient(attend, operands):
     def named(sink):
         return attend(query, key, value, sink=sink)
 
-    slopes = [jax.grad(lambda s, f=f: jnp.sum(jnp.sin(f(s))))(sink) for f in (with_sink, named, by_formula)]
-    for actual, slope in zip((with_sink, named), slopes, strict=False):
+    slopes = [jax.grad(lambda s, f=f: jnp.sum(jnp.sin(f(s))))(sink) for f in (add_sink, named, by_formula)]
+    for actual, slope in zip((add_sink, named), slopes, strict=False):
         assert_close(actual(sink), by_formula(sink), length=S)
         assert_close(slope, slopes[-1], length=B * T)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from test_readme import rows as keras_rows
 
 import attnlib
-from attnlib._core.suggestions import LEAVE, WORDS, advised
+from attnlib._core.suggestions import LEAVE, WORDS, suggests_arguments
 
 dot, MHA = attnlib.dot_product_attention, attnlib.MultiHeadAttention
 
@@ -56,4 +56,4 @@ def test_signatures_stay_and_call_what_they_did():
     def takes_all(*args, **options):
         return args, options
 
-    assert advised(takes_all) is takes_all
+    assert suggests_arguments(takes_all) is takes_all

@@ -15,35 +15,46 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from attnlib._autodiff.linear_map import Bound, Leaves, called, linear_map, out_avals, shown_of
+from attnlib._autodiff.linear_map import (
+    HashablePartial,
+    Leaves,
+    call_traced_once,
+    exposed_jaxpr,
+    linear_map,
+    output_avals,
+)
 
 Function = Callable[..., Sequence[Any]]
 Rule = Callable[[tuple[int, ...], Leaves, Leaves], tuple[Sequence[Any], Sequence[Any]]]
 
 
-def ruled(function: Function, rule: Rule, args: Leaves) -> list[jax.Array]:
+def call_with_rule(function: Function, rule: Rule, args: Leaves) -> list[jax.Array]:
     """`function(*args)`, a list of arrays, with `rule(active, args, changes)` for its derivative.
 
-    `active` are the numbers of the arguments that change, `changes` their tangents; the rule gives the results and
+    `perturbed` are the numbers of the arguments that change, `tangents` their tangents; the rule gives the results and
     the tangents of them all. Both functions must be hashable, and equal when they mean the same.
     """
-    shown = shown_of(function, *args)
+    shown = exposed_jaxpr(function, *args)
     return list(_ruled.bind(*args, function=function, rule=rule, shown=shown))
 
 
-def tangent_of(
-    forward: Function, transpose: Function, residuals: Leaves, active: tuple[int, ...], changes: Leaves
+def linear_tangent(
+    forward: Function, transpose: Function, residuals: Leaves, perturbed: tuple[int, ...], tangents: Leaves
 ) -> list[jax.Array]:
     """The tangents that a rule gives, as a linear map: `forward(active, residuals, changes)`, with its transpose."""
-    return linear_map(Bound(forward, (active,)), Bound(transpose, (active,)), residuals, changes)
+    return linear_map(
+        HashablePartial(forward, (perturbed,)), HashablePartial(transpose, (perturbed,)), residuals, tangents
+    )
 
 
-def program_of(equation: Any) -> Any:
-    """The jaxpr that an equation of a jaxpr runs if it is one of `ruled`, else None."""
+def inner_jaxpr(equation: Any) -> Any:
+    """The jaxpr that an equation of a jaxpr runs if it is one of `call_with_rule`, else None."""
     if equation.primitive is not _ruled:
         return None
     function = equation.params["function"]
-    return jax.make_jaxpr(lambda *args: called(function, *args))(*(atom.aval for atom in equation.invars)).jaxpr
+    return jax.make_jaxpr(lambda *args: call_traced_once(function, *args))(
+        *(atom.aval for atom in equation.invars)
+    ).jaxpr
 
 
 _ruled = Primitive("attnlib_ruled")
@@ -52,7 +63,7 @@ _ruled.multiple_results = True
 
 def _evaluate(*args: Any, function: Function, rule: Rule, shown: Any) -> list[Any]:
     del rule, shown
-    return called(function, *args)
+    return call_traced_once(function, *args)
 
 
 _ruled.def_impl(_evaluate)
@@ -62,13 +73,13 @@ mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
 @_ruled.def_abstract_eval  # type: ignore[untyped-decorator]
 def _abstract_eval(*avals: Any, function: Function, rule: Rule, shown: Any) -> list[Any]:
     del rule, shown
-    return out_avals(function, *avals)
+    return output_avals(function, *avals)
 
 
 def _jvp(primals: Any, tangents: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
     del function, shown
-    active = tuple(n for n, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
-    return rule(active, primals, [tangents[n] for n in active])
+    perturbed = tuple(n for n, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
+    return rule(perturbed, primals, [tangents[n] for n in perturbed])
 
 
 ad.primitive_jvps[_ruled] = _jvp
@@ -92,18 +103,18 @@ class _BatchedRule:
     rule: Rule
     axes: tuple[int | None, ...]
 
-    def __call__(self, active: tuple[int, ...], args: Any, changes: Any) -> Any:
-        def one(args: Any, changes: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            results, tangents = self.rule(active, args, changes)
+    def __call__(self, perturbed: tuple[int, ...], args: Any, tangents: Any) -> Any:
+        def one(args: Any, tangents: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            results, tangents = self.rule(perturbed, args, tangents)
             return tuple(results), tuple(tangents)
 
-        return jax.vmap(one, in_axes=(self.axes, [self.axes[n] for n in active]))(tuple(args), list(changes))
+        return jax.vmap(one, in_axes=(self.axes, [self.axes[n] for n in perturbed]))(tuple(args), list(tangents))
 
 
 def _batch(args: Any, dims: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
     del shown
     axes = tuple(dims)
-    out = ruled(_Batched(function, axes), _BatchedRule(rule, axes), args)
+    out = call_with_rule(_Batched(function, axes), _BatchedRule(rule, axes), args)
     return out, [0] * len(out)
 
 

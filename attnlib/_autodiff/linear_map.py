@@ -22,7 +22,7 @@ LinearFn = Callable[[tuple[Any, ...], tuple[Any, ...]], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class HashablePartial:
     """A function with its first arguments; unlike a `partial`, equal to another one of the same parts."""
 
     function: Callable[..., Any]
@@ -37,12 +37,12 @@ def _jitted(function: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
     return tuple(function(*args))
 
 
-def called(function: Callable[..., Any], *args: Any) -> list[Any]:
+def call_traced_once(function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)`, traced once for all calls with such arguments."""
     return list(_jitted(function, *args))
 
 
-def out_avals(function: Callable[..., Any], *avals: Any) -> list[Any]:
+def output_avals(function: Callable[..., Any], *avals: Any) -> list[Any]:
     """The types of what `function` returns."""
     program = jax.make_jaxpr(_jitted, static_argnums=0)(function, *avals)
     if any(isinstance(const, jax.core.Tracer) for const in program.consts):
@@ -64,8 +64,8 @@ def linear_map(
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """A function for `linear_map` or `ruled` that uses custom partitioning.
+class ExposesJaxpr:
+    """A function for `linear_map` or `call_with_rule` that uses custom partitioning.
 
     JAX looks through the programs inside a program for operations that must know their devices before it lowers them;
     so it has to be shown the one that this function is.
@@ -87,14 +87,14 @@ _linear_map.multiple_results = True
 
 
 def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
-    shown = shown_of(_Split(forward, count), *args)
+    shown = exposed_jaxpr(_Split(forward, count), *args)
     return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, shown=shown)
 
 
-def shown_of(function: Any, *args: Any) -> Any:
+def exposed_jaxpr(function: Any, *args: Any) -> Any:
     """The program of a function that is to be shown, else None."""
     inner = function
-    while not isinstance(inner, Shown):
+    while not isinstance(inner, ExposesJaxpr):
         if not hasattr(inner, "function"):
             return None
         inner = inner.function
@@ -103,7 +103,7 @@ def shown_of(function: Any, *args: Any) -> Any:
 
 def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> list[Any]:
     del transpose, shown
-    return called(_Split(forward, count), *args)
+    return call_traced_once(_Split(forward, count), *args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ mlir.register_lowering(_linear_map, mlir.lower_fun(_evaluate, multiple_results=T
 @_linear_map.def_abstract_eval  # type: ignore[untyped-decorator]
 def _abstract_eval(*avals: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> list[Any]:
     del transpose, shown
-    return out_avals(_Split(forward, count), *avals)
+    return output_avals(_Split(forward, count), *avals)
 
 
 def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> Any:
@@ -135,16 +135,16 @@ def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn,
     parts = []
     if any(type(t) is not ad.Zero for t in tangents[count:]):
         parts.append(_bind(*residuals, *map(ad.instantiate_zeros, tangents[count:]), **params))
-    moving = [n for n in range(count) if type(tangents[n]) is not ad.Zero]
-    if moving:
+    perturbed = [n for n in range(count) if type(tangents[n]) is not ad.Zero]
+    if perturbed:
 
         def of_residuals(*moved: Any) -> list[Any]:
             whole = list(residuals)
-            for n, value in zip(moving, moved, strict=True):
+            for n, value in zip(perturbed, moved, strict=True):
                 whole[n] = value
             return list(forward(tuple(whole), operands))
 
-        _, part = jax.jvp(of_residuals, [residuals[n] for n in moving], [tangents[n] for n in moving])
+        _, part = jax.jvp(of_residuals, [residuals[n] for n in perturbed], [tangents[n] for n in perturbed])
         parts.append(part)
     if not parts:
         return out, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]

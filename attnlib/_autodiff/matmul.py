@@ -12,65 +12,72 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlib._autodiff.custom_rule import ruled, tangent_of
-from attnlib._autodiff.linear_map import Bound, unbroadcast
+from attnlib._autodiff.custom_rule import call_with_rule, linear_tangent
+from attnlib._autodiff.linear_map import HashablePartial, unbroadcast
 
 Product = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
-def over_features(precision: Any, query: jax.Array, key: jax.Array) -> jax.Array:
+def qk_product(precision: Any, query: jax.Array, key: jax.Array) -> jax.Array:
     """(..., K, G, T, D), (..., K, S, D) -> (..., K, G, T, S)."""
-    return _product(_over_features, precision, query, key)
+    return _product(_qk_product, precision, query, key)
 
 
-def over_keys(precision: Any, pairs: jax.Array, rows: jax.Array) -> jax.Array:
+def pv_product(precision: Any, pairs: jax.Array, rows: jax.Array) -> jax.Array:
     """(..., K, G, T, S), (..., K, S, D) -> (..., K, G, T, D)."""
-    return _product(_over_keys, precision, pairs, rows)
+    return _product(_pv_product, precision, pairs, rows)
 
 
-def over_queries(precision: Any, pairs: jax.Array, rows: jax.Array) -> jax.Array:
+def pt_o_product(precision: Any, pairs: jax.Array, rows: jax.Array) -> jax.Array:
     """(..., K, G, T, S), (..., K, G, T, D) -> (..., K, S, D)."""
-    return _product(_over_queries, precision, pairs, rows)
+    return _product(_pt_o_product, precision, pairs, rows)
 
 
-def _over_features(precision: Any, query: jax.Array, key: jax.Array) -> list[jax.Array]:
+def _qk_product(precision: Any, query: jax.Array, key: jax.Array) -> list[jax.Array]:
     return [jnp.einsum("...kgtd,...ksd->...kgts", query, key, precision=precision)]
 
 
-def _over_keys(precision: Any, pairs: jax.Array, rows: jax.Array) -> list[jax.Array]:
+def _pv_product(precision: Any, pairs: jax.Array, rows: jax.Array) -> list[jax.Array]:
     return [jnp.einsum("...kgts,...ksd->...kgtd", pairs, rows, precision=precision)]
 
 
-def _over_queries(precision: Any, pairs: jax.Array, rows: jax.Array) -> list[jax.Array]:
+def _pt_o_product(precision: Any, pairs: jax.Array, rows: jax.Array) -> list[jax.Array]:
     columns = jax.lax.optimization_barrier(jnp.moveaxis(rows, -1, -3))  # (..., K, D, G, T)
     return [jnp.swapaxes(jnp.einsum("...kdgt,...kgts->...kds", columns, pairs, precision=precision), -1, -2)]
 
 
 # The cotangent of each argument, from that of the result and the other argument.
 _TRANSPOSES: dict[Any, tuple[Product, Product]] = {
-    _over_features: (over_keys, over_queries),
-    _over_keys: (over_features, lambda p, bar, pairs: over_queries(p, pairs, bar)),
-    _over_queries: (lambda p, bar, rows: over_features(p, rows, bar), lambda p, bar, pairs: over_keys(p, pairs, bar)),
+    _qk_product: (pv_product, pt_o_product),
+    _pv_product: (qk_product, lambda p, bar, pairs: pt_o_product(p, pairs, bar)),
+    _pt_o_product: (lambda p, bar, rows: qk_product(p, rows, bar), lambda p, bar, pairs: pv_product(p, pairs, bar)),
 }
 
 
 def _product(function: Any, precision: Any, *operands: jax.Array) -> jax.Array:
-    return ruled(Bound(function, (precision,)), Bound(_rule, (function, precision)), operands)[0]
+    return call_with_rule(
+        HashablePartial(function, (precision,)), HashablePartial(_rule, (function, precision)), operands
+    )[0]
 
 
-def _rule(function: Any, precision: Any, active: tuple[int, ...], operands: Any, changes: Any) -> Any:
-    forward, transpose = Bound(_forward, (function, precision)), Bound(_transpose, (function, precision))
-    return [_product(function, precision, *operands)], tangent_of(forward, transpose, operands, active, changes)
+def _rule(function: Any, precision: Any, perturbed: tuple[int, ...], operands: Any, tangents: Any) -> Any:
+    forward, transpose = (
+        HashablePartial(_forward, (function, precision)),
+        HashablePartial(_transpose, (function, precision)),
+    )
+    return [_product(function, precision, *operands)], linear_tangent(forward, transpose, operands, perturbed, tangents)
 
 
-def _forward(function: Any, precision: Any, active: tuple[int, ...], residuals: Any, changes: Any) -> list[jax.Array]:
+def _forward(
+    function: Any, precision: Any, perturbed: tuple[int, ...], residuals: Any, tangents: Any
+) -> list[jax.Array]:
     """Both arguments enter linearly."""
     parts = []
-    for n, change in zip(active, changes, strict=True):
+    for n, change in zip(perturbed, tangents, strict=True):
         parts.append(_product(function, precision, *((change, residuals[1]) if n == 0 else (residuals[0], change))))
     return [sum(parts[1:], start=parts[0])]
 
 
-def _transpose(function: Any, precision: Any, active: tuple[int, ...], residuals: Any, bars: Any) -> list[jax.Array]:
-    parts = {n: _TRANSPOSES[function][n](precision, bars[0], residuals[1 - n]) for n in active}
+def _transpose(function: Any, precision: Any, perturbed: tuple[int, ...], residuals: Any, bars: Any) -> list[jax.Array]:
+    parts = {n: _TRANSPOSES[function][n](precision, bars[0], residuals[1 - n]) for n in perturbed}
     return [unbroadcast(part, residuals[n].shape) for n, part in parts.items()]

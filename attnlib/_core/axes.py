@@ -183,7 +183,7 @@ def _pairs_hint(
     return ""
 
 
-class Shapes(NamedTuple):
+class AttentionShape(NamedTuple):
     """What a mask is checked against: sizes of the batch axes, of heads, and of the attention axes on each side."""
 
     batch: tuple[int, ...]

@@ -16,7 +16,7 @@ from attnlib._core.pytree import register
 
 
 @dataclass(frozen=True)
-class Positions:
+class BlockPositions:
     """A run of `size` consecutive flat positions from `start`, over attention axes of lengths `shape`.
 
     `side` is "query" or "key": query indices come as a column `(size, 1)`, key indices as a row `(1, size)`, so that
@@ -38,17 +38,17 @@ class Positions:
     def length(self) -> int:
         return self.total if self.size is None else self.size
 
-    def placed(self, explicit: Array | None) -> Positions:
+    def at_positions(self, explicit: Array | None) -> BlockPositions:
         """The same run, whose positions are these integers."""
         return dataclasses.replace(self, explicit=explicit)
 
     @cached_property
-    def index(self) -> jax.Array:
+    def position(self) -> jax.Array:
         """Flat positions, by default in row-major order; explicit ones of a batch are `(*batch, 1, T, 1)`."""
-        return self.slot if self.explicit is None else self.take(self.explicit).astype(jnp.int32)
+        return self.array_index if self.explicit is None else self.gather(self.explicit).astype(jnp.int32)
 
     @cached_property
-    def slot(self) -> jax.Array:
+    def array_index(self) -> jax.Array:
         """Places in the flattened array, in row-major order."""
         block = (self.length, 1) if self.side == "query" else (1, self.length)
         index = jax.lax.broadcasted_iota(jnp.int32, block, 0 if self.side == "query" else 1)
@@ -58,14 +58,14 @@ class Positions:
     def coordinates(self) -> tuple[jax.Array, ...]:
         """The position along each attention axis."""
         if len(self.shape) == 1:
-            return (self.index,)
+            return (self.position,)
         strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         return tuple(
-            (self.index // np.int32(max(stride, 1))) % np.int32(max(size, 1))
+            (self.position // np.int32(max(stride, 1))) % np.int32(max(size, 1))
             for stride, size in zip(strides, self.shape, strict=True)
         )
 
-    def take(self, array: Array) -> jax.Array:
+    def gather(self, array: Array) -> jax.Array:
         """Entries of `array (*batch, *shape)` at these positions, laid out against a block `(*batch, 1, T, S)`.
 
         Positions beyond the end, in the last tile, give the last entry: whoever pads leaves them out.
@@ -73,7 +73,7 @@ class Positions:
         lead = array.shape[: array.ndim - len(self.shape)]
         run = jnp.asarray(array).reshape(*lead, self.total)
         if self.length != self.total:
-            run = jnp.take(run, self.slot.reshape(-1), axis=-1, mode="clip")
+            run = jnp.take(run, self.array_index.reshape(-1), axis=-1, mode="clip")
         run = run[..., None] if self.side == "query" else run[..., None, :]
         return run[..., None, :, :] if lead else run  # batch entries get a head axis of one
 
@@ -86,12 +86,12 @@ class Positions:
 
 @register
 @dataclass(frozen=True, eq=False)
-class Run:
+class QuerySlice:
     """Where queries that are looked at alone stand among all queries: a run of them from `start`."""
 
     start: jax.Array
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
-    def of(self, query: Positions) -> Positions:
+    def of(self, query: BlockPositions) -> BlockPositions:
         """Positions along the run as positions among all queries."""
-        return Positions(self.shape, "query", self.start + query.start, query.length)
+        return BlockPositions(self.shape, "query", self.start + query.start, query.length)

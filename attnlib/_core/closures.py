@@ -13,7 +13,7 @@ from attnlib._core.identity import program_key
 from attnlib._core.pytree import register
 
 
-class _Program:
+class _HashableJaxpr:
     """A jaxpr; equal to another one that computes the same, so that what is compiled for it serves both."""
 
     __slots__ = ("jaxpr", "key")
@@ -22,7 +22,7 @@ class _Program:
         self.jaxpr, self.key = jaxpr, program_key(jaxpr)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Program) and self.key == other.key
+        return isinstance(other, _HashableJaxpr) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -33,18 +33,18 @@ class _Program:
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Hoisted:
+class ClosureConverted:
     """A function of arrays as its program and the arrays that it captured."""
 
     captured: list[Any]
-    program: _Program = dataclasses.field(metadata={"static": True})
+    program: _HashableJaxpr = dataclasses.field(metadata={"static": True})
 
     def __call__(self, *args: Any) -> Any:
         """The function's only result."""
         return jaxpr_as_fun(ClosedJaxpr(self.program.jaxpr, self.captured))(*args)[0]
 
 
-def hoisted(function: Callable[..., Any], *avals: Any) -> tuple[Hoisted, Any]:
+def closure_convert(function: Callable[..., Any], *avals: Any) -> tuple[ClosureConverted, Any]:
     """(the function of such arguments, what it returns as a tree of shapes and dtypes)."""
     closed, result = jax.make_jaxpr(function, return_shape=True)(*avals)
-    return Hoisted(list(closed.consts), _Program(closed.jaxpr)), result
+    return ClosureConverted(list(closed.consts), _HashableJaxpr(closed.jaxpr)), result

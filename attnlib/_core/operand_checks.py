@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core import axes as _axes
-from attnlib._core.axes import Axes, Shapes
+from attnlib._core.axes import AttentionShape, Axes
 from attnlib._core.problem import Asked, Implementation
-from attnlib._core.suggestions import untraced
+from attnlib._core.suggestions import require_static
 from attnlib._core.validation import check_number, check_positions, check_positive_number, is_safe_float32
 
 _PRECISIONS = str, jax.lax.Precision, jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset
@@ -55,7 +55,7 @@ def check_axes(attention_axes: Any) -> int | tuple[int, ...] | None:
     """`attention_axes` as a hashable value; out of range is `_axes.normalize`'s to say."""
     if attention_axes is None:
         return None
-    untraced(attention_axes, "attention_axes", "an int or a tuple of ints")
+    require_static(attention_axes, "attention_axes", "an int or a tuple of ints")
     try:
         if isinstance(attention_axes, (Sequence, np.ndarray)) and np.shape(attention_axes) != ():
             return tuple(map(_axis, attention_axes))
@@ -110,7 +110,7 @@ def check_integers(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be an array of integers or None; got {what}.")
 
 
-def check_explicit_positions(query: Any, key: Any, shapes: Shapes) -> None:
+def check_explicit_positions(query: Any, key: Any, shapes: AttentionShape) -> None:
     if len(shapes.query) > 1:
         raise ValueError(
             f"query_positions and key_positions need one attention axis; there are {len(shapes.query)}, and the "
@@ -166,7 +166,7 @@ def check_implementation(value: Any, known: tuple[str, ...]) -> Asked:
 def check_block_sizes(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
-    untraced(value, "block_sizes", "two Python ints")
+    require_static(value, "block_sizes", "two Python ints")
     try:
         if not isinstance(value, (Sequence, np.ndarray)):  # to go through an array of keys is an error of its own
             raise TypeError("not a sequence")
@@ -253,6 +253,6 @@ def check_bias(value: Any) -> None:
         )
 
 
-def check_bias_shape(value: Any, shapes: Shapes) -> None:
+def check_bias_shape(value: Any, shapes: AttentionShape) -> None:
     if value is not None:
         _axes.check_pairs(value.shape, "bias", *shapes)

@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.block_positions import Positions
+from attnlib._core.block_positions import BlockPositions
 from attnlib._core.pytree import register
-from attnlib._core.tile_kinds import EMPTY, Ranges
+from attnlib._core.tile_kinds import EMPTY, TileRanges
 
 if TYPE_CHECKING:
     from attnlib.masks import Mask
-    from attnlib.modifiers._base import Modifier
+    from attnlib.modifiers._base import TracedScoreMod
     from attnlib.scores import Score
 
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
+class AttentionProblem:
     """Attention with axes folded, arguments checked, defaults resolved. Query head n = k * G + g reads key head k.
 
     Attributes:
@@ -45,7 +45,7 @@ class Problem:
     key: jax.Array
     value: jax.Array
     score: Score
-    score_mod: Modifier | None
+    score_mod: TracedScoreMod | None
     mask: Mask | None
     bias: jax.Array | None
     dropout_seeds: jax.Array | None
@@ -92,9 +92,9 @@ class Problem:
         return (*self.batch, self.kv_heads, self.groups)
 
     @property
-    def positions(self) -> tuple[Positions, Positions]:
+    def positions(self) -> tuple[BlockPositions, BlockPositions]:
         """All query positions and all key positions."""
-        return Positions(self.query_shape, "query"), Positions(self.key_shape, "key")
+        return BlockPositions(self.query_shape, "query"), BlockPositions(self.key_shape, "key")
 
     @property
     def dtype(self) -> Any:
@@ -102,7 +102,7 @@ class Problem:
         return compute_dtype(self.query, self.key, self.value)
 
     @property
-    def traffic(self) -> int:
+    def bytes_accessed(self) -> int:
         """Bytes of the arrays that go in and of the results that come out."""
         size = self.value.shape[-1] * self.value.dtype.itemsize
         size += (self.return_lse + self.return_weights * self.key_length) * jnp.dtype(self.dtype).itemsize
@@ -112,14 +112,14 @@ class Problem:
         """Pairs of a head in the tiles of so many queries and keys that the mask does not empty."""
         if self.mask is None:
             return self.query_length * self.key_length
-        query, key = Ranges.of(self.query_shape, queries, "query"), Ranges.of(self.key_shape, keys, "key")
-        kinds = np.broadcast_to(self.mask.tile(query, key), (query.first.size, key.first.size))
+        query, key = TileRanges.of(self.query_shape, queries, "query"), TileRanges.of(self.key_shape, keys, "key")
+        kinds = np.broadcast_to(self.mask.classify_tiles(query, key), (query.first.size, key.first.size))
         sizes = (query.last - query.first + 1) * (key.last - key.first + 1)
         return int(((kinds != EMPTY) * sizes).sum())
 
 
-class Result(NamedTuple):
-    """What an implementation gives, in the dtype of `Problem.dtype` and with full batch axes."""
+class AttentionResult(NamedTuple):
+    """What an implementation gives, in the dtype of `AttentionProblem.dtype` and with full batch axes."""
 
     output: jax.Array  # (*batch, K, G, T, E)
     lse: jax.Array | None  # (*batch, K, G, T); always if asked for
@@ -140,9 +140,9 @@ class Implementation:
     """A way to compute a Problem. `unsupported` says why it cannot compute one (None: it can); all who ask, ask it."""
 
     name: str
-    unsupported: Callable[[Problem], str | None]
-    run: Callable[[Problem], Result]
-    estimate: Callable[[Problem], Estimate]
+    unsupported: Callable[[AttentionProblem], str | None]
+    run: Callable[[AttentionProblem], AttentionResult]
+    estimate: Callable[[AttentionProblem], Estimate]
 
     def __repr__(self) -> str:
         return f"<{self.name}>"

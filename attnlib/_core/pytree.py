@@ -128,6 +128,8 @@ class _SignatureOfInit:
     def __get__(self, instance: Any, owner: type) -> inspect.Signature:
         if instance is not None:
             raise AttributeError("__signature__")
+        if owner.__init__ is object.__init__:
+            return inspect.Signature()
         own, *others = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]
         del own
         return inspect.Signature(others)

@@ -101,7 +101,7 @@ WORDS: dict[str, dict[str, str]] = {
 }
 
 
-def advice(word: str, known: Collection[str], elsewhere: Collection[str] = (), place: str = "") -> str:
+def suggestion_for(word: str, known: Collection[str], elsewhere: Collection[str] = (), place: str = "") -> str:
     """What to write instead of `word` where `known` are the arguments and those of `elsewhere` are taken at `place`."""
     meant = WORDS.get(word, {})
     for ours, text in meant.items():
@@ -119,7 +119,7 @@ def advice(word: str, known: Collection[str], elsewhere: Collection[str] = (), p
     return f"known are {', '.join(name for name in known if name != 'self')}."
 
 
-def advised(
+def suggests_arguments(
     function: Callable[P, R], elsewhere: Collection[str] = (), place: str = "", name: str | None = None
 ) -> Callable[P, R]:
     """The function, which says what to write instead of an argument that it does not take; its signature stays."""
@@ -141,7 +141,9 @@ def advised(
         if not options.keys() <= known:
             unknown = [word for word in options if word not in known]
             raise TypeError(
-                "\n".join(f"{name} takes no {word!r}: {advice(word, known, elsewhere, place)}" for word in unknown)
+                "\n".join(
+                    f"{name} takes no {word!r}: {suggestion_for(word, known, elsewhere, place)}" for word in unknown
+                )
             )
         return function(*args, **options)
 
@@ -160,7 +162,7 @@ CALLED = {
 
 
 @contextlib.contextmanager
-def called(name: str) -> Iterator[None]:
+def explains_callback(name: str) -> Iterator[None]:
     """Adds a note to an error in a function of the user: how it is called."""
     try:
         yield
@@ -169,7 +171,7 @@ def called(name: str) -> Iterator[None]:
         raise
 
 
-def untraced(value: Any, name: str, kind: str) -> None:
+def require_static(value: Any, name: str, kind: str) -> None:
     """Raises TypeError where a value that decides the program is traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in (value if isinstance(value, (tuple, list)) else (value,))):
         raise TypeError(

@@ -10,11 +10,11 @@ import numpy as np
 
 EMPTY, PARTIAL, FULL = 0, 1, 2  # so that `&` is min, `|` is max and `~` is 2 - kind
 
-Kinds: TypeAlias = np.ndarray  # of EMPTY, PARTIAL, FULL, broadcastable to (query tiles, key tiles)
+TileKinds: TypeAlias = np.ndarray  # of EMPTY, PARTIAL, FULL, broadcastable to (query tiles, key tiles)
 
 
 @dataclass(frozen=True)
-class Ranges:
+class TileRanges:
     """Runs of consecutive flat positions, first and last included, over attention axes of lengths `shape`.
 
     Queries' come as columns `(tiles, 1)`, keys' as rows `(1, tiles)`.
@@ -25,14 +25,14 @@ class Ranges:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], size: int, side: str) -> Ranges:
+    def of(cls, shape: tuple[int, ...], size: int, side: str) -> TileRanges:
         """All runs of `size` positions, the last one cut at the end."""
         total = math.prod(shape)
         first = np.arange(0, total, size)
         last = np.minimum(first + size, total) - 1
         return cls(first[:, None], last[:, None], shape) if side == "query" else cls(first[None], last[None], shape)
 
-    def along(self, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    def along_axis(self, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """The least and the greatest coordinate along an attention axis: exact where a run does not wrap around it."""
         stride = math.prod(self.shape[axis + 1 :] if axis != -1 else ())
         size = self.shape[axis]
@@ -41,15 +41,15 @@ class Ranges:
         return np.where(whole, 0, least), np.where(whole, size - 1, greatest)
 
 
-def kinds(empty: np.ndarray | bool, full: np.ndarray | bool) -> Kinds:
+def classify(empty: np.ndarray | bool, full: np.ndarray | bool) -> TileKinds:
     """EMPTY where `empty`, FULL where `full`, else PARTIAL."""
     return np.where(empty, EMPTY, np.where(full, FULL, PARTIAL))
 
 
-def before(positions: Ranges, length: Any) -> Kinds:
+def tiles_below(positions: TileRanges, length: Any) -> TileKinds:
     """Tiles of positions before a length: all where it is None, undecided where it is traced."""
     if length is None:
-        return kinds(empty=False, full=True)
+        return classify(empty=False, full=True)
     if not isinstance(length, int):
-        return kinds(empty=False, full=False)
-    return kinds(empty=positions.first >= length, full=positions.last < length)
+        return classify(empty=False, full=False)
+    return classify(empty=positions.first >= length, full=positions.last < length)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.axes import Shapes
-from attnlib._core.suggestions import untraced
+from attnlib._core.axes import AttentionShape
+from attnlib._core.suggestions import require_static
 
 
 def check_size(value: Any, name: str, least: int) -> int:
@@ -31,7 +31,7 @@ def check_positive(value: Any, name: str) -> int:
 
 
 def _int(value: Any, name: str, kind: str) -> int:
-    untraced(value, name, kind)
+    require_static(value, name, kind)
     try:
         if not isinstance(value, (bool, np.bool_)):
             return check_32_bits(operator.index(value), name)
@@ -50,13 +50,13 @@ def check_32_bits(value: int, name: str) -> int:
 def check_bool(value: Any, name: str) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    untraced(value, name, "a Python bool")
+    require_static(value, name, "a Python bool")
     remedy = f" Write bool({name})." if hasattr(value, "dtype") and np.ndim(value) == 0 else ""
     raise TypeError(f"{name} must be True or False; got {value!r}.{remedy}")
 
 
 def check_number(value: Any, name: str) -> float:
-    untraced(value, name, "a Python number")
+    require_static(value, name, "a Python number")
     try:
         if value is not None and np.ndim(value) == 0 and np.asarray(value).dtype.kind not in "bcmMSU":
             return float(value)
@@ -93,7 +93,7 @@ def check_static_int(value: Any, name: str, least: int | None = None) -> int | N
     """An int or None; anything else is refused, since it decides the program."""
     if value is None:
         return None
-    untraced(value, name, "a Python int or None")
+    require_static(value, name, "a Python int or None")
     try:
         result = operator.index(value)
     except TypeError as error:
@@ -144,7 +144,7 @@ def _as_array(value: Any, name: str) -> Any:
     raise TypeError(f"{name} must be an array; got {type(value).__name__}.")
 
 
-def check_per_batch(value: Any, name: str, shapes: Shapes) -> None:
+def check_per_batch(value: Any, name: str, shapes: AttentionShape) -> None:
     """Lengths and offsets are `()` or one for each batch index."""
     shape = np.shape(value) if value is not None else ()
     if shape and not _broadcasts(shape, shapes.batch):
@@ -166,7 +166,7 @@ def per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,) * axes
 
 
-def check_per_axis(value: int | tuple[int, ...], name: str, shapes: Shapes) -> None:
+def check_per_axis(value: int | tuple[int, ...], name: str, shapes: AttentionShape) -> None:
     """A tuple has one value for each attention axis."""
     axes = len(shapes.key)
     if isinstance(value, tuple) and len(value) != axes:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.axes import Shapes
+from attnlib._core.axes import AttentionShape
 from attnlib._core.operand_checks import (
     check_arrays,
     check_axes,
@@ -27,18 +27,18 @@ from attnlib._core.operand_checks import (
     check_sink_shape,
     check_soft_cap,
 )
-from attnlib._core.problem import Asked, Problem, Result, compute_dtype
+from attnlib._core.problem import Asked, AttentionProblem, AttentionResult, compute_dtype
 from attnlib._core.pytree import jit
-from attnlib._core.suggestions import advice
+from attnlib._core.suggestions import suggestion_for
 from attnlib._core.validation import check_bool
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
-from attnlib._engine.sink import with_sink
+from attnlib._engine.sink import add_sink
 from attnlib.masks import Causal
 from attnlib.masks._arrays import as_mask
 from attnlib.masks._base import Mask
-from attnlib.masks._views import Placed
-from attnlib.modifiers._base import Modifier
+from attnlib.masks._views import RepositionedMask
+from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Score
 from attnlib.scores._base import check_score
 
@@ -55,11 +55,11 @@ def options(caller: str, given: dict[str, Any], without: tuple[str, ...] = ()) -
     known = sorted({*DEFAULTS, "score"} - set(without))
     for word in given:
         if word not in known:
-            raise TypeError(f"{caller} takes no {word!r}: {advice(word, known)}")
+            raise TypeError(f"{caller} takes no {word!r}: {suggestion_for(word, known)}")
     return {**DEFAULTS, **given}
 
 
-class Arrays(NamedTuple):
+class TracedArguments(NamedTuple):
     """What of a call may be traced."""
 
     query: Array
@@ -68,7 +68,7 @@ class Arrays(NamedTuple):
     score: Score
     mask: Mask | None
     bias: Array | None
-    score_mod: Modifier | None
+    score_mod: TracedScoreMod | None
     sink: Any
     query_positions: Array | None
     key_positions: Array | None
@@ -78,7 +78,7 @@ class Arrays(NamedTuple):
 def arguments(
     query, key, value, score, mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap,
     score_mod, sink, query_positions, key_positions, return_weights, return_lse, implementation, block_sizes, precision,
-) -> tuple[Arrays, dict[str, Any]]:  # fmt: skip
+) -> tuple[TracedArguments, dict[str, Any]]:  # fmt: skip
     """Splits the arguments into traced arrays and hashable static options, refusing what cannot be either."""
     check_score(score)
     rate = check_dropout(dropout_rate, dropout_rng)
@@ -99,16 +99,16 @@ def arguments(
     if query_positions is not None or key_positions is not None:
         check_integers(query_positions, "query_positions")
         check_integers(key_positions, "key_positions")
-    if score.may_capture or score_mod is not None:
+    if score.may_close_over_arrays or score_mod is not None:
         check_rank(query, "query")
         check_rank(key, "key")
         axes = _axes.normalize(static["attention_axes"], query.ndim, trailing=2)
         dtype = compute_dtype(query, key, value)
-        score = score.hoisted(query.shape[-1], key.shape[-1], dtype)
+        score = score.closure_converted(query.shape[-1], key.shape[-1], dtype)
         if score_mod is not None:
             positions, heads = (query_positions, key_positions), query.shape[-2]
-            score_mod = Modifier.of(score_mod, len(axes.batch), len(axes.attention), heads, dtype, positions)
-    arrays = Arrays(
+            score_mod = TracedScoreMod.of(score_mod, len(axes.batch), len(axes.attention), heads, dtype, positions)
+    arrays = TracedArguments(
         query, key, value, score, mask, bias, score_mod, check_sink(sink), query_positions, key_positions,
         dropout_rng if rate else None,
     )  # fmt: skip
@@ -122,9 +122,9 @@ STATIC = (
 
 
 @partial(jit, static_argnames=STATIC)
-def attend(arrays: Arrays, *, return_lse, implementation, **static):
-    problem, axes = fold(arrays, return_lse=return_lse, **static)
-    output, lse, weights = solve(problem, implementation)
+def attend(arrays: TracedArguments, *, return_lse, implementation, **static):
+    problem, axes = canonicalize(arrays, return_lse=return_lse, **static)
+    output, lse, weights = run_problem(problem, implementation)
 
     lead = (*problem.batch, problem.kv_heads * problem.groups)
     output = output.reshape(*lead, *output.shape[-2:]).astype(arrays.value.dtype)
@@ -137,15 +137,15 @@ def attend(arrays: Arrays, *, return_lse, implementation, **static):
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def solve(problem: Problem, implementation: Asked) -> Result:
+def run_problem(problem: AttentionProblem, implementation: Asked) -> AttentionResult:
     """What the chosen implementation gives, with the sink."""
-    return with_sink(_choose.choose(problem, implementation).run(problem), problem)
+    return add_sink(_choose.choose(problem, implementation).run(problem), problem)
 
 
-def fold(
-    arrays: Arrays, *, is_causal, attention_axes, dropout_rate, logits_soft_cap, return_weights, return_lse,
+def canonicalize(
+    arrays: TracedArguments, *, is_causal, attention_axes, dropout_rate, logits_soft_cap, return_weights, return_lse,
     block_sizes, precision,
-) -> tuple[Problem, _axes.Axes]:  # fmt: skip
+) -> tuple[AttentionProblem, _axes.Axes]:  # fmt: skip
     """Checks the shapes and brings the arguments into the canonical form."""
     query, key, value, score, mask, bias = arrays[:6]
     check_rank(query, "query")
@@ -153,7 +153,7 @@ def fold(
     batch = check_operands(query, key, value, axes)
     heads, kv_heads = query.shape[-2], key.shape[-2]
     score.check(heads, query.shape[-1], key.shape[-1])
-    shapes = Shapes(batch, heads, axes.attention_shape(query.shape), axes.attention_shape(key.shape))
+    shapes = AttentionShape(batch, heads, axes.attention_shape(query.shape), axes.attention_shape(key.shape))
     if mask is not None:
         mask.check(shapes)
     check_bias_shape(bias, shapes)
@@ -163,11 +163,11 @@ def fold(
     positions = arrays.query_positions, arrays.key_positions
     if positions != (None, None):
         check_explicit_positions(*positions, shapes)
-        mask = Placed(mask, *positions)
+        mask = RepositionedMask(mask, *positions)
 
     folded_query = _axes.fold_operand(jnp.asarray(query), axes)  # (*batch, N, T, D)
     lead, tail = folded_query.shape[:-3], folded_query.shape[-2:]
-    problem = Problem(
+    problem = AttentionProblem(
         query=folded_query.reshape(*lead, kv_heads, heads // kv_heads, *tail),
         key=_axes.fold_operand(jnp.asarray(key), axes),
         value=_axes.fold_operand(jnp.asarray(value), axes),
@@ -175,7 +175,7 @@ def fold(
         score_mod=arrays.score_mod,
         mask=mask,
         bias=None if bias is None else _axes.split_heads(_axes.fold_pairs(bias, shapes.query, shapes.key), kv_heads),
-        dropout_seeds=_dropout.seeds_of(arrays.dropout_rng) if dropout_rate else None,
+        dropout_seeds=_dropout.hash_seeds(arrays.dropout_rng) if dropout_rate else None,
         batch=batch,
         query_shape=shapes.query,
         key_shape=shapes.key,

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-from attnlib._autodiff.custom_rule import program_of
+from attnlib._autodiff.custom_rule import inner_jaxpr
 
 _MOVES = frozenset(
     "broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice dynamic_update_slice concatenate pad "
@@ -73,8 +73,8 @@ def _of_equation(equation: Any, wanted: Container[Any]) -> int:
         return int(params["length"]) * _of_program(body, body.outvars)
     if name == "while":
         return sum(_of_program(inside, inside.outvars) for inside in _programs(params))
-    ruled = program_of(equation)
-    inside = list(_programs(params)) if ruled is None else [ruled]
+    call_with_rule = inner_jaxpr(equation)
+    inside = list(_programs(params)) if call_with_rule is None else [call_with_rule]
     costs = [
         _of_program(one, [own for own, outer in zip(one.outvars, equation.outvars, strict=True) if outer in wanted])
         for one in inside

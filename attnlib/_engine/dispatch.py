@@ -6,20 +6,20 @@ import dataclasses
 
 import jax
 
-from attnlib._core.problem import Asked, Implementation, Problem
+from attnlib._core.problem import Asked, AttentionProblem, Implementation
 from attnlib._engine.blockwise.implementation import blockwise
 from attnlib._engine.blockwise.plan import choose_kind
 from attnlib._engine.cost import operations
 from attnlib._engine.cudnn.implementation import cudnn
 from attnlib._engine.reference import reference
-from attnlib._engine.sink import with_sink
+from attnlib._engine.sink import add_sink
 
 # Implementations never import each other, so the derivatives that cuDNN lacks are handed to it here.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise(), reference, cudnn(blockwise(), elsewhere=False))
+IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise(), reference, cudnn(blockwise(), off_platform=False))
 NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 
 # Chosen for a GPU that is a default: the program may still be placed on another device, and then runs blockwise.
-_CUDNN_OR_BLOCKWISE = cudnn(blockwise(), elsewhere=True)
+_CUDNN_OR_BLOCKWISE = cudnn(blockwise(), off_platform=True)
 
 # Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
 # cores, time dense / tiled, forward and training. Dot, 8 heads x 64 features, in turn: 1.03, 0.79 at 1 M numbers
@@ -29,7 +29,7 @@ _CUDNN_OR_BLOCKWISE = cudnn(blockwise(), elsewhere=True)
 DENSE_NUMBERS_IN_TURN, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23, 2**24
 
 
-def choose(problem: Problem, asked: Asked) -> Implementation:
+def choose(problem: AttentionProblem, asked: Asked) -> Implementation:
     """The first implementation, of those asked for by name or of all in order of preference, that can compute it.
 
     Raises:
@@ -48,11 +48,13 @@ def choose(problem: Problem, asked: Asked) -> Implementation:
     )
 
 
-def preferred(problem: Problem) -> tuple[Implementation, ...]:
+def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
     """The implementations worth trying on this machine, the one likely fastest first; the last can do all."""
     features = problem.query.shape[-1]
-    pair_size = problem.score.pair_size(features)
-    if problem.score.prepared_pair_size(features) < pair_size:  # additive scores: tiled, the faster one at every size
+    features_per_pair = problem.score.features_per_pair(features)
+    if (
+        problem.score.prepared_features_per_pair(features) < features_per_pair
+    ):  # additive scores: tiled, the faster one at every size
         return blockwise(), reference
     # In half precision, keys and values have to be converted first, which the dense path does while it moves them:
     # dense / side by side 0.33 of a query against 4096 keys, with lengths 0.82, training 0.61, 0.80.
@@ -61,8 +63,8 @@ def preferred(problem: Problem) -> tuple[Implementation, ...]:
     if kind == "decode" and stored and not problem.return_weights:
         return blockwise(), reference
     limit = DENSE_NUMBERS_IN_TURN if kind == "loop_over_heads" else DENSE_NUMBERS
-    limit = limit if pair_size == 1 else DENSE_NUMBERS_WITH_FEATURES
-    dense = problem.return_weights or problem.rows * problem.key_length * pair_size <= limit
+    limit = limit if features_per_pair == 1 else DENSE_NUMBERS_WITH_FEATURES
+    dense = problem.return_weights or problem.rows * problem.key_length * features_per_pair <= limit
     anywhere = (reference, blockwise()) if dense else (blockwise(), reference)
     return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere
 
@@ -118,7 +120,7 @@ def _short(number: int) -> str:
     return f"{rounded / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
-def explain(problem: Problem, asked: Asked) -> Explanation:
+def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
     chosen = choose(problem, asked)
     others = [implementation for implementation in IMPLEMENTATIONS if implementation.name != chosen.name]
     tried = {implementation.name for implementation in preferred(problem)}
@@ -132,7 +134,7 @@ def explain(problem: Problem, asked: Asked) -> Explanation:
     estimate = chosen.estimate(problem)
     flops = estimate.flops
     if problem.sink is not None:
-        flops += operations(with_sink, jax.eval_shape(chosen.run, problem), problem)
+        flops += operations(add_sink, jax.eval_shape(chosen.run, problem), problem)
     heads = problem.kv_heads * problem.groups
     shared = f" on {problem.kv_heads} of keys" if problem.groups > 1 else ""
     axes = (
@@ -140,5 +142,12 @@ def explain(problem: Problem, asked: Asked) -> Explanation:
         f"{problem.query.shape[-1]} features"
     )
     return Explanation(
-        chosen.name, axes, estimate.block_sizes, estimate.tiles, estimate.memory, flops, problem.traffic, refusals
+        chosen.name,
+        axes,
+        estimate.block_sizes,
+        estimate.tiles,
+        estimate.memory,
+        flops,
+        problem.bytes_accessed,
+        refusals,
     )

@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def seeds_of(rng: jax.Array) -> jax.Array:
-    """Four 32-bit words from a JAX random key (typed or raw): what `keep_block` hashes with."""
+def hash_seeds(rng: jax.Array) -> jax.Array:
+    """Four 32-bit words from a JAX random key (typed or raw): what `keep_mask` hashes with."""
     return jax.random.bits(rng, (4,), jnp.uint32)
 
 
-def keep_block(
+def keep_mask(
     seeds: jax.Array, rate: float, lead: jax.Array, query_index: jax.Array, key_index: jax.Array
 ) -> jax.Array:
     """Which entries of a block are kept.
 
     Args:
-      seeds: `(4,)` words of `seeds_of`.
+      seeds: `(4,)` words of `hash_seeds`.
       rate: the fraction to drop, in [0, 1).
       lead: the index of (batch, head), broadcastable against the two position indices.
       query_index: positions of the block's queries, e.g. `(T, 1)`.
@@ -33,15 +33,15 @@ def keep_block(
       bool of the broadcast shape, True with probability `1 - rate` (to within 2**-32).
     """
     lead, query_index, key_index = (jnp.asarray(x).astype(jnp.uint32) for x in (lead, query_index, key_index))
-    row = _mix(_mix(lead ^ seeds[0]) + _mix(query_index ^ seeds[1]))
-    column = _mix(_mix(lead ^ seeds[2]) + _mix(key_index ^ seeds[3]))
+    row = _hash32(_hash32(lead ^ seeds[0]) + _hash32(query_index ^ seeds[1]))
+    column = _hash32(_hash32(lead ^ seeds[2]) + _hash32(key_index ^ seeds[3]))
     # Made once a row and once a column: fused into the block, XLA would make them again for every entry.
     row, column = jax.lax.optimization_barrier((row, column))
     threshold = np.uint32(min(round((1.0 - rate) * 2**32), 2**32 - 1))
-    return _mix(row ^ column) < threshold
+    return _hash32(row ^ column) < threshold
 
 
-def lead_index(batch: tuple[int, ...], kv_heads: int, groups: int) -> jax.Array:
+def batch_head_index(batch: tuple[int, ...], kv_heads: int, groups: int) -> jax.Array:
     """The index of (batch, head) at every place of `(*batch, K, G, 1, 1)`, in row-major order, heads last."""
     shape = (*batch, kv_heads, groups)
     index = jnp.zeros(shape, jnp.uint32)
@@ -52,7 +52,7 @@ def lead_index(batch: tuple[int, ...], kv_heads: int, groups: int) -> jax.Array:
     return index[..., None, None]
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _hash32(x: jax.Array) -> jax.Array:
     """A 32-bit finaliser with low bias: two multiplications and three xor-shifts, a bijection (C. Wellons, 2018)."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)

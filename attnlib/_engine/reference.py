@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
-from attnlib._core.problem import Estimate, Implementation, Problem, Result
+from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
 from attnlib._engine import dropout as _dropout
 from attnlib._engine.cost import operations
 
 
-def _unsupported(problem: Problem) -> str | None:
+def _unsupported(problem: AttentionProblem) -> str | None:
     if problem.block_sizes is not None:
         return "it computes all pairs at once and has no blocks; leave block_sizes=None"
     return None
 
 
-def _run(problem: Problem) -> Result:
+def _run(problem: AttentionProblem) -> AttentionResult:
     query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
     mask = _dense_mask(problem)
     poison: jax.Array | bool = False
@@ -55,7 +55,7 @@ def _run(problem: Problem) -> Result:
     if mask is not None:
         # Stops the NaN cotangent of a poisoned row from meeting the zero weights of what the row does not attend.
         output = jnp.where(jnp.isnan(lse)[..., None], jnp.nan, output)
-    return Result(output, lse, weights if problem.return_weights else None)
+    return AttentionResult(output, lse, weights if problem.return_weights else None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -83,24 +83,24 @@ def _softmax_jvp(masked: bool, primals: Any, tangents: Any) -> Any:
     return (weights, lse), (moved, mean)
 
 
-def _dense_mask(problem: Problem) -> jax.Array | None:
+def _dense_mask(problem: AttentionProblem) -> jax.Array | None:
     if problem.mask is None:
         return None
-    return _axes.split_heads(problem.mask.at(*problem.positions), problem.kv_heads)
+    return _axes.split_heads(problem.mask.evaluate(*problem.positions), problem.kv_heads)
 
 
 def _non_finite(array: jax.Array) -> jax.Array:
     return ~jnp.all(jnp.isfinite(array), -1)
 
 
-def _keep(problem: Problem) -> jax.Array:
+def _keep(problem: AttentionProblem) -> jax.Array:
     query, key = problem.positions
-    lead = _dropout.lead_index(problem.batch, problem.kv_heads, problem.groups)
+    lead = _dropout.batch_head_index(problem.batch, problem.kv_heads, problem.groups)
     assert problem.dropout_seeds is not None
-    return _dropout.keep_block(problem.dropout_seeds, problem.dropout_rate, lead, query.slot, key.slot)
+    return _dropout.keep_mask(problem.dropout_seeds, problem.dropout_rate, lead, query.array_index, key.array_index)
 
 
-def _estimate(problem: Problem) -> Estimate:
+def _estimate(problem: AttentionProblem) -> Estimate:
     """Logits and weights of all pairs."""
     memory = 2 * problem.rows * problem.key_length * jnp.dtype(problem.dtype).itemsize
     return Estimate(memory, operations(_run, problem))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attnlib._core.problem import Problem, Result
+from attnlib._core.problem import AttentionProblem, AttentionResult
 
 
-def with_sink(result: Result, problem: Problem) -> Result:
+def add_sink(result: AttentionResult, problem: AttentionProblem) -> AttentionResult:
     """What an implementation gives, where softmax has one more term, exp(sink): it takes a share of each row's weight.
 
     With l the lse without it, that of a row is sigmoid(l - sink), and the new lse is log(exp(l) + exp(sink)).
@@ -21,6 +21,10 @@ def with_sink(result: Result, problem: Problem) -> Result:
     sink = jnp.broadcast_to(sink.reshape(*problem.heads[-2:], 1) if sink.ndim else sink, lse.shape)
     empty = lse == -jnp.inf  # a row that attends nothing but the sink keeps its zeros
     over = jnp.where(empty, 0, lse) - sink
-    share = jnp.where(empty, 0, jax.nn.sigmoid(over))
+    attended_fraction = jnp.where(empty, 0, jax.nn.sigmoid(over))
     joined = jnp.where(empty, sink, sink + jax.nn.softplus(over))
-    return Result(output * share[..., None], joined, None if weights is None else weights * share[..., None])
+    return AttentionResult(
+        output * attended_fraction[..., None],
+        joined,
+        None if weights is None else weights * attended_fraction[..., None],
+    )

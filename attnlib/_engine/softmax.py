@@ -8,22 +8,22 @@ import jax
 import jax.numpy as jnp
 
 
-class Running(NamedTuple):
+class SoftmaxState(NamedTuple):
     """What is known of each row after some blocks; a row that has seen no finite logit has highest -inf, sum 0."""
 
-    highest: jax.Array  # (..., T)
-    total: jax.Array  # (..., T): sum of exp(logit - highest)
+    row_max: jax.Array  # (..., T)
+    row_sum: jax.Array  # (..., T): sum of exp(logit - highest)
     output: jax.Array  # (..., T, E): sum of exp(logit - highest) * value, before division
 
 
-def base(highest: jax.Array) -> jax.Array:
+def finite_max(row_max: jax.Array) -> jax.Array:
     """What to subtract in an exponent: the maximum, or 0 where it is -inf, so that exp(-inf - base) is 0, not NaN."""
-    return jnp.where(highest == -jnp.inf, 0, highest)
+    return jnp.where(row_max == -jnp.inf, 0, row_max)
 
 
-def finish(running: Running) -> tuple[jax.Array, jax.Array]:
+def normalize(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
     """(output, lse); 0 and -inf for a row that has seen nothing."""
-    empty = running.total == 0
-    total = jnp.where(empty, 1, running.total)
-    lse = jnp.where(empty, -jnp.inf, jnp.log(total) + base(running.highest))
-    return running.output / total[..., None], lse
+    empty = state.row_sum == 0
+    row_sum = jnp.where(empty, 1, state.row_sum)
+    lse = jnp.where(empty, -jnp.inf, jnp.log(row_sum) + finite_max(state.row_max))
+    return state.output / row_sum[..., None], lse

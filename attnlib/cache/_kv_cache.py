@@ -23,7 +23,7 @@ from attnlib._core.problem import compute_dtype
 from attnlib._core.pytree import register, serializable
 from attnlib._core.validation import check_bool, check_size
 from attnlib.cache import _storage as _held
-from attnlib.cache._storage import Held
+from attnlib.cache._storage import StoredKeyValue
 from attnlib.cache._tokens import canonical_tokens, common_token_count, new_positions
 from attnlib.masks import Mask, SlidingWindow
 from attnlib.masks._arrays import as_mask
@@ -116,7 +116,7 @@ class KVCache:
                 f"window={window}."
             )
         check_bool(ragged, "ragged")
-        held = _held.empty(lead, key_dim, value_dim, dtype)
+        held = _held.empty_storage(lead, key_dim, value_dim, dtype)
         window = None if window is None else operator.index(window)
         return cls(**held._asdict(), length=jnp.zeros(batch if ragged else (), jnp.int32), window=window)
 
@@ -154,9 +154,9 @@ class KVCache:
         [3, 1]
         """
         key, value = self._tokens(key, "key", attention_axes), self._tokens(value, "value", attention_axes)
-        count = self._count(lengths, common_token_count(key=key, value=value))
-        self._check_room(count, key.shape[-3])
-        return self._put(_held.stored(key, value, self._arrays), count)
+        count = self._valid_count(lengths, common_token_count(key=key, value=value))
+        self._check_capacity(count, key.shape[-3])
+        return self._write(_held.quantize_like(key, value, self._arrays), count)
 
     def attend(
         self,
@@ -202,16 +202,16 @@ class KVCache:
         """
         query, axis = canonical_tokens(query, "query", self.key.ndim, attention_axes)
         new = query.shape[-3]
-        if self.window is not None and not self._keeps(new):
+        if self.window is not None and not self._retains_visible(new):
             raise ValueError(
                 f"attend takes at most {self.capacity - self.window + 1} queries, capacity - window + 1, of a cache "
                 f"with a window; got {new}. The keys that the oldest of them sees are overwritten: use decode, or "
                 "create the cache with a larger capacity."
             )
-        count = self._count(lengths, new)
+        count = self._valid_count(lengths, new)
         at = new_positions(self.length - count, count, new), self._key_positions()
-        lost = None if self.window is not None else self.length > self.capacity
-        return self._attention(query, self._arrays, at, axis, score, is_causal, mask, lost, options)
+        overflowed = None if self.window is not None else self.length > self.capacity
+        return self._attention(query, self._arrays, at, axis, score, is_causal, mask, overflowed, options)
 
     def decode(
         self,
@@ -256,32 +256,41 @@ class KVCache:
         key, value = self._tokens(key, "key", attention_axes), self._tokens(value, "value", attention_axes)
         query, axis = canonical_tokens(query, "query", self.key.ndim, attention_axes)
         new = common_token_count(query=query, key=key, value=value)
-        count = self._count(lengths, new)
-        self._check_room(count, new)
-        stored = _held.stored(key, value, self._arrays)
-        cache = self._put(stored, count)
+        count = self._valid_count(lengths, new)
+        self._check_capacity(count, new)
+        stored = _held.quantize_like(key, value, self._arrays)
+        cache = self._write(stored, count)
         places = new_positions(self.length, count, new)
-        if self._keeps(new):
+        if self._retains_visible(new):
             held, at = cache._arrays, (places, cache._key_positions())
         else:  # the newest tokens overwrite what the first of them see: the old ring, then the new tokens
             held = jax.tree.map(lambda *parts: jnp.concatenate(parts, -3), self._arrays, stored)
             at = places, jnp.concatenate([self._key_positions(), places], -1)
-        lost = None if self.window is not None else cache.length > self.capacity
-        return self._attention(query, held, at, axis, score, is_causal, mask, lost, options), cache
+        overflowed = None if self.window is not None else cache.length > self.capacity
+        return self._attention(query, held, at, axis, score, is_causal, mask, overflowed, options), cache
 
     # What the methods share. Arrays are as in the cache: the axis of tokens is -3.
 
     @property
-    def _arrays(self) -> Held:
-        parts = Held(self.key, self.value, self.key_scale, self.value_scale)
+    def _arrays(self) -> StoredKeyValue:
+        parts = StoredKeyValue(self.key, self.value, self.key_scale, self.value_scale)
         return jax.tree.map(jnp.asarray, parts)  # NumPy's, as they come from a file
 
-    def _keeps(self, new: int) -> bool:
+    def _retains_visible(self, new: int) -> bool:
         """Whether, after so many new tokens, all that the first of them sees is still held."""
         return self.window is None or new <= self.capacity - self.window + 1
 
     def _attention(
-        self, query: Any, held: Held, at: Any, axis: int, score: Any, is_causal: Any, mask: Any, lost: Any, options: Any
+        self,
+        query: Any,
+        held: StoredKeyValue,
+        at: Any,
+        axis: int,
+        score: Any,
+        is_causal: Any,
+        mask: Any,
+        overflowed: Any,
+        options: Any,
     ) -> Any:
         """Attention to stored tokens at positions (of the queries, of the keys); NaN for sequences that are lost."""
         for name in ("query_positions", "key_positions"):
@@ -293,7 +302,7 @@ class KVCache:
         if self.window is not None:
             near = SlidingWindow(self.window - 1, None)
             mask = near if mask is None else mask & near
-        key, value = _held.loaded(held.key, held.key_scale), _held.loaded(held.value, held.value_scale)
+        key, value = _held.dequantize(held.key, held.key_scale), _held.dequantize(held.value, held.value_scale)
         if value.dtype != query.dtype:  # the output, which has the value's dtype, is not to be rounded twice
             value = value.astype(compute_dtype(query, value))
         results = attention(
@@ -301,9 +310,11 @@ class KVCache:
             attention_axes=-3, query_positions=at[0], key_positions=at[1], **options,
         )  # fmt: skip
         output, *others = results if isinstance(results, tuple) else (results,)
-        if lost is not None:  # batch axes come first in all results
-            lost = jnp.expand_dims(lost, tuple(range(lost.ndim, query.ndim)))
-            output, *others = (jnp.where(lost.reshape(lost.shape[: x.ndim]), jnp.nan, x) for x in (output, *others))
+        if overflowed is not None:  # batch axes come first in all results
+            overflowed = jnp.expand_dims(overflowed, tuple(range(overflowed.ndim, query.ndim)))
+            output, *others = (
+                jnp.where(overflowed.reshape(overflowed.shape[: x.ndim]), jnp.nan, x) for x in (output, *others)
+            )
         output = jnp.moveaxis(output.astype(query.dtype), -3, axis)
         return (output, *others) if others else output
 
@@ -327,7 +338,7 @@ class KVCache:
             )
         return array
 
-    def _count(self, lengths: Any, new: int) -> int | jax.Array:
+    def _valid_count(self, lengths: Any, new: int) -> int | jax.Array:
         """How many of the new tokens are real: all, or ints `(*batch)`."""
         if lengths is None:
             return new
@@ -340,7 +351,7 @@ class KVCache:
             raise ValueError(f"lengths must be in 0..{new}, of the {new} tokens given; got {lengths}.")
         return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, new)
 
-    def _check_room(self, count: int | jax.Array, new: int) -> None:
+    def _check_capacity(self, count: int | jax.Array, new: int) -> None:
         if self.window is not None:
             return
         total = new if isinstance(count, int) else 0  # known whatever the length
@@ -352,7 +363,7 @@ class KVCache:
                 "larger capacity, or with a window."
             )
 
-    def _put(self, stored: Held, count: int | jax.Array) -> KVCache:
+    def _write(self, stored: StoredKeyValue, count: int | jax.Array) -> KVCache:
         """The cache with the first `count` of these tokens appended."""
         length, capacity, new = self.length, self.capacity, stored.key.shape[-3]
         uniform = isinstance(count, int) and length.ndim == 0
@@ -360,7 +371,7 @@ class KVCache:
             held = self._arrays
         elif uniform and (self.window is None or new == 1):
             start = length if self.window is None else length % capacity
-            held = jax.tree.map(partial(_held.write_run, start), self._arrays, stored)
+            held = jax.tree.map(partial(_held.write_slice, start), self._arrays, stored)
         else:
             place = jnp.arange(new, dtype=jnp.int32)
             slots, count_ = length[..., None] + place, jnp.asarray(count, jnp.int32)[..., None]
@@ -370,5 +381,5 @@ class KVCache:
             # What is not to be written goes beyond the end, each to a slot of its own, and is dropped. The slots are
             # those of each sequence even where all are the same: XLA of jax 0.8 copies the cache otherwise.
             slots = jnp.broadcast_to(jnp.where(real, slots, capacity + place), (*self.batch_shape, new))
-            held = jax.tree.map(partial(_held.write_slots, slots), self._arrays, stored)
+            held = jax.tree.map(partial(_held.scatter_slots, slots), self._arrays, stored)
         return dataclasses.replace(self, **held._asdict(), length=jnp.asarray(length + count, jnp.int32))

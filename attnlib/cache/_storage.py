@@ -13,7 +13,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "int8")
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
 
-class Held(NamedTuple):
+class StoredKeyValue(NamedTuple):
     """Keys and values as stored, `(*batch, tokens, K, D | E)`, and their scales `(*batch, tokens, K, 1)`.
 
     Additive scores read the same keys as all others: their fast path needs of a key only 2 k, which costs nothing to
@@ -37,25 +37,25 @@ def dtype(value: Any) -> Any:
     return of
 
 
-def empty(lead: tuple[int, ...], key_dim: int, value_dim: int, dtype: Any) -> Held:
+def empty_storage(lead: tuple[int, ...], key_dim: int, value_dim: int, dtype: Any) -> StoredKeyValue:
     scales = [jnp.zeros((*lead, 1), jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
-    return Held(jnp.zeros((*lead, key_dim), dtype), jnp.zeros((*lead, value_dim), dtype), *scales)
+    return StoredKeyValue(jnp.zeros((*lead, key_dim), dtype), jnp.zeros((*lead, value_dim), dtype), *scales)
 
 
-def stored(key: jax.Array, value: jax.Array, like: Held) -> Held:
+def quantize_like(key: jax.Array, value: jax.Array, like: StoredKeyValue) -> StoredKeyValue:
     """New tokens in the form of those held."""
     if like.key_scale is None:
-        return Held(key.astype(like.key.dtype), value.astype(like.value.dtype), None, None)
-    (key, key_scale), (value, value_scale) = _rounded(key), _rounded(value)
-    return Held(key, value, key_scale, value_scale)
+        return StoredKeyValue(key.astype(like.key.dtype), value.astype(like.value.dtype), None, None)
+    (key, key_scale), (value, value_scale) = _quantize_int8(key), _quantize_int8(value)
+    return StoredKeyValue(key, value, key_scale, value_scale)
 
 
-def loaded(array: jax.Array, scale: jax.Array | None) -> jax.Array:
+def dequantize(array: jax.Array, scale: jax.Array | None) -> jax.Array:
     return array if scale is None else array.astype(jnp.float32) * scale
 
 
 @jax.custom_jvp
-def _rounded(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _quantize_int8(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(int8, float32 scale of each token and head); a token that is not finite has a scale that is not, and is NaN."""
     array = array.astype(jnp.float32)
     scale = jnp.max(jnp.abs(array), -1, keepdims=True, initial=0.0) / 127
@@ -63,20 +63,20 @@ def _rounded(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(jnp.isfinite(whole), whole, 0).astype(jnp.int8), scale
 
 
-@_rounded.defjvp
-def _rounded_jvp(primals: Any, tangents: Any) -> Any:
+@_quantize_int8.defjvp
+def _quantize_int8_jvp(primals: Any, tangents: Any) -> Any:
     raise TypeError(
         "keys and values have no derivative through an int8 cache: create it with dtype=jnp.bfloat16, or append "
         "jax.lax.stop_gradient(key) and jax.lax.stop_gradient(value)."
     )
 
 
-def write_run(start: jax.Array, held: jax.Array, new: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(held, new, start, -3)
+def write_slice(start: jax.Array, storage: jax.Array, new: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(storage, new, start, -3)
 
 
-def write_slots(slots: jax.Array, held: jax.Array, new: jax.Array) -> jax.Array:
+def scatter_slots(slots: jax.Array, storage: jax.Array, new: jax.Array) -> jax.Array:
     """Writes to the slots `(*batch, n)`; those beyond the end are dropped."""
     if slots.ndim == 1:
-        return held.at[slots].set(new, mode="drop", unique_indices=True)
-    return jax.vmap(write_slots)(slots, held, new)
+        return storage.at[slots].set(new, mode="drop", unique_indices=True)
+    return jax.vmap(scatter_slots)(slots, storage, new)

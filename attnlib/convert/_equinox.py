@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlib.convert._layouts import flat, for_jax, kernel_of, matrix_of, nested, out_kernel_of, out_matrix_of
-from attnlib.convert._shape_check import check, with_used
+from attnlib.convert._layouts import flat, kernel_of, matrix_of, nested, out_kernel_of, out_matrix_of, to_jax
+from attnlib.convert._shape_check import check, expected_entries
 
 NAMES = {"query": "query_proj", "key": "key_proj", "value": "value_proj", "out": "output_proj"}
 WEIGHTS = {
@@ -48,7 +48,7 @@ def from_equinox(module: Any) -> dict[str, dict[str, jax.Array]]:
     arrays = {f"{name}.{kind}": getattr(linear, kind) for name, linear in linears for kind in ("weight", "bias")}
     entries = {name: array for name, array in arrays.items() if array is not None}
     biases = [{name.replace("weight", "bias"): shape[:1]} for name, shape in WEIGHTS.items()]
-    used = with_used(entries, WEIGHTS, *biases)
+    used = expected_entries(entries, WEIGHTS, *biases)
     check(entries, used, "the arrays do not fit an equinox.nn.MultiheadAttention", N=heads)
     made = {}
     for name, theirs in NAMES.items():
@@ -56,7 +56,7 @@ def from_equinox(module: Any) -> dict[str, dict[str, jax.Array]]:
         made[f"{name}/kernel"] = (out_kernel_of if name == "out" else kernel_of)(weight, heads)
         if bias is not None:
             made[f"{name}/bias"] = bias if name == "out" else bias.reshape(heads, -1)
-    return for_jax(nested(made))
+    return to_jax(nested(made))
 
 
 def to_equinox(params: Mapping[str, Any], module: Any) -> Any:
@@ -85,7 +85,7 @@ def to_equinox(params: Mapping[str, Any], module: Any) -> Any:
     entries = flat(params)
     expected = {name: np.shape(array) for name, array in flat(from_equinox(module)).items()}
     check(entries, expected, "the parameters do not fit this equinox.nn.MultiheadAttention")
-    entries = for_jax(entries)
+    entries = to_jax(entries)
     for name, theirs in NAMES.items():
         kernel = entries[f"{name}/kernel"]
         linear = getattr(module, theirs)

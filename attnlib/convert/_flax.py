@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlib.convert._layouts import flat, for_jax, nested
-from attnlib.convert._shape_check import check, with_used
+from attnlib.convert._layouts import flat, nested, to_jax
+from attnlib.convert._shape_check import check, expected_entries
 
 NAMES = {"query_ln/scale": "query_norm/scale", "key_ln/scale": "key_norm/scale"}
 # Of NNX, linen having no grouped heads.
@@ -47,8 +47,10 @@ def from_flax(params: Any) -> dict[str, dict[str, jax.Array]]:
     theirs = {**NAMES, **{name: name for name in (*KERNELS, *BIASES)}}
     entries = flat(_pure(params))
     norms = dict.fromkeys(NAMES, ("D",))
-    check(entries, with_used(entries, KERNELS, BIASES, norms), "the entries do not fit a multi-head layer of Flax")
-    return for_jax(nested({theirs[name]: array for name, array in entries.items()}))
+    check(
+        entries, expected_entries(entries, KERNELS, BIASES, norms), "the entries do not fit a multi-head layer of Flax"
+    )
+    return to_jax(nested({theirs[name]: array for name, array in entries.items()}))
 
 
 def to_flax(params: Mapping[str, Any], into: Any = None) -> Any:
@@ -74,17 +76,21 @@ def to_flax(params: Mapping[str, Any], into: Any = None) -> Any:
     """
     entries = flat(params)
     norms = dict.fromkeys(NAMES.values(), ("D",))
-    check(entries, with_used(entries, KERNELS, BIASES, norms), "the parameters do not fit a multi-head layer of Flax")
+    check(
+        entries,
+        expected_entries(entries, KERNELS, BIASES, norms),
+        "the parameters do not fit a multi-head layer of Flax",
+    )
     theirs = {ours: name for name, ours in NAMES.items()}
     made = {theirs.get(name, name): array for name, array in entries.items()}
     if into is None:
-        return for_jax(nested(made))
+        return to_jax(nested(made))
     from flax import nnx
 
     expected = {name: np.shape(array) for name, array in flat(_pure(into)).items()}
     check(made, expected, f"the parameters do not fit this {type(into).__name__}")
     state = nnx.state(into, nnx.Param) if isinstance(into, nnx.Module) else into
-    nnx.replace_by_pure_dict(state, for_jax(nested(made)))
+    nnx.replace_by_pure_dict(state, to_jax(nested(made)))
     if isinstance(into, nnx.Module):
         nnx.update(into, state)
     return into

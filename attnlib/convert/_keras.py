@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib.convert._layouts import as_array, flat, for_jax, for_numpy, nested
+from attnlib.convert._layouts import as_array, flat, nested, to_jax, to_numpy
 from attnlib.convert._module_fields import projections
 from attnlib.convert._shape_check import Expected, check
 
@@ -65,13 +65,13 @@ def from_keras(
         kind, entries = _from_layer(layer)
     if kind == "multi-head":
         _check(entries, "the entries do not fit Keras' MultiHeadAttention or GroupQueryAttention")
-        return for_jax(nested(_renamed(entries, OUT, "out")))
+        return to_jax(nested(_renamed(entries, OUT, "out")))
     shapes: Expected = dict.fromkeys(SCALARS, ())
     if kind == "AdditiveAttention" or (kind == "single-head" and np.shape(entries.get("scale", 0))):
         shapes = {"scale": ("D",)}
     expected = {name: shape for name, shape in shapes.items() if name in entries}
     check(entries, expected, "the entries do not fit Keras' Attention or AdditiveAttention")
-    return for_jax(entries)
+    return to_jax(entries)
 
 
 def to_keras(params: Mapping[str, Any], layer: Any = None) -> list[np.ndarray]:
@@ -98,16 +98,16 @@ def to_keras(params: Mapping[str, Any], layer: Any = None) -> list[np.ndarray]:
     if layer is not None:
         expected = {name: np.shape(value) for name, value in _from_layer(layer)[1].items()}
         check(entries, expected, f"the parameters do not fit {layer.name}")
-        arrays = [for_numpy(entries[name]) for name in expected]
+        arrays = [to_numpy(entries[name]) for name in expected]
         layer.set_weights(arrays)
         return arrays
     if set(entries) <= set(SCALARS):
         vector = len(entries) == 1 and np.ndim(entries.get("scale", 0)) == 1
         expected = dict.fromkeys(entries, ("D",) if vector else ())
         check(entries, expected, "the parameters do not fit Keras' Attention or AdditiveAttention")
-        return [for_numpy(entries[name]) for name in SCALARS if name in entries]
+        return [to_numpy(entries[name]) for name in SCALARS if name in entries]
     _check(entries, "the parameters do not fit Keras' MultiHeadAttention or GroupQueryAttention")
-    return [for_numpy(entries[name]) for name in ORDER if name in entries]
+    return [to_numpy(entries[name]) for name in ORDER if name in entries]
 
 
 def _check(entries: Mapping[str, Any], context: str) -> None:

@@ -21,12 +21,12 @@ def as_array(value: Any) -> Any:
     return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
-def for_jax(tree: Any) -> Any:
+def to_jax(tree: Any) -> Any:
     """JAX's arrays; others are copied, since they may be the memory of a model in training."""
     return jax.tree.map(lambda x: x if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else jnp.array(x), tree)
 
 
-def for_numpy(array: Any) -> np.ndarray:
+def to_numpy(array: Any) -> np.ndarray:
     """A contiguous, writable copy."""
     return np.array(array, order="C")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnlib.convert._layouts import flat
-from attnlib.convert._shape_check import check, with_used
+from attnlib.convert._shape_check import check, expected_entries
 
 KERNELS = {
     "query/kernel": ("C", "N", "D"), "key/kernel": ("Ck", "K", "D"), "value/kernel": ("Cv", "K", "E"),
@@ -23,7 +23,7 @@ SINK = {"sink/logit": ("N",)}
 def projections(entries: Mapping[str, Any]) -> dict[str, Sequence[int | str]]:
     """The shapes of projections, with a gate where there is one, and with biases everywhere or nowhere."""
     biases = {**BIASES, **GATE_BIAS} if "gate/kernel" in entries else BIASES
-    return with_used(entries, KERNELS, GATE, biases)
+    return expected_entries(entries, KERNELS, GATE, biases)
 
 
 def module_fields(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def module_fields(params: Mapping[str, Any]) -> dict[str, Any]:
     entries = flat(params)
     additive = np.ndim(entries.get("score/scale", 0)) == 2
     score = {"score/scale": ("N", "D") if additive else ("N",)}
-    used = with_used(entries, projections(entries), NORMS, SINK, score)
+    used = expected_entries(entries, projections(entries), NORMS, SINK, score)
     sizes = check(entries, used, "the parameters do not fit an attnlib.MultiHeadAttention")
     words = {"num_heads": "N", "num_kv_heads": "K", "key_dim": "D", "value_dim": "E", "output_shape": "*O"}
     fields: dict[str, Any] = {name: sizes[letter] for name, letter in words.items()}

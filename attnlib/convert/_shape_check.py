@@ -18,7 +18,9 @@ Expected = Mapping[str, Sequence[int | str]]
 Sizes = dict[str, Any]
 
 
-def with_used(entries: Mapping[str, Any], always: Expected, *together: Expected) -> dict[str, Sequence[int | str]]:
+def expected_entries(
+    entries: Mapping[str, Any], always: Expected, *together: Expected
+) -> dict[str, Sequence[int | str]]:
     """What is expected: `always`, and each group of `together` of which there is a member."""
     expected = dict(always)
     for group in together:
@@ -40,10 +42,10 @@ def check(entries: Mapping[str, Any], expected: Expected, context: str, *, prefi
     solved: Sizes = dict(sizes)
     for name, shape in expected.items():
         if name in entries:
-            _learn(shape, np.shape(entries[name]), solved)
+            _infer_sizes(shape, np.shape(entries[name]), solved)
     lines = []
     for name, shape in expected.items():
-        want = _resolved(shape, solved)
+        want = _substitute(shape, solved)
         if name not in entries:
             lines.append(f"missing: {prefix}{name}, expected {_text(want)}")
         elif np.shape(entries[name]) != want:
@@ -71,7 +73,7 @@ def _remedies(expected: Expected, unexpected: Sequence[str], prefix: str) -> lis
     return [f"Pass prefix={prefix + name!r}, a layer of these names." for name in found[:1]]
 
 
-def _learn(shape: Sequence[int | str], got: tuple[int, ...], sizes: Sizes) -> None:
+def _infer_sizes(shape: Sequence[int | str], got: tuple[int, ...], sizes: Sizes) -> None:
     """Reads sizes of unknown letters off a shape, where it leaves one choice."""
     fixed = _before_star(shape)
     if len(got) < len(shape) or (len(got) > len(shape) and fixed == len(shape)):
@@ -96,7 +98,7 @@ def _factors(dim: int | str, sizes: Sizes) -> tuple[int, list[str]]:
     return math.prod(known), unknown
 
 
-def _resolved(shape: Sequence[int | str], sizes: Sizes) -> tuple[int | str, ...]:
+def _substitute(shape: Sequence[int | str], sizes: Sizes) -> tuple[int | str, ...]:
     """Ints, and text where a letter is not known."""
     dims: list[int | str] = []
     for dim in shape[: _before_star(shape)]:

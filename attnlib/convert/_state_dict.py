@@ -11,16 +11,16 @@ import numpy as np
 from attnlib._core.validation import check_positive
 from attnlib.convert._layouts import (
     flat,
-    for_jax,
-    for_numpy,
     kernel_of,
     matrix_of,
     nested,
     out_kernel_of,
     out_matrix_of,
+    to_jax,
+    to_numpy,
 )
-from attnlib.convert._shape_check import check, with_used
-from attnlib.convert._torch import QKV, State, dotted, selected
+from attnlib.convert._shape_check import check, expected_entries
+from attnlib.convert._torch import QKV, State, select_prefix, with_dot
 
 Names = str | Sequence[str]
 
@@ -71,8 +71,8 @@ def from_state_dict(
       >>> params["key"]["kernel"].shape
       (8, 1, 4)
     """
-    layout = _Layout(num_heads, num_heads if num_kv_heads is None else num_kv_heads, qkv, inputs_first, interleaved)
-    entries, prefix = selected(state_dict, prefix)
+    layout = _QkvLayout(num_heads, num_heads if num_kv_heads is None else num_kv_heads, qkv, inputs_first, interleaved)
+    entries, prefix = select_prefix(state_dict, prefix)
     expected: dict[str, tuple[str, ...]] = {}
     biases = []
     for name, outputs in layout.outputs.items():
@@ -81,7 +81,7 @@ def from_state_dict(
     expected[out + kernel] = layout.order("O", "N*E" if layout.separate else "N*D")
     biases.append({out + bias: ("O",)})
     context = f"the entries do not fit attention of {layout.heads} heads, {layout.kv_heads} of key and value"
-    used = with_used(entries, expected, *biases)
+    used = expected_entries(entries, expected, *biases)
     check(entries, used, context, prefix=prefix, N=layout.heads, K=layout.kv_heads)
     made: dict[str, Any] = {}
     for name in layout.outputs:
@@ -94,7 +94,7 @@ def from_state_dict(
     made["out/kernel"] = out_kernel_of(matrix.transpose() if inputs_first else matrix, layout.heads)
     if out + bias in entries:
         made["out/bias"] = entries[out + bias]
-    return for_jax(nested(made))
+    return to_jax(nested(made))
 
 
 def to_state_dict(
@@ -137,9 +137,9 @@ def to_state_dict(
     }  # fmt: skip
     biases = {"query/bias": ("N", "D"), "key/bias": ("K", "D"), "value/bias": ("K", value_dim)}
     groups = [biases] if fused else [{name: shape} for name, shape in biases.items()]
-    used = with_used(entries, kernels, *groups, {"out/bias": ("O",)})
+    used = expected_entries(entries, kernels, *groups, {"out/bias": ("O",)})
     sizes = check(entries, used, f"the parameters do not fit {'one fused layer' if fused else 'linear layers'} of qkv")
-    layout = _Layout(sizes["N"], sizes["K"], qkv, inputs_first, interleaved)
+    layout = _QkvLayout(sizes["N"], sizes["K"], qkv, inputs_first, interleaved)
     made = {}
     for name in layout.outputs:
         matrix = layout.join(name, {part: matrix_of(entries[f"{part}/kernel"]) for part in QKV})
@@ -151,10 +151,10 @@ def to_state_dict(
     made[out + kernel] = matrix.transpose() if inputs_first else matrix
     if "out/bias" in entries:
         made[out + bias] = entries["out/bias"]
-    return {dotted(prefix) + name: for_numpy(array) for name, array in made.items()}
+    return {with_dot(prefix) + name: to_numpy(array) for name, array in made.items()}
 
 
-class _Layout:
+class _QkvLayout:
     """How the outputs of the layers of query, key and value are shared out among heads."""
 
     def __init__(self, heads: int, kv_heads: int, qkv: Names, inputs_first: bool, interleaved: bool) -> None:

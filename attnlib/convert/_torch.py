@@ -13,15 +13,15 @@ from attnlib._core.validation import check_positive
 from attnlib.convert._layouts import (
     as_array,
     flat,
-    for_jax,
-    for_numpy,
     kernel_of,
     matrix_of,
     nested,
     out_kernel_of,
     out_matrix_of,
+    to_jax,
+    to_numpy,
 )
-from attnlib.convert._shape_check import check, with_used
+from attnlib.convert._shape_check import check, expected_entries
 
 State = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -60,14 +60,14 @@ def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str,
       (1, 5, 8)
     """
     num_heads = check_positive(num_heads, "num_heads")
-    entries, prefix = selected(state_dict, prefix)
+    entries, prefix = select_prefix(state_dict, prefix)
     expected: dict[str, tuple[str, ...]] = {"out_proj.weight": ("N*D", "N*D")}
     if any(f"{name}_proj_weight" in entries for name in "qkv"):
         features = {"q": "N*D", "k": "Ck", "v": "Cv"}
         expected |= {f"{name}_proj_weight": ("N*D", inputs) for name, inputs in features.items()}
     else:
         expected |= {"in_proj_weight": ("3*N*D", "N*D")}
-    used = with_used(entries, expected, {"in_proj_bias": ("3*N*D",), "out_proj.bias": ("N*D",)})
+    used = expected_entries(entries, expected, {"in_proj_bias": ("3*N*D",), "out_proj.bias": ("N*D",)})
     context = f"the entries do not fit a torch.nn.MultiheadAttention of {num_heads} heads"
     check(entries, used, context, prefix=prefix, N=num_heads)
     if "in_proj_weight" in entries:
@@ -80,7 +80,7 @@ def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str,
         for name, bias in zip(QKV, _thirds(entries["in_proj_bias"]), strict=True):
             made[f"{name}/bias"] = bias.reshape(num_heads, -1)
         made["out/bias"] = entries["out_proj.bias"]
-    return for_jax(nested(made))
+    return to_jax(nested(made))
 
 
 def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -112,22 +112,24 @@ def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarra
         "query/kernel": ("N*D", "N", "D"), "key/kernel": ("Ck", "N", "D"), "value/kernel": ("Cv", "N", "D"),
         "out/kernel": ("N", "D", "N*D"),
     }  # fmt: skip
-    check(entries, with_used(entries, kernels, BIASES), "the parameters do not fit a torch.nn.MultiheadAttention")
-    matrices = [for_numpy(matrix_of(entries[f"{name}/kernel"])) for name in QKV]
+    check(
+        entries, expected_entries(entries, kernels, BIASES), "the parameters do not fit a torch.nn.MultiheadAttention"
+    )
+    matrices = [to_numpy(matrix_of(entries[f"{name}/kernel"])) for name in QKV]
     if matrices[0].shape == matrices[1].shape == matrices[2].shape:
         made = {"in_proj_weight": np.concatenate(matrices)}
     else:
         made = {f"{name}_proj_weight": matrix for name, matrix in zip("qkv", matrices, strict=True)}
-    made["out_proj.weight"] = for_numpy(out_matrix_of(entries["out/kernel"]))
+    made["out_proj.weight"] = to_numpy(out_matrix_of(entries["out/kernel"]))
     if "out/bias" in entries:
-        made["in_proj_bias"] = np.concatenate([for_numpy(entries[f"{name}/bias"]).reshape(-1) for name in QKV])
-        made["out_proj.bias"] = for_numpy(entries["out/bias"])
-    return {dotted(prefix) + name: array for name, array in made.items()}
+        made["in_proj_bias"] = np.concatenate([to_numpy(entries[f"{name}/bias"]).reshape(-1) for name in QKV])
+        made["out_proj.bias"] = to_numpy(entries["out/bias"])
+    return {with_dot(prefix) + name: array for name, array in made.items()}
 
 
-def selected(state: State, prefix: str) -> tuple[dict[str, Any], str]:
+def select_prefix(state: State, prefix: str) -> tuple[dict[str, Any], str]:
     """The entries below a prefix without it, from a mapping or a file; and the prefix with its dot."""
-    prefix = dotted(prefix)
+    prefix = with_dot(prefix)
     if isinstance(state, (str, os.PathLike)):
         return _from_safetensors(state, prefix), prefix
     if not isinstance(state, Mapping):
@@ -140,7 +142,7 @@ def selected(state: State, prefix: str) -> tuple[dict[str, Any], str]:
     }, prefix
 
 
-def dotted(prefix: str) -> str:
+def with_dot(prefix: str) -> str:
     return prefix if prefix.endswith(".") or not prefix else f"{prefix}."
 
 

@@ -39,7 +39,7 @@ def module_axes(attention_axes: int | Sequence[int] | None, query: Array) -> _ax
     return _axes.normalize(check_axes(attention_axes), query.ndim, trailing=1)
 
 
-def joined_mask(
+def combine_masks(
     mask: Any,
     query_mask: Any,
     key_mask: Any,
@@ -82,11 +82,11 @@ def _padding(mask: Any, name: str, axes: _axes.Axes, operand_shape: tuple[int, .
     return jnp.transpose(jnp.broadcast_to(mask, whole), (*axes.batch, *axes.attention))
 
 
-def cleared(operand: Any, mask: Any) -> jax.Array:
+def zero_padding(operand: Any, mask: Any) -> jax.Array:
     return jnp.asarray(operand) if mask is None else jnp.where(mask[..., None], operand, 0)
 
 
-def promote(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tuple[Any, Any, Any, Params]:
+def promote_dtypes(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tuple[Any, Any, Any, Params]:
     arrays = (query, key, value, dict(params))
     try:
         with jax.numpy_dtype_promotion("standard"):  # a layer promotes inputs and parameters whatever the setting
@@ -98,7 +98,7 @@ def promote(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tup
     return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), arrays)
 
 
-def project(inputs: jax.Array, affine: Params, name: str, precision: Any, contracted: int = 1) -> jax.Array:
+def apply_projection(inputs: jax.Array, affine: Params, name: str, precision: Any, contracted: int = 1) -> jax.Array:
     kernel = affine["kernel"]
     if kernel.shape[:contracted] != inputs.shape[-contracted:]:
         raise ValueError(

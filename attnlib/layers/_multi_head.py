@@ -22,11 +22,19 @@ from attnlib._api import ScoreMod, attention
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Bias, BoolMask, Rng
 from attnlib._core.operand_checks import is_key
-from attnlib._core.suggestions import advised
+from attnlib._core.suggestions import suggests_arguments
 from attnlib._core.validation import check_bool, check_positive
-from attnlib.layers._inputs import Params, cleared, default_operands, joined_mask, module_axes, project, promote
+from attnlib.layers._inputs import (
+    Params,
+    apply_projection,
+    combine_masks,
+    default_operands,
+    module_axes,
+    promote_dtypes,
+    zero_padding,
+)
 from attnlib.layers._projections import (
-    Dimensions,
+    HeadDimensions,
     Initializer,
     default_bias_init,
     default_kernel_init,
@@ -40,7 +48,7 @@ from attnlib.scores import Additive, Dot, Score
 Rotary = bool | Callable[..., jax.Array]
 
 
-@advised
+@suggests_arguments
 def init_multi_head_attention(
     rng: Rng,
     query_features: int,
@@ -107,7 +115,7 @@ def init_multi_head_attention(
     query_features = check_positive(query_features, "query_features")
     key_features = query_features if key_features is None else check_positive(key_features, "key_features")
     value_features = key_features if value_features is None else check_positive(value_features, "value_features")
-    dimensions = Dimensions.resolve(
+    dimensions = HeadDimensions.resolve(
         query_features, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, num_kv_heads=num_kv_heads,
         output_shape=output_shape, use_gate=use_gate,
     )  # fmt: skip
@@ -127,7 +135,7 @@ def init_multi_head_attention(
     return params
 
 
-@advised
+@suggests_arguments
 def multi_head_attention(
     params: Params,
     query: Array,
@@ -200,7 +208,7 @@ def multi_head_attention(
 
     Source: Vaswani et al., "Attention Is All You Need" (2017).
     """
-    output, weights, _ = project_and_attend(
+    output, weights, _ = apply_multi_head(
         params, query, key, value, score=score, attention_axes=attention_axes, query_mask=query_mask,
         key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=sliding_window, rotary=rotary,
         normalize_qk=normalize_qk, score_mod=score_mod, sink=sink, query_positions=query_positions,
@@ -211,7 +219,7 @@ def multi_head_attention(
     return (output, weights) if return_weights else output
 
 
-def project_and_attend(
+def apply_multi_head(
     params: Params,
     query: Array,
     key: Array | None,
@@ -241,22 +249,22 @@ def project_and_attend(
     key, value = default_operands(query, key, value)
     _check_params(params, normalize_qk, sink)
     axes = module_axes(attention_axes, query)
-    joined = joined_mask(mask, query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
-    query, key, value, params = promote(query, key, value, params, dtype)
+    joined = combine_masks(mask, query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
+    query, key, value, params = promote_dtypes(query, key, value, params, dtype)
     # Padding is cleared before it is projected: the gradient of a kernel multiplies it even where it attends nothing.
-    query, key, value = cleared(query, query_mask), cleared(key, key_mask), cleared(value, key_mask)
+    query, key, value = zero_padding(query, query_mask), zero_padding(key, key_mask), zero_padding(value, key_mask)
 
     precision = options["precision"]
     made = {
-        "query": project(query, params["query"], "query", precision),
-        "key": project(key, params["key"], "key", precision),
-        "value": project(value, params["value"], "value", precision),
+        "query": apply_projection(query, params["query"], "query", precision),
+        "key": apply_projection(key, params["key"], "key", precision),
+        "value": apply_projection(value, params["value"], "value", precision),
     }
     placed = dict(made)
     for name, positions in (("query", query_positions), ("key", key_positions)):
         if normalization(normalize_qk):
-            placed[name] = _normalized(placed[name], params[f"{name}_norm"]["scale"], normalization(normalize_qk))
-        placed[name] = _turned(placed[name], rotary, positions, axes)
+            placed[name] = _normalize_heads(placed[name], params[f"{name}_norm"]["scale"], normalization(normalize_qk))
+        placed[name] = _apply_rotary(placed[name], rotary, positions, axes)
     results = attend(
         *placed.values(), score=_score(score, params), mask=joined, attention_axes=axes.attention,
         sink=params["sink"]["logit"] if "sink" in params else sink, query_positions=query_positions,
@@ -264,13 +272,13 @@ def project_and_attend(
     )  # fmt: skip
     attended, weights = results if options["return_weights"] else (results, None)
     if "gate" in params:
-        made["gate"] = jax.nn.sigmoid(project(query, params["gate"], "gate", precision))
+        made["gate"] = jax.nn.sigmoid(apply_projection(query, params["gate"], "gate", precision))
         attended = attended * made["gate"]
-    made["out"] = project(attended, params["out"], "out", precision, contracted=2)
+    made["out"] = apply_projection(attended, params["out"], "out", precision, contracted=2)
     return made["out"], weights, made
 
 
-def _normalized(x: jax.Array, scale: jax.Array, kind: str | None) -> jax.Array:
+def _normalize_heads(x: jax.Array, scale: jax.Array, kind: str | None) -> jax.Array:
     """Over the features of a head, in float32 at least (layer: Ba et al. 2016; rms: Zhang and Sennrich 2019)."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if kind == "layer":
@@ -279,7 +287,7 @@ def _normalized(x: jax.Array, scale: jax.Array, kind: str | None) -> jax.Array:
     return (wide * scale.astype(wide.dtype)).astype(x.dtype)
 
 
-def _turned(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _axes.Axes) -> jax.Array:
+def _apply_rotary(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _axes.Axes) -> jax.Array:
     if not callable(rotary) and not isinstance(rotary, bool):
         raise TypeError(
             f"rotary must be True, False or a function such as functools.partial(attnlib.positions.rotary_embedding, "

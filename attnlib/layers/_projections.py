@@ -50,7 +50,7 @@ def projection_inits(
 
 
 @dataclasses.dataclass(frozen=True)
-class Affine:
+class ProjectionSpec:
     """The shapes of one projection: `inputs` axes are contracted, `outputs` axes are made."""
 
     inputs: tuple[int, ...]
@@ -83,7 +83,7 @@ def _reshaped(value: Any, shape: tuple[int, ...], name: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vector:
+class ParameterSpec:
     """A parameter of a layer that is no projection: its name in its group, shape, and initialiser."""
 
     name: str
@@ -92,7 +92,7 @@ class Vector:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dimensions:
+class HeadDimensions:
     """The sizes of a multi-head attention layer, defaults resolved and checked."""
 
     num_heads: int
@@ -113,7 +113,7 @@ class Dimensions:
         num_kv_heads: int | None,
         output_shape: int | Sequence[int] | None,
         use_gate: bool,
-    ) -> Dimensions:
+    ) -> HeadDimensions:
         num_heads = check_positive(num_heads, "num_heads")
         if key_dim is None:
             if query_features % num_heads:
@@ -143,15 +143,15 @@ class Dimensions:
             use_gate=check_bool(use_gate, "use_gate"),
         )
 
-    def projections(self, query_features: int, key_features: int, value_features: int) -> dict[str, Affine]:
+    def projections(self, query_features: int, key_features: int, value_features: int) -> dict[str, ProjectionSpec]:
         attended = (self.num_heads, self.value_dim)
         projections = {
-            "query": Affine((query_features,), (self.num_heads, self.key_dim)),
-            "key": Affine((key_features,), (self.num_kv_heads, self.key_dim)),
-            "value": Affine((value_features,), (self.num_kv_heads, self.value_dim)),
-            "out": Affine(attended, self.output_shape),
+            "query": ProjectionSpec((query_features,), (self.num_heads, self.key_dim)),
+            "key": ProjectionSpec((key_features,), (self.num_kv_heads, self.key_dim)),
+            "value": ProjectionSpec((value_features,), (self.num_kv_heads, self.value_dim)),
+            "out": ProjectionSpec(attended, self.output_shape),
         }
-        return {**projections, "gate": Affine((query_features,), attended)} if self.use_gate else projections
+        return {**projections, "gate": ProjectionSpec((query_features,), attended)} if self.use_gate else projections
 
     def vectors(
         self,
@@ -161,7 +161,7 @@ class Dimensions:
         use_scale: bool,
         normalize_qk: bool | str,
         use_sink: bool,
-    ) -> dict[str, Vector]:
+    ) -> dict[str, ParameterSpec]:
         """The other parameters, by the name of their group."""
         made = {}
         if not isinstance(score, Score) and score not in ("dot", "additive"):
@@ -170,17 +170,17 @@ class Dimensions:
             )
         if isinstance(score, str) and score == "additive":
             init = vector_glorot_uniform if scale_init is None else scale_init
-            made["score"] = Vector("scale", (self.num_heads, self.key_dim), init)
+            made["score"] = ParameterSpec("scale", (self.num_heads, self.key_dim), init)
         elif check_bool(use_scale, "use_scale"):
             if isinstance(score, Score):
                 raise ValueError(f'use_scale is for score="dot"; {type(score).__name__} has parameters of its own.')
             init = jax.nn.initializers.constant(self.key_dim**-0.5) if scale_init is None else scale_init
-            made["score"] = Vector("scale", (self.num_heads,), init)
+            made["score"] = ParameterSpec("scale", (self.num_heads,), init)
         if normalization(normalize_qk):
-            scale = Vector("scale", (self.key_dim,), jax.nn.initializers.ones)
+            scale = ParameterSpec("scale", (self.key_dim,), jax.nn.initializers.ones)
             made |= {"query_norm": scale, "key_norm": scale}
         if check_bool(use_sink, "use_sink"):
-            made["sink"] = Vector("logit", (self.num_heads,), jax.nn.initializers.zeros)
+            made["sink"] = ParameterSpec("logit", (self.num_heads,), jax.nn.initializers.zeros)
         return made
 
 

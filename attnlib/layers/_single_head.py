@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from attnlib._api import attention
 from attnlib._core.array_types import Array
 from attnlib._core.operand_checks import is_array
-from attnlib.layers._inputs import cleared, joined_mask, module_axes
+from attnlib.layers._inputs import combine_masks, module_axes, zero_padding
 from attnlib.layers._multi_head import _with_head_axis
 from attnlib.scores import Score
 
@@ -23,8 +23,8 @@ def single_head_attention(score: Score, query: Array, key: Array, value: Array, 
         mask = _with_head_axis(mask, axes)
     if is_array(bias):
         bias = _with_head_axis(bias, axes)
-    mask = joined_mask(mask, query_mask, key_mask, None, axes, query.shape, key.shape)
-    query, key, value = cleared(query, query_mask), cleared(key, key_mask), cleared(value, key_mask)
+    mask = combine_masks(mask, query_mask, key_mask, None, axes, query.shape, key.shape)
+    query, key, value = zero_padding(query, query_mask), zero_padding(key, key_mask), zero_padding(value, key_mask)
     query, key, value = (x[..., None, :] for x in (query, key, value))
     results = attention(query, key, value, score=score, mask=mask, bias=bias, attention_axes=axes.attention, **options)
     if not options["return_weights"]:

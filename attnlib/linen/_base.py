@@ -13,9 +13,9 @@ from flax import linen as nn
 
 from attnlib._core.array_types import Rng
 from attnlib._core.operand_checks import check_dropout_rate
-from attnlib._core.suggestions import advised
+from attnlib._core.suggestions import suggests_arguments
 from attnlib._core.validation import check_bool
-from attnlib.layers._projections import Affine, Initializer, Vector
+from attnlib.layers._projections import Initializer, ParameterSpec, ProjectionSpec
 
 _OTHER_PARAMS = (
     "The parameters were made with other fields, or for an input of other features: give the layer the fields that "
@@ -47,7 +47,7 @@ NOTES: dict[type[Exception], str] = {
 class Projection(nn.Module):
     """Declares the kernel and bias of one projection and gives them as a dict."""
 
-    affine: Affine
+    affine: ProjectionSpec
     use_bias: bool
     kernel_init: Initializer
     bias_init: Initializer
@@ -64,7 +64,7 @@ class Projection(nn.Module):
 class Parameter(nn.Module):
     """Declares a parameter that is no projection, in a group of its own."""
 
-    vector: Vector
+    vector: ParameterSpec
     param_dtype: Any
 
     @nn.compact
@@ -72,16 +72,18 @@ class Parameter(nn.Module):
         return {self.vector.name: self.param(self.vector.name, self.vector.init, self.vector.shape, self.param_dtype)}
 
 
-class Attention(nn.Module):
+class AttentionModule(nn.Module):
     """What the three modules share: options of the call, dropout and its key, and help in errors."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         fields, arguments = (inspect.signature(method).parameters for method in (cls.__init__, cls.__call__))
-        made = advised(cls.__init__, arguments, "in the call", cls.__name__)
+        made = suggests_arguments(cls.__init__, arguments, "in the call", cls.__name__)
         setattr(cls, "__init__", made)  # noqa: B010
         if "__call__" in vars(cls):
-            call = advised(cls.__call__, fields, f"as a field, {cls.__name__}(...)", f"the call of {cls.__name__}")
+            call = suggests_arguments(
+                cls.__call__, fields, f"as a field, {cls.__name__}(...)", f"the call of {cls.__name__}"
+            )
             setattr(cls, "__call__", _with_notes(call))  # noqa: B010
 
     def dropout_options(self, deterministic: bool | None, rng: Rng | None) -> dict[str, Any]:

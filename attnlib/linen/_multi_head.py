@@ -14,15 +14,15 @@ from attnlib._api import ScoreMod, attention
 from attnlib._core.array_types import Array, Bias, BoolMask, Rng
 from attnlib.cache import KVCache
 from attnlib.layers._inputs import default_operands, module_axes
-from attnlib.layers._multi_head import Rotary, project_and_attend
+from attnlib.layers._multi_head import Rotary, apply_multi_head
 from attnlib.layers._projections import (
-    Dimensions,
+    HeadDimensions,
     Initializer,
     default_bias_init,
     default_kernel_init,
     projection_inits,
 )
-from attnlib.linen._base import Attention, Parameter, Projection
+from attnlib.linen._base import AttentionModule, Parameter, Projection
 from attnlib.linen._position_bias import BucketedPositionBias, RelativePositionBias
 from attnlib.linen._single_head import AdditiveAttention, DotProductAttention
 from attnlib.masks._base import Mask
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-class MultiHeadAttention(Attention):
+class MultiHeadAttention(AttentionModule):
     """Multi-head attention with query, key, value and output projections, over any axes.
 
     Parameters: `query|key|value: {kernel (C, N, D), bias (N, D)}`, `out: {kernel (N, E, *O), bias (*O)}`, with
@@ -178,7 +178,7 @@ class MultiHeadAttention(Attention):
             query_positions = self._positions(query)
         wanted = self.wants_weights(return_weights, sow_weights)
         params = self._declare(*(operand.shape[-1] for operand in operands))
-        output, weights, activities = project_and_attend(
+        output, weights, activities = apply_multi_head(
             params, query, key, value, score=self.score, attention_axes=self.attention_axes, query_mask=query_mask,
             key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=self.sliding_window,
             rotary=self.rotary, normalize_qk=self.normalize_qk, score_mod=self._modifier(score_mod), sink=sink,
@@ -191,7 +191,7 @@ class MultiHeadAttention(Attention):
         return self.finish((output, weights) if wanted else output, return_weights, sow_weights)
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
-        dimensions = Dimensions.resolve(
+        dimensions = HeadDimensions.resolve(
             query_features, num_heads=self.num_heads, key_dim=self.key_dim, value_dim=self.value_dim,
             num_kv_heads=self.num_kv_heads, output_shape=self.output_shape, use_gate=self.use_gate,
         )  # fmt: skip

@@ -13,12 +13,12 @@ from attnlib._core.validation import check_bool
 from attnlib.layers._inputs import default_operands
 from attnlib.layers._projections import Initializer, vector_glorot_uniform
 from attnlib.layers._single_head import single_head_attention
-from attnlib.linen._base import Attention
+from attnlib.linen._base import AttentionModule
 from attnlib.masks._base import Mask
 from attnlib.scores import Additive, Concat, Dot, Score
 
 
-class AdditiveAttention(Attention):
+class AdditiveAttention(AttentionModule):
     """Additive (Bahdanau) attention: softmax(sum_d scale_d tanh(query_d + key_d)) value, without heads.
 
     Parameters: `scale (D,)` with use_scale.
@@ -100,7 +100,7 @@ class AdditiveAttention(Attention):
         return self.finish(results, return_weights, sow_weights)
 
 
-class DotProductAttention(Attention):
+class DotProductAttention(AttentionModule):
     """Dot-product (Luong) attention without heads or projections: softmax(scale * query key^T) value.
 
     Parameters: `scale ()`, ones, with use_scale; `concat_score_weight ()`, ones, with score_mode="concat".

@@ -10,8 +10,8 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.axes import Shapes
-from attnlib._core.block_positions import Positions
+from attnlib._core.axes import AttentionShape
+from attnlib._core.block_positions import BlockPositions
 from attnlib._core.operand_checks import is_array
 from attnlib._core.suggestions import _instance
 from attnlib._core.validation import (
@@ -22,7 +22,7 @@ from attnlib._core.validation import (
     check_positions,
 )
 from attnlib.masks._base import Mask, set_fields
-from attnlib.masks._views import Folded
+from attnlib.masks._views import PaddedDenseMask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,10 +34,10 @@ class KeyPadding(Mask):
     def __post_init__(self) -> None:
         set_fields(self, mask=check_bool_array(self.mask, "KeyPadding mask"))
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        return key.take(self.mask)
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return key.gather(self.mask)
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_positions(self.mask, "KeyPadding mask", shapes.batch, shapes.key, "key")
 
 
@@ -50,10 +50,10 @@ class QueryPadding(Mask):
     def __post_init__(self) -> None:
         set_fields(self, mask=check_bool_array(self.mask, "QueryPadding mask"))
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        return query.take(self.mask)
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return query.gather(self.mask)
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_positions(self.mask, "QueryPadding mask", shapes.batch, shapes.query, "query")
 
 
@@ -80,14 +80,14 @@ class Segments(Mask):
             if np.ndim(self.padding_id) != 0:
                 raise ValueError(f"Segments padding_id must be one integer; got shape {np.shape(self.padding_id)}.")
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        query_ids = query.take(as_at_least_int32(self.query_ids))
-        key_ids = key.take(as_at_least_int32(self.query_ids if self.key_ids is None else self.key_ids))
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        query_ids = query.gather(as_at_least_int32(self.query_ids))
+        key_ids = key.gather(as_at_least_int32(self.query_ids if self.key_ids is None else self.key_ids))
         with jax.numpy_dtype_promotion("standard"):  # ids are of the user's dtypes, each of its own
             same = query_ids == key_ids
             return same if self.padding_id is None else same & (query_ids != as_at_least_int32(self.padding_id))
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_positions(self.query_ids, "Segments query_ids", shapes.batch, shapes.query, "query")
         if self.key_ids is not None:
             check_positions(self.key_ids, "Segments key_ids", shapes.batch, shapes.key, "key")
@@ -108,13 +108,13 @@ class Dense(Mask):
     def __post_init__(self) -> None:
         set_fields(self, array=check_bool_array(self.array, "mask"))
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        return self.padded(query, key, (query.total, key.total)).at(query, key)
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return self.pad_to(query, key, (query.total, key.total)).evaluate(query, key)
 
-    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
-        return Folded(_axes.pad_pairs(_axes.fold_pairs(self.array, query.shape, key.shape), sizes))
+    def pad_to(self, query: BlockPositions, key: BlockPositions, sizes: tuple[int, int]) -> Mask:
+        return PaddedDenseMask(_axes.pad_pairs(_axes.fold_pairs(self.array, query.shape, key.shape), sizes))
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         _axes.check_pairs(self.array.shape, "mask", *shapes)
 
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib._core.axes import Shapes
-from attnlib._core.block_positions import Positions
+from attnlib._core.axes import AttentionShape
+from attnlib._core.block_positions import BlockPositions
 from attnlib._core.pytree import Pytree
-from attnlib._core.tile_kinds import FULL, Kinds, Ranges, kinds
+from attnlib._core.tile_kinds import FULL, TileKinds, TileRanges, classify
 from attnlib._core.validation import check_static_int
 
 
@@ -27,25 +27,25 @@ class Mask(Pytree):
 
     static_types = (bool, int, type(None))
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
         raise NotImplementedError
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         """For each tile, whether the mask empties it, fills it, or is to be asked entry by entry (PARTIAL).
 
         It may say PARTIAL of an empty or a full tile, never the reverse. It decides the program, so it sees static
         values alone: where those do not decide, it says PARTIAL.
         """
         del query, key
-        return kinds(empty=False, full=False)
+        return classify(empty=False, full=False)
 
-    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
+    def pad_to(self, query: BlockPositions, key: BlockPositions, sizes: tuple[int, int]) -> Mask:
         """The same mask, with arrays of pairs folded and padded to `sizes` so that tiles can be cut from them."""
         del query, key, sizes
         return self
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         """Raises ValueError where the arrays of this mask do not fit the operands."""
 
     def as_array(self, query_shape: int | Sequence[int], key_shape: int | Sequence[int]) -> jax.Array:
@@ -64,8 +64,8 @@ class Mask(Pytree):
                [1, 1, 0]], dtype=int32)
         """
         query_shape, key_shape = _as_shape(query_shape, "query_shape"), _as_shape(key_shape, "key_shape")
-        query, key = Positions(query_shape, "query"), Positions(key_shape, "key")
-        block = self.at(query, key)
+        query, key = BlockPositions(query_shape, "query"), BlockPositions(key_shape, "key")
+        block = self.evaluate(query, key)
         block = jnp.broadcast_to(block, (*block.shape[:-2], query.total, key.total))
         return block.reshape(*block.shape[:-2], *query_shape, *key_shape)
 
@@ -108,38 +108,38 @@ class Mask(Pytree):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Pair(Mask):
+class _BinaryMask(Mask):
     left: Mask
     right: Mask
 
-    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
-        return type(self)(self.left.padded(query, key, sizes), self.right.padded(query, key, sizes))
+    def pad_to(self, query: BlockPositions, key: BlockPositions, sizes: tuple[int, int]) -> Mask:
+        return type(self)(self.left.pad_to(query, key, sizes), self.right.pad_to(query, key, sizes))
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         self.left.check(shapes)
         self.right.check(shapes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class And(_Pair):
+class And(_BinaryMask):
     """`left & right`."""
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        return self.left.at(query, key) & self.right.at(query, key)
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return self.left.evaluate(query, key) & self.right.evaluate(query, key)
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        return np.minimum(self.left.tile(query, key), self.right.tile(query, key))
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
+        return np.minimum(self.left.classify_tiles(query, key), self.right.classify_tiles(query, key))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Or(_Pair):
+class Or(_BinaryMask):
     """`left | right`."""
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        return self.left.at(query, key) | self.right.at(query, key)
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return self.left.evaluate(query, key) | self.right.evaluate(query, key)
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        return np.maximum(self.left.tile(query, key), self.right.tile(query, key))
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
+        return np.maximum(self.left.classify_tiles(query, key), self.right.classify_tiles(query, key))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,16 +148,16 @@ class Not(Mask):
 
     mask: Mask
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        return ~self.mask.at(query, key)
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return ~self.mask.evaluate(query, key)
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        return FULL - self.mask.tile(query, key)
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
+        return FULL - self.mask.classify_tiles(query, key)
 
-    def padded(self, query: Positions, key: Positions, sizes: tuple[int, int]) -> Mask:
-        return Not(self.mask.padded(query, key, sizes))
+    def pad_to(self, query: BlockPositions, key: BlockPositions, sizes: tuple[int, int]) -> Mask:
+        return Not(self.mask.pad_to(query, key, sizes))
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         self.mask.check(shapes)
 
 

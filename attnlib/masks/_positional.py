@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.axes import Shapes
-from attnlib._core.block_positions import Positions
-from attnlib._core.suggestions import called
-from attnlib._core.tile_kinds import Kinds, Ranges, before, kinds
+from attnlib._core.axes import AttentionShape
+from attnlib._core.block_positions import BlockPositions
+from attnlib._core.suggestions import explains_callback
+from attnlib._core.tile_kinds import TileKinds, TileRanges, classify, tiles_below
 from attnlib._core.validation import check_integer, check_per_batch, check_static_int, expand_per_batch, saturating_add
 from attnlib.masks._base import Mask, set_fields
 
@@ -38,23 +38,23 @@ class Causal(Mask):
             self, offset=check_integer(self.offset, "Causal offset"), axis=check_static_int(self.axis, "Causal axis")
         )
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         if self.axis is None:
-            query_index, key_index = query.index, key.index
+            query_index, key_index = query.position, key.position
         else:
             query_index, key_index = query.coordinates[self.axis], key.coordinates[self.axis]
         return key_index <= saturating_add(query_index, expand_per_batch(self.offset))
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         if not isinstance(self.offset, int):
-            return super().tile(query, key)
+            return super().classify_tiles(query, key)
         if self.axis is None:
             query_first, query_last, key_first, key_last = query.first, query.last, key.first, key.last
         else:
-            (query_first, query_last), (key_first, key_last) = query.along(self.axis), key.along(self.axis)
-        return kinds(empty=key_first > query_last + self.offset, full=key_last <= query_first + self.offset)
+            (query_first, query_last), (key_first, key_last) = query.along_axis(self.axis), key.along_axis(self.axis)
+        return classify(empty=key_first > query_last + self.offset, full=key_last <= query_first + self.offset)
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_per_batch(self.offset, "Causal offset", shapes)
         axes = len(shapes.key)
         if self.axis is not None and not -axes <= self.axis < axes:
@@ -82,15 +82,15 @@ class SlidingWindow(Mask):
             right=check_static_int(self.right, "SlidingWindow right", least=0),
         )
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         inside = jnp.ones((1, 1), bool)
         if self.left is not None:
-            inside = inside & (key.index >= query.index - self.left)
+            inside = inside & (key.position >= query.position - self.left)
         if self.right is not None:
-            inside = inside & (key.index <= saturating_add(query.index, self.right))
+            inside = inside & (key.position <= saturating_add(query.position, self.right))
         return inside
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         empty: Any = np.False_
         full: Any = np.True_
         if self.left is not None:
@@ -99,7 +99,7 @@ class SlidingWindow(Mask):
         if self.right is not None:
             empty = empty | (key.first > query.last + self.right)
             full = full & (key.last <= query.first + self.right)
-        return kinds(empty, full)
+        return classify(empty, full)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,13 +115,13 @@ class Prefix(Mask):
     def __post_init__(self) -> None:
         set_fields(self, length=check_integer(self.length, "Prefix length"))
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        return key.index < expand_per_batch(self.length)
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return key.position < expand_per_batch(self.length)
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        return before(key, self.length)
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
+        return tiles_below(key, self.length)
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_per_batch(self.length, "Prefix length", shapes)
 
 
@@ -142,18 +142,18 @@ class Lengths(Mask):
             value = getattr(self, side)
             set_fields(self, **{side: None if value is None else check_integer(value, f"Lengths {side}")})
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         real = jnp.ones((1, 1), bool)
         if self.query is not None:
-            real = real & (query.index < expand_per_batch(self.query))
+            real = real & (query.position < expand_per_batch(self.query))
         if self.key is not None:
-            real = real & (key.index < expand_per_batch(self.key))
+            real = real & (key.position < expand_per_batch(self.key))
         return real
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
-        return np.minimum(before(query, self.query), before(key, self.key))
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
+        return np.minimum(tiles_below(query, self.query), tiles_below(key, self.key))
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_per_batch(self.query, "Lengths query", shapes)
         check_per_batch(self.key, "Lengths key", shapes)
 
@@ -174,17 +174,17 @@ class Predicate(Mask):
         if not callable(self.fn):
             raise TypeError(f"Predicate fn must be a function of (query_position, key_position); got {self.fn!r}.")
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         single = len(key.shape) == 1
-        with called("Predicate"):
-            result = jnp.asarray(self.fn(*(p.index if single else p.coordinates for p in (query, key))))
+        with explains_callback("Predicate"):
+            result = jnp.asarray(self.fn(*(p.position if single else p.coordinates for p in (query, key))))
         if result.dtype != jnp.bool_:
             raise TypeError(f"Predicate fn must return bool (True = attend); got {result.dtype}.")
         return jnp.broadcast_to(result, jnp.broadcast_shapes(result.shape, (1, 1)))
 
-    def check(self, shapes: Shapes) -> None:
-        query, key = Positions(shapes.query, "query"), Positions(shapes.key, "key")
-        shape = jax.eval_shape(lambda: self.at(query, key)).shape
+    def check(self, shapes: AttentionShape) -> None:
+        query, key = BlockPositions(shapes.query, "query"), BlockPositions(shapes.key, "key")
+        shape = jax.eval_shape(lambda: self.evaluate(query, key)).shape
         whole = (*shapes.batch, shapes.heads, query.total, key.total)
         aligned = zip(reversed(shape), reversed(whole), strict=False)
         if len(shape) > len(whole) or any(size not in (1, full) for size, full in aligned):

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.axes import Shapes
-from attnlib._core.block_positions import Positions
-from attnlib._core.tile_kinds import Kinds, Ranges, kinds
+from attnlib._core.axes import AttentionShape
+from attnlib._core.block_positions import BlockPositions
+from attnlib._core.tile_kinds import TileKinds, TileRanges, classify
 from attnlib._core.validation import check_per_axis, check_static_int, check_static_ints, per_axis
 from attnlib.masks._base import Mask, set_fields
 
@@ -47,7 +47,7 @@ class Neighborhood(Mask):
         if self.border not in ("shift", "clip"):
             raise ValueError(f'Neighborhood border must be "shift" or "clip"; got {self.border!r}.')
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         axes = len(key.shape)
         near = jnp.ones((1, 1), bool)
         for axis, (size, dilation) in enumerate(
@@ -68,7 +68,7 @@ class Neighborhood(Mask):
             first = numpy.maximum(numpy.minimum(first, group - size), 0)
         return first
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         axes = len(key.shape)
         empty: Any = np.False_
         full: Any = np.True_
@@ -77,7 +77,7 @@ class Neighborhood(Mask):
         ):
             first = self._first(np.arange(query.shape[axis]), key.shape[axis], size, dilation)
             least, greatest = first * dilation, (first + size) * dilation - 1  # keys that a query coordinate can reach
-            (query_first, query_last), (key_first, key_last) = query.along(axis), key.along(axis)
+            (query_first, query_last), (key_first, key_last) = query.along_axis(axis), key.along_axis(axis)
             # Over a run of queries: bounds by running extremes from either end, exact where the window only moves on.
             reach_first = np.minimum.accumulate(least[::-1])[::-1][query_first]
             reach_last = np.maximum.accumulate(greatest)[query_last]
@@ -85,9 +85,9 @@ class Neighborhood(Mask):
             common_first = np.maximum.accumulate(least)[query_last]
             common_last = np.minimum.accumulate(greatest[::-1])[::-1][query_first]
             full = full & (dilation == 1) & (key_first >= common_first) & (key_last <= common_last)
-        return kinds(empty, full)
+        return classify(empty, full)
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_per_axis(self.size, "Neighborhood size", shapes)
         check_per_axis(self.dilation, "Neighborhood dilation", shapes)
 
@@ -126,7 +126,7 @@ class BlockLocal(Mask):
             after=check_static_int(self.after, "BlockLocal after", least=0),
         )
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         near = jnp.ones((1, 1), bool)
         for axis, size in enumerate(per_axis(self.size, len(key.shape))):
             block, key_block = query.coordinates[axis] // size, key.coordinates[axis] // size
@@ -136,21 +136,21 @@ class BlockLocal(Mask):
                 near = near & (key_block - block <= self.after)
         return near
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         empty: Any = np.False_
         full: Any = np.True_
         for axis, size in enumerate(per_axis(self.size, len(key.shape))):
-            first, last = (place // size for place in query.along(axis))
-            key_first, key_last = (place // size for place in key.along(axis))
+            first, last = (place // size for place in query.along_axis(axis))
+            key_first, key_last = (place // size for place in key.along_axis(axis))
             if self.before is not None:
                 empty = empty | (key_last < first - self.before)
                 full = full & (key_first >= last - self.before)
             if self.after is not None:
                 empty = empty | (key_first > last + self.after)
                 full = full & (key_last <= first + self.after)
-        return kinds(empty, full)
+        return classify(empty, full)
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_per_axis(self.size, "BlockLocal size", shapes)
 
 
@@ -180,24 +180,24 @@ class Dilated(Mask):
     def __post_init__(self) -> None:
         set_fields(self, step=check_static_ints(self.step, "Dilated step"))
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         same = jnp.ones((1, 1), bool)
         for axis, step in enumerate(per_axis(self.step, len(key.shape))):
             same = same & (query.coordinates[axis] % step == key.coordinates[axis] % step)
         return same
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         empty: Any = np.False_
         full: Any = np.True_
         for axis, step in enumerate(per_axis(self.step, len(key.shape))):
-            (first, last), (key_first, key_last) = query.along(axis), key.along(axis)
+            (first, last), (key_first, key_last) = query.along_axis(axis), key.along_axis(axis)
             nearest, farthest = key_first - last, key_last - first  # all distances between occur
             none = farthest // step * step < nearest
             empty = empty | none
             full = full & ((step == 1) | ((nearest == farthest) & ~none))
-        return kinds(empty, full)
+        return classify(empty, full)
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         check_per_axis(self.step, "Dilated step", shapes)
 
 
@@ -235,11 +235,11 @@ class BlockSparse(Mask):
     def _table(self) -> np.ndarray:
         return _table(tuple(self.blocks))
 
-    def at(self, query: Positions, key: Positions) -> jax.Array:
-        place = query.index // self.size, key.index // self.size
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        place = query.position // self.size, key.position // self.size
         return jnp.asarray(self._table).at[place].get(mode="fill", fill_value=False)  # nothing attends beyond the table
 
-    def tile(self, query: Ranges, key: Ranges) -> Kinds:
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         table = self._table
         sums = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # how many blocks are True before a row and a column
         (first, end), (key_first, key_end) = (
@@ -250,9 +250,9 @@ class BlockSparse(Mask):
             for start, stop, count in ((first, end, table.shape[0]), (key_first, key_end, table.shape[1]))
         )
         true = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-        return kinds(empty=true == 0, full=true == (end - first) * (key_end - key_first))
+        return classify(empty=true == 0, full=true == (end - first) * (key_end - key_first))
 
-    def check(self, shapes: Shapes) -> None:
+    def check(self, shapes: AttentionShape) -> None:
         expected = tuple(max(-(-math.prod(axes) // self.size), 1) for axes in (shapes.query, shapes.key))
         if self._table.shape != expected:
             raise ValueError(

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.block_positions import Positions, Run
-from attnlib._core.closures import hoisted
+from attnlib._core.block_positions import BlockPositions, QuerySlice
+from attnlib._core.closures import closure_convert
 from attnlib._core.pytree import register
-from attnlib._core.suggestions import called
+from attnlib._core.suggestions import explains_callback
 
 
-class Checked:
+class ValidatedScoreMod:
     """A named modifier, which can be asked whether its arrays fit."""
 
     def check(self, heads: int, axes: int) -> None:
@@ -27,7 +27,7 @@ class Checked:
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Modifier:
+class TracedScoreMod:
     """What a user's `score_mod` becomes.
 
     Attributes:
@@ -40,7 +40,7 @@ class Modifier:
     function: Any
     query_positions: Array | None
     key_positions: Array | None
-    run: Run | None = None
+    run: QuerySlice | None = None
 
     @classmethod
     def of(
@@ -51,18 +51,18 @@ class Modifier:
         heads: int,
         dtype: Any,
         positions: tuple[Array | None, Array | None],
-    ) -> Modifier:
+    ) -> TracedScoreMod:
         """Traces the function for operands with so many batch and attention axes and heads."""
         if not callable(function) or isinstance(function, type):
             raise TypeError(
                 "score_mod must be a function (logit, batch, head, query_position, key_position) -> logit, such as "
                 f"attnlib.modifiers.ALiBi(...); got {function!r}."
             )
-        if isinstance(function, Checked):
+        if isinstance(function, ValidatedScoreMod):
             function.check(heads, axes)
         index = jax.ShapeDtypeStruct((), jnp.int32)
-        with called("score_mod"):
-            program, result = hoisted(
+        with explains_callback("score_mod"):
+            program, result = closure_convert(
                 _flat(function, batch_axes, axes),
                 jax.ShapeDtypeStruct((), dtype), *[index] * batch_axes, index, *[index] * axes, *[index] * axes,
             )  # fmt: skip
@@ -82,8 +82,8 @@ class Modifier:
         self,
         logits: jax.Array,
         heads: tuple[int, ...],
-        query: Positions,
-        key: Positions,
+        query: BlockPositions,
+        key: BlockPositions,
         cut: Callable[[jax.Array], jax.Array] = lambda whole: whole,
     ) -> jax.Array:
         """The modified logits of a block.
@@ -95,7 +95,10 @@ class Modifier:
           cut: takes the block's part along the batch axes and of the key heads.
         """
         query = query if self.run is None else self.run.of(query)
-        places = _coordinates(query.placed(self.query_positions)), _coordinates(key.placed(self.key_positions))
+        places = (
+            _coordinates(query.at_positions(self.query_positions)),
+            _coordinates(key.at_positions(self.key_positions)),
+        )
         indices = [*_lead_indices(heads), *places[0], *places[1]]
         return jnp.vectorize(self.function)(logits, *map(cut, indices)).astype(logits.dtype)
 
@@ -114,7 +117,7 @@ def _single(indices: Sequence[jax.Array]) -> Any:
     return indices[0] if len(indices) == 1 else tuple(indices)
 
 
-def _coordinates(positions: Positions) -> list[jax.Array]:
+def _coordinates(positions: BlockPositions) -> list[jax.Array]:
     return [_axes.split_heads(x, 1) for x in positions.coordinates]
 
 

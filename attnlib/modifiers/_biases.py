@@ -18,7 +18,7 @@ import numpy as np
 from attnlib._core.array_types import Array
 from attnlib._core.pytree import register
 from attnlib._core.validation import check_bool, check_positive_number, check_size
-from attnlib.modifiers._base import Checked
+from attnlib.modifiers._base import ValidatedScoreMod
 
 __all__ = ["ALiBi", "BucketedBias", "RelativeBias", "SoftCap", "alibi_slopes"]
 
@@ -53,7 +53,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class ALiBi(Checked):
+class ALiBi(ValidatedScoreMod):
     """logit - slope of the head * |query position - key position|.
 
     Args:
@@ -88,7 +88,7 @@ class ALiBi(Checked):
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class RelativeBias(Checked):
+class RelativeBias(ValidatedScoreMod):
     """logit + table[distance along each attention axis, head]: Swin's bias, over any number of axes.
 
     Args:
@@ -127,7 +127,7 @@ class RelativeBias(Checked):
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class BucketedBias(Checked):
+class BucketedBias(ValidatedScoreMod):
     """logit + table[bucket of the distance, head]: T5's bias, one axis.
 
     Distances share buckets: half of those of a direction hold one distance each, the others grow in size

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnlib._core.operand_checks import check_block_sizes
-from attnlib._core.tile_kinds import EMPTY, Ranges
+from attnlib._core.tile_kinds import EMPTY, TileRanges
 from attnlib.plot import _panels
 
 if TYPE_CHECKING:
@@ -364,8 +364,8 @@ def _skipped(
     mask: Any, query_sizes: tuple[int, ...], key_sizes: tuple[int, ...], block_sizes: tuple[int, int]
 ) -> np.ndarray:
     """For each pair of positions, whether it is in a tile that the mask empties."""
-    query, key = Ranges.of(query_sizes, block_sizes[0], "query"), Ranges.of(key_sizes, block_sizes[1], "key")
-    empty = np.broadcast_to(mask.tile(query, key) == EMPTY, (query.first.size, key.first.size))
+    query, key = TileRanges.of(query_sizes, block_sizes[0], "query"), TileRanges.of(key_sizes, block_sizes[1], "key")
+    empty = np.broadcast_to(mask.classify_tiles(query, key) == EMPTY, (query.first.size, key.first.size))
     every_query = empty.repeat(query.last.ravel() - query.first.ravel() + 1, 0)
     return every_query.repeat(key.last.ravel() - key.first.ravel() + 1, 1)
 

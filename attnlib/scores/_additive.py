@@ -34,7 +34,7 @@ class Additive(Score):
         scale = scale.reshape(*heads, features) if scale.ndim == 2 else jnp.broadcast_to(scale, (*heads, features))
         return query, key, TanhSum(scale)
 
-    def prepared_pair_size(self, features: int) -> int:
+    def prepared_features_per_pair(self, features: int) -> int:
         return 1
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
@@ -56,7 +56,7 @@ class TanhSum(Score):
         del precision
         return additive_logits(query, key, self.scale)
 
-    def pair_size(self, features: int) -> int:
+    def features_per_pair(self, features: int) -> int:
         return 1
 
 
@@ -84,7 +84,7 @@ class Concat(Score):
             query, key = query * scale, key * scale
         return Additive(self.weight).block(query, key, precision)
 
-    def prepared_pair_size(self, features: int) -> int:
+    def prepared_features_per_pair(self, features: int) -> int:
         return 1
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:

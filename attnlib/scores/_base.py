@@ -35,26 +35,26 @@ class Score(Pytree):
     It is a pytree: arrays and numbers in its fields are parameters, traced and differentiable.
     """
 
-    may_capture = False  # whether `hoisted` has to be asked
+    may_close_over_arrays = False  # whether `hoisted` has to be asked
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         """(query, key, score) with the same logits, work on single positions being done once, outside the tiles."""
         del precision
         return query, key, self
 
-    def pair_size(self, features: int) -> int:
+    def features_per_pair(self, features: int) -> int:
         """How many numbers a pair costs in the largest array that `block` or a derivative of it may make."""
         return features
 
-    def prepared_pair_size(self, features: int) -> int:
+    def prepared_features_per_pair(self, features: int) -> int:
         """The same of the score that `prepare` gives."""
-        return self.pair_size(features)
+        return self.features_per_pair(features)
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         """Logits `(*batch, K, G, T, S)` of query `(*batch, K, G, T, D)` and key `(*batch, K, S, D)`."""
         raise NotImplementedError
 
-    def hoisted(self, query_features: int, key_features: int, dtype: Any) -> Score:
+    def closure_converted(self, query_features: int, key_features: int, dtype: Any) -> Score:
         """The same score for such queries and keys, with all its arrays where JAX finds them: it is a pytree."""
         del query_features, key_features, dtype
         return self

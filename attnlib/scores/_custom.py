@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlib._core.closures import Hoisted, hoisted
-from attnlib._core.suggestions import called
+from attnlib._core.closures import ClosureConverted, closure_convert
+from attnlib._core.suggestions import explains_callback
 from attnlib.scores._base import Score
 
 
@@ -27,7 +27,7 @@ class Custom(Score):
     >>> euclidean = scores.Custom(lambda q, k, sharpness: -sharpness * jnp.sum((q - k) ** 2), jnp.float32(0.5))
     """
 
-    may_capture = True
+    may_close_over_arrays = True
 
     def __init__(self, fn: Callable[..., Any], *params: Any):
         if not callable(fn):
@@ -39,15 +39,15 @@ class Custom(Score):
         pairwise = jnp.vectorize(lambda q, k: self.fn(q, k, *self.params), signature="(d),(e)->()")
         return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
 
-    def hoisted(self, query_features: int, key_features: int, dtype: Any) -> Score:
+    def closure_converted(self, query_features: int, key_features: int, dtype: Any) -> Score:
         query, key = (jax.ShapeDtypeStruct((size,), dtype) for size in (query_features, key_features))
         leaves, tree = jax.tree.flatten(self.params)
 
         def flat(q: jax.Array, k: jax.Array, *leaves: jax.Array) -> Any:
             return self.fn(q, k, *jax.tree.unflatten(tree, leaves))
 
-        with called("Custom"):
-            program, result = hoisted(flat, query, key, *leaves)
+        with explains_callback("Custom"):
+            program, result = closure_convert(flat, query, key, *leaves)
         _check_result(result, query_features, key_features)
         return _Converted(program, leaves)
 
@@ -55,7 +55,7 @@ class Custom(Score):
         del heads
         query, key = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (query_features, key_features))
         # A question of shapes: the dtypes to come are not known here.
-        with jax.numpy_dtype_promotion("standard"), called("Custom"):
+        with jax.numpy_dtype_promotion("standard"), explains_callback("Custom"):
             result = jax.eval_shape(lambda *args: self.fn(*args), query, key, *self.params)  # new: not remembered
         _check_result(result, query_features, key_features)
 
@@ -64,7 +64,7 @@ class Custom(Score):
 class _Converted(Score):
     """A Custom whose function was traced: what it captured is a part of the program, and traced too."""
 
-    function: Hoisted
+    function: ClosureConverted
     params: Sequence[jax.Array]
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlib._autodiff.matmul import over_features
+from attnlib._autodiff.matmul import qk_product
 from attnlib.scores._base import Score, _cast, _check_shape, _per_head
 
 
@@ -28,9 +28,9 @@ class Dot(Score):
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
-        return query * scale, key, Product()
+        return query * scale, key, InnerProduct()
 
-    def pair_size(self, features: int) -> int:
+    def features_per_pair(self, features: int) -> int:
         return 1
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
@@ -39,13 +39,13 @@ class Dot(Score):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Product(Score):
+class InnerProduct(Score):
     """<query, key>: what Dot and Bilinear leave to the tiles."""
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
-        return over_features(precision, query, key)
+        return qk_product(precision, query, key)
 
-    def pair_size(self, features: int) -> int:
+    def features_per_pair(self, features: int) -> int:
         return 1
 
 
@@ -66,13 +66,13 @@ class Bilinear(Score):
         else:
             kernel = kernel.reshape(*query.shape[-4:-2], *kernel.shape[1:])
             query = jnp.einsum("...kgtd,kgde->...kgte", query, kernel, precision=precision)
-        return query, key, Product()
+        return query, key, InnerProduct()
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         query, key, product = self.prepare(query, key, precision)
         return product.block(query, key, precision)
 
-    def pair_size(self, features: int) -> int:
+    def features_per_pair(self, features: int) -> int:
         return 1
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:

@@ -36,11 +36,11 @@ def cost(repeats):
 @jax.jit
 def counts(key):
     """Kept entries of a block of 2 x 4 leads, 1024 x 2048 positions, and agreements with neighbours along each axis."""
-    seeds = _dropout.seeds_of(key)
-    lead = _dropout.lead_index((2,), 4, 1)
+    seeds = _dropout.hash_seeds(key)
+    lead = _dropout.batch_head_index((2,), 4, 1)
     rows, columns = jnp.arange(1024)[:, None], jnp.arange(2048)[None]
-    keep = _dropout.keep_block(seeds, 0.5, lead, rows, columns)  # (2, 4, 1, 1024, 2048)
-    other = _dropout.keep_block(_dropout.seeds_of(jax.random.fold_in(key, 1)), 0.5, lead, rows, columns)
+    keep = _dropout.keep_mask(seeds, 0.5, lead, rows, columns)  # (2, 4, 1, 1024, 2048)
+    other = _dropout.keep_mask(_dropout.hash_seeds(jax.random.fold_in(key, 1)), 0.5, lead, rows, columns)
     same = {
         "batch": keep[:1] == keep[1:],
         "head": keep[:, :-1] == keep[:, 1:],
@@ -50,7 +50,7 @@ def counts(key):
         "transposed": keep[..., :, :1024] == jnp.swapaxes(keep[..., :, :1024], -1, -2),
         "random key": keep == other,
     }
-    rare = _dropout.keep_block(seeds, 0.9, lead, rows, columns)
+    rare = _dropout.keep_mask(seeds, 0.9, lead, rows, columns)
     sums = {
         "kept at rate 0.5": keep,
         "kept at rate 0.9": rare,

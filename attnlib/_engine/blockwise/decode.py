@@ -22,18 +22,18 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from attnlib._autodiff.linear_map import unbroadcast
-from attnlib._core.problem import Problem
+from attnlib._core.problem import AttentionProblem
 from attnlib._core.tile_kinds import EMPTY
-from attnlib._engine import softmax as _online_softmax
+from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
-from attnlib._engine.blockwise.tile import Arrays, Plan, Tile, tile_kinds
-from attnlib._engine.softmax import Running
+from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, tile_kinds
+from attnlib._engine.softmax import SoftmaxState
 from attnlib.scores import Score
 
-Absorb = Callable[[Running, Tile], Running]
+UpdateState = Callable[[SoftmaxState, Tile], SoftmaxState]
 
 
-def numbers(problem: Problem, strategy: BlockwiseStrategy) -> int:
+def numbers(problem: AttentionProblem, strategy: BlockwiseStrategy) -> int:
     """About how many numbers the temporaries of a forward pass hold."""
     features = problem.key.shape[-1] + problem.value.shape[-1]
     pairs_and_rows = problem.rows * (2 * problem.key_length + problem.kv_heads * features)
@@ -42,19 +42,24 @@ def numbers(problem: Problem, strategy: BlockwiseStrategy) -> int:
     return pairs_and_rows + moved + converted
 
 
-def attend(plan: Plan, arrays: Arrays, start: Running, absorb: Absorb) -> Running:
-    """The sums over all keys, the plan's tile being all queries and all keys; `absorb` adds one tile to them."""
+def attend(plan: BlockwisePlan, arrays: TileArrays, start: SoftmaxState, update_state: UpdateState) -> SoftmaxState:
+    """The sums over all keys, the plan's tile being all queries and all keys; `update_state` adds one tile to them."""
     if _kind(plan, arrays) == EMPTY:
         return start
     # As they lie, before the branches: else XLA moves them for both.
-    arrays = _moved(arrays)
-    arrays = arrays._replace(key=_lying(arrays.key), value=_lying(arrays.value))
+    arrays = _swap_heads_and_keys(arrays)
+    arrays = arrays._replace(key=_pin_layout(arrays.key), value=_pin_layout(arrays.value))
     running, finite = _attend(plan, arrays)
-    return jax.lax.cond(_all(finite), lambda: running, lambda: _in_tiles(plan, arrays, start, absorb))
+    return jax.lax.cond(_all(finite), lambda: running, lambda: _fallback_tiles(plan, arrays, start, update_state))
 
 
 def transpose(
-    plan: Plan, arrays: Arrays, output: jax.Array, lse: jax.Array, bars: Any, tiled: Callable[[Arrays], Any]
+    plan: BlockwisePlan,
+    arrays: TileArrays,
+    output: jax.Array,
+    lse: jax.Array,
+    cotangents: Any,
+    tiled: Callable[[TileArrays], Any],
 ) -> list[jax.Array]:
     """Cotangents of query, key and value from those of output and lse; `tiled` gives them of any arrays.
 
@@ -62,50 +67,59 @@ def transpose(
     """
     if _kind(plan, arrays) == EMPTY:
         return tiled(arrays)
-    arrays = _moved(arrays)
-    (query, key, value), finite = _transpose(plan, arrays, output, lse, *bars)
+    arrays = _swap_heads_and_keys(arrays)
+    (query, key, value), finite = _transpose(plan, arrays, output, lse, *cotangents)
 
-    def again() -> tuple[jax.Array, ...]:
-        query, key, value = tiled(_moved(arrays))
-        return query, _lying(jnp.swapaxes(key, -3, -2)), _lying(jnp.swapaxes(value, -3, -2))
+    def recompute() -> tuple[jax.Array, ...]:
+        query, key, value = tiled(_swap_heads_and_keys(arrays))
+        return query, _pin_layout(jnp.swapaxes(key, -3, -2)), _pin_layout(jnp.swapaxes(value, -3, -2))
 
-    query, key, value = jax.lax.cond(_all(finite), lambda: (query, key, value), again)
+    query, key, value = jax.lax.cond(_all(finite), lambda: (query, key, value), recompute)
     return [query, jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)]
 
 
-def _attend(plan: Plan, arrays: Arrays) -> tuple[Running, jax.Array]:
+def _attend(plan: BlockwisePlan, arrays: TileArrays) -> tuple[SoftmaxState, jax.Array]:
     """(the sums, which rows are finite wherever they attend), of keys and values `(*batch, S, K, D)`."""
-    product = _over_features(plan, arrays.query, arrays.key)
+    product = _qk_product(plan, arrays.query, arrays.key)
     tile, logits = _logits(plan, arrays, product)
     logits, finite = jnp.where(tile.mask, logits, -jnp.inf), jnp.isfinite(product) | ~tile.mask
     highest = jnp.max(logits, -1)
-    weights = jnp.exp(logits - _online_softmax.base(highest)[..., None])
-    output = _over_keys(plan, tile.drop(weights), arrays.value)
-    return Running(highest, jnp.sum(weights, -1), output), _finite(output) & jnp.all(finite, -1)
+    weights = jnp.exp(logits - _softmax.finite_max(highest)[..., None])
+    output = _pv_product(plan, tile.drop(weights), arrays.value)
+    return SoftmaxState(highest, jnp.sum(weights, -1), output), _finite(output) & jnp.all(finite, -1)
 
 
 def _transpose(
-    plan: Plan, arrays: Arrays, output: jax.Array, lse: jax.Array, output_bar: jax.Array, lse_bar: jax.Array
+    plan: BlockwisePlan,
+    arrays: TileArrays,
+    output: jax.Array,
+    lse: jax.Array,
+    output_bar: jax.Array,
+    lse_bar: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     query, key, value = arrays[:3]
-    product = _over_features(plan, query, key)
+    product = _qk_product(plan, query, key)
     logits, pull = jax.vjp(lambda product: _logits(plan, arrays, product)[1], product)
     tile, _ = _logits(plan, arrays, product)
     logits = jnp.where(tile.mask, logits, -jnp.inf)
-    weights = jnp.exp(logits - _online_softmax.base(lse)[..., None])
+    weights = jnp.exp(logits - _softmax.finite_max(lse)[..., None])
     delta = lse_bar - jnp.sum(output * output_bar, -1)
-    weights_bar = tile.drop(_over_features(plan, output_bar, value)) + delta[..., None]
+    weights_bar = tile.drop(_qk_product(plan, output_bar, value)) + delta[..., None]
     (product_bar,) = pull(jnp.where(tile.mask, weights * weights_bar, 0))
     dropped = tile.drop(weights)
-    query_bar = _over_keys(plan, product_bar, key)
-    bars = query_bar, _over_queries(plan, product_bar, query, key), _over_queries(plan, dropped, output_bar, value)
+    query_bar = _pv_product(plan, product_bar, key)
+    cotangents = (
+        query_bar,
+        _pt_o_product(plan, product_bar, query, key),
+        _pt_o_product(plan, dropped, output_bar, value),
+    )
     finite = jnp.all(jnp.isfinite(product) | ~tile.mask, -1) & _finite(query) & _finite(output_bar)
-    return bars, finite & _finite(query_bar) & _finite(product_bar) & _finite(dropped)
+    return cotangents, finite & _finite(query_bar) & _finite(product_bar) & _finite(dropped)
 
 
-def _logits(plan: Plan, arrays: Arrays, product: jax.Array) -> tuple[Tile, jax.Array]:
+def _logits(plan: BlockwisePlan, arrays: TileArrays, product: jax.Array) -> tuple[Tile, jax.Array]:
     """(the tile of all, its logits from those products), not yet masked."""
-    tile = Tile(plan, arrays._replace(score=_Given(product)), plan.everywhere(asked=False))
+    tile = Tile(plan, arrays._replace(score=_PrecomputedLogits(product)), plan.everywhere(asked=False))
     return tile, tile.terms()[0]
 
 
@@ -113,50 +127,54 @@ def _logits(plan: Plan, arrays: Arrays, product: jax.Array) -> tuple[Tile, jax.A
 # with which all three run fastest.
 
 
-def _over_features(plan: Plan, query: jax.Array, key: jax.Array) -> jax.Array:
+def _qk_product(plan: BlockwisePlan, query: jax.Array, key: jax.Array) -> jax.Array:
     """(*batch, K, G, T, D), (*batch, S, K, D) -> (*batch, K, G, T, S)."""
-    pairs = jnp.einsum("...sc,...rc->...sr", _merged(key, -2, -1), _spread(query), precision=plan.precision)
+    pairs = jnp.einsum("...sc,...rc->...sr", _merge_axes(key, -2, -1), _block_diagonal(query), precision=plan.precision)
     return jnp.swapaxes(pairs, -1, -2).reshape(*pairs.shape[:-2], *query.shape[-4:-1], key.shape[-3])
 
 
-def _over_keys(plan: Plan, pairs: jax.Array, value: jax.Array) -> jax.Array:
+def _pv_product(plan: BlockwisePlan, pairs: jax.Array, value: jax.Array) -> jax.Array:
     """(*batch, K, G, T, S), (*batch, S, K, D) -> (*batch, K, G, T, D)."""
-    blocks = jnp.einsum("...sr,...sc->...rc", _columns(pairs), _merged(value, -2, -1), precision=plan.precision)
+    blocks = jnp.einsum(
+        "...sr,...sc->...rc", _pairs_as_columns(pairs), _merge_axes(value, -2, -1), precision=plan.precision
+    )
     blocks = blocks.reshape(*blocks.shape[:-2], *pairs.shape[-4:-1], *value.shape[-2:])  # (*batch, K, G, T, K, D)
     return jnp.stack([blocks[..., head, :, :, head, :] for head in range(value.shape[-2])], -4)
 
 
-def _over_queries(plan: Plan, pairs: jax.Array, query: jax.Array, like: jax.Array) -> jax.Array:
+def _pt_o_product(plan: BlockwisePlan, pairs: jax.Array, query: jax.Array, like: jax.Array) -> jax.Array:
     """(*batch, K, G, T, S), (*batch, K, G, T, D) -> (*batch, S, K, D), the sum over what batch axes are one of."""
-    total = jnp.einsum("...sr,...rc->...sc", _columns(pairs), _spread(query), precision=plan.precision)
+    total = jnp.einsum("...sr,...rc->...sc", _pairs_as_columns(pairs), _block_diagonal(query), precision=plan.precision)
     return unbroadcast(total.reshape(*total.shape[:-1], *like.shape[-2:]), like.shape)
 
 
-def _spread(query: jax.Array) -> jax.Array:
+def _block_diagonal(query: jax.Array) -> jax.Array:
     """(*batch, K, G, T, D) -> (*batch, N * T, K * D), zero but for each head's own features."""
     own = jnp.eye(query.shape[-4], dtype=bool)[:, None, None, :, None]
-    return _merged(_merged(jnp.where(own, query[..., None, :], 0), -2, -1), -4, -2)
+    return _merge_axes(_merge_axes(jnp.where(own, query[..., None, :], 0), -2, -1), -4, -2)
 
 
-def _columns(pairs: jax.Array) -> jax.Array:
+def _pairs_as_columns(pairs: jax.Array) -> jax.Array:
     """(*batch, K, G, T, S) -> (*batch, S, N * T)."""
-    return jax.lax.optimization_barrier(jnp.swapaxes(_merged(pairs, -4, -2), -1, -2))
+    return jax.lax.optimization_barrier(jnp.swapaxes(_merge_axes(pairs, -4, -2), -1, -2))
 
 
 def _finite(array: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(array), -1)
 
 
-def _moved(arrays: Arrays) -> Arrays:
+def _swap_heads_and_keys(arrays: TileArrays) -> TileArrays:
     """Keys and values from (*batch, K, S, D) to how they lie, (*batch, S, K, D), or back."""
     return arrays._replace(key=jnp.swapaxes(arrays.key, -3, -2), value=jnp.swapaxes(arrays.value, -3, -2))
 
 
-def _kind(plan: Plan, arrays: Arrays) -> int:
+def _kind(plan: BlockwisePlan, arrays: TileArrays) -> int:
     return int(tile_kinds(arrays.mask, plan.query_shape, plan.key_shape, plan.tile)[0, 0])
 
 
-def _in_tiles(plan: Plan, arrays: Arrays, running: Running, absorb: Absorb) -> Running:
+def _fallback_tiles(
+    plan: BlockwisePlan, arrays: TileArrays, running: SoftmaxState, update_state: UpdateState
+) -> SoftmaxState:
     """The same as any tiles have it, NaN and all."""
     length, side = arrays.key.shape[-3], plan.strategy.keys_again
     whole = length // side * side
@@ -164,11 +182,11 @@ def _in_tiles(plan: Plan, arrays: Arrays, running: Running, absorb: Absorb) -> R
         strategy = dataclasses.replace(plan.strategy, block_sizes=(plan.tile[0], size))
         smaller = dataclasses.replace(plan, strategy=strategy)
 
-        def step(running: Running, start: Any, plan: Plan = smaller) -> tuple[Running, None]:
+        def step(running: SoftmaxState, start: Any, plan: BlockwisePlan = smaller) -> tuple[SoftmaxState, None]:
             at = plan.place(start, asked=arrays.mask is not None)
             key, value = (jnp.moveaxis(at.cut(x, (None, -3)), -3, -2) for x in (arrays.key, arrays.value))
             bias = None if arrays.bias is None else at.cut(arrays.bias, (None, -1))
-            return absorb(running, Tile(plan, arrays._replace(key=key, value=value, bias=bias), at)), None
+            return update_state(running, Tile(plan, arrays._replace(key=key, value=value, bias=bias), at)), None
 
         if starts:
             running, _ = jax.lax.scan(step, running, jnp.asarray([(0, start) for start in starts], jnp.int32))
@@ -176,7 +194,7 @@ def _in_tiles(plan: Plan, arrays: Arrays, running: Running, absorb: Absorb) -> R
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Given(Score):
+class _PrecomputedLogits(Score):
     """Logits that were computed before."""
 
     logits: jax.Array
@@ -185,7 +203,7 @@ class _Given(Score):
         return self.logits
 
 
-def _lying(array: jax.Array) -> jax.Array:
+def _pin_layout(array: jax.Array) -> jax.Array:
     """The array, its last axis innermost in memory: else XLA may lay out the results of both branches another way."""
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
@@ -201,7 +219,7 @@ def _all_of_batch(axis_size: int, in_batched: Any, array: jax.Array) -> tuple[ja
     return _all(array), False
 
 
-def _merged(array: jax.Array, first: int, last: int) -> jax.Array:
+def _merge_axes(array: jax.Array, first: int, last: int) -> jax.Array:
     """With the axes from `first` to `last`, both counted from the end, merged into one."""
     shape, stop = array.shape, last + array.ndim + 1
     return array.reshape(*shape[:first], -1, *shape[stop:])

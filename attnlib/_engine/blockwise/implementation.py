@@ -23,23 +23,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlib._autodiff.custom_rule import ruled, tangent_of
-from attnlib._autodiff.linear_map import Bound, unbroadcast
-from attnlib._autodiff.matmul import over_features, over_keys, over_queries
-from attnlib._autodiff.zeros import nought
+from attnlib._autodiff.custom_rule import call_with_rule, linear_tangent
+from attnlib._autodiff.linear_map import HashablePartial, unbroadcast
+from attnlib._autodiff.matmul import pt_o_product, pv_product, qk_product
+from attnlib._autodiff.zeros import zeros_like_varying
 from attnlib._core import axes as _axes
-from attnlib._core.problem import Estimate, Implementation, Problem, Result
+from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
 from attnlib._core.tile_kinds import EMPTY
-from attnlib._engine import softmax as _online_softmax
+from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise import decode as _side_by_side
 from attnlib._engine.blockwise.plan import Kind, plan_blocks, rows_at_once, unsupported
-from attnlib._engine.blockwise.tile import Arrays, Place, Plan, Tile, tile_kinds
+from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, TileIndex, tile_kinds
 from attnlib._engine.cost import operations
-from attnlib._engine.softmax import Running
+from attnlib._engine.softmax import SoftmaxState
 
 Leaves = Sequence[jax.Array]
 
-# The axes of queries and of keys, as `Place.cut` takes them, of numbers a row, of the output, and of all of `Running`.
+# The axes of queries and of keys, as `TileIndex.cut` takes them: of numbers a row, of the output, and of a `SoftmaxState`.
 _OF_ROWS, _OUTPUT = (-1, None), (-2, None)
 _RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
 # Query, key and value among the leaves that can have derivatives.
@@ -55,20 +55,22 @@ def blockwise(kind: Kind | None = None) -> Implementation:
     )
 
 
-def _run(problem: Problem, kind: Kind | None) -> Result:
+def _run(problem: AttentionProblem, kind: Kind | None) -> AttentionResult:
     if problem.query_length == 0 or problem.key_length == 0:
         return _nothing(problem)
     problem = _prepared(problem)
     strategy = plan_blocks(problem, kind)
     arrays = _padded(problem, strategy.block_sizes)
-    plan = Plan.of(problem, strategy, arrays)
-    moving, fixed = plan.split(arrays)
-    output, lse = _attend(plan, moving, fixed)
+    plan = BlockwisePlan.of(problem, strategy, arrays)
+    differentiable, constant = plan.split(arrays)
+    output, lse = _attend(plan, differentiable, constant)
     output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
-    return Result(output, lse, _weights(plan, moving, fixed, lse) if problem.return_weights else None)
+    return AttentionResult(
+        output, lse, _weights(plan, differentiable, constant, lse) if problem.return_weights else None
+    )
 
 
-def _prepared(problem: Problem) -> Problem:
+def _prepared(problem: AttentionProblem) -> AttentionProblem:
     """The same with the score's work on single positions done, in the dtype to compute in."""
     query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
     query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
@@ -77,34 +79,36 @@ def _prepared(problem: Problem) -> Problem:
     return dataclasses.replace(problem, query=query, key=key, value=value, score=score, bias=bias)
 
 
-def _padded(problem: Problem, tile: tuple[int, int]) -> Arrays:
+def _padded(problem: AttentionProblem, tile: tuple[int, int]) -> TileArrays:
     """The arrays up to whole tiles."""
     sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
-    return Arrays(
+    return TileArrays(
         query=_axes.pad_axis(problem.query, -2, sizes[0]),
         key=_axes.pad_axis(problem.key, -2, sizes[1]),
         value=_axes.pad_axis(problem.value, -2, sizes[1]),
         bias=None if problem.bias is None else _axes.pad_pairs(problem.bias, sizes),
         score=problem.score,
         score_mod=problem.score_mod,
-        mask=None if problem.mask is None else problem.mask.padded(*problem.positions, sizes),
+        mask=None if problem.mask is None else problem.mask.pad_to(*problem.positions, sizes),
         seeds=problem.dropout_seeds,
     )
 
 
-def _nothing(problem: Problem) -> Result:
+def _nothing(problem: AttentionProblem) -> AttentionResult:
     """The result where there are no queries or no keys."""
     rows = (*problem.batch, problem.kv_heads, problem.groups, problem.query_length)
     weights = jnp.zeros((*rows, problem.key_length), problem.dtype) if problem.return_weights else None
     output = jnp.zeros((*rows, problem.value.shape[-1]), problem.dtype)
-    return Result(output, jnp.full(rows, -jnp.inf, problem.dtype), weights)
+    return AttentionResult(output, jnp.full(rows, -jnp.inf, problem.dtype), weights)
 
 
-def _weights(plan: Plan, moving: Leaves, fixed: Leaves, lse: jax.Array) -> jax.Array:
+def _weights(plan: BlockwisePlan, differentiable: Leaves, constant: Leaves, lse: jax.Array) -> jax.Array:
     """All weights, which the user asked for: square by nature, so made at once, from the tiles' lse."""
-    at = plan.everywhere(asked=plan.join(moving, fixed).mask is not None)
-    tile = Tile(plan, plan.join([at.cut(x, axes) for x, axes in zip(moving, plan.axes, strict=True)], fixed), at)
+    at = plan.everywhere(asked=plan.join(differentiable, constant).mask is not None)
+    tile = Tile(
+        plan, plan.join([at.cut(x, axes) for x, axes in zip(differentiable, plan.axes, strict=True)], constant), at
+    )
     logits, _ = tile.terms()
     return tile.drop(tile.softmax(logits, lse))
 
@@ -112,22 +116,24 @@ def _weights(plan: Plan, moving: Leaves, fixed: Leaves, lse: jax.Array) -> jax.A
 # Derivatives: (output, lse) has the tangent loop as its derivative, and that the transpose loop as its transpose.
 
 
-def _attend(plan: Plan, moving: Leaves, fixed: Leaves) -> tuple[jax.Array, jax.Array]:
-    """(output, lse) of padded arrays; `moving` are those that can have derivatives."""
-    output, lse = ruled(Bound(_forward, (plan,)), Bound(_rule, (plan,)), (*moving, *fixed))
+def _attend(plan: BlockwisePlan, differentiable: Leaves, constant: Leaves) -> tuple[jax.Array, jax.Array]:
+    """(output, lse) of padded arrays; `differentiable` are those that can have derivatives."""
+    output, lse = call_with_rule(
+        HashablePartial(_forward, (plan,)), HashablePartial(_rule, (plan,)), (*differentiable, *constant)
+    )
     return output, lse
 
 
-def _rule(plan: Plan, active: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
+def _rule(plan: BlockwisePlan, perturbed: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
     output, lse = _attend(plan, leaves[: sum(plan.floating)], leaves[sum(plan.floating) :])
-    forward, transpose = Bound(_tangent, (plan,)), Bound(_transpose, (plan,))
-    return (output, lse), tangent_of(forward, transpose, (*leaves, output, lse), active, changes)
+    forward, transpose = HashablePartial(_tangent, (plan,)), HashablePartial(_transpose, (plan,))
+    return (output, lse), linear_tangent(forward, transpose, (*leaves, output, lse), perturbed, changes)
 
 
-class _Loop:
+class _TileLoop:
     """Runs a body over all active tiles, those that ask the mask last."""
 
-    def __init__(self, plan: Plan, leaves: Leaves):
+    def __init__(self, plan: BlockwisePlan, leaves: Leaves):
         count = sum(plan.floating)
         self.plan, self.moving, self.fixed = plan, leaves[:count], leaves[count:]
         self.schedule = plan.schedule(plan.join(self.moving, self.fixed).mask)
@@ -147,89 +153,99 @@ class _Loop:
                 carry, _ = jax.lax.scan(step, carry, jnp.asarray(starts))
         return carry
 
-    def cut(self, leaves: Leaves, at: Place, which: Sequence[int] | None = None) -> list[jax.Array]:
+    def cut(self, leaves: Leaves, at: TileIndex, which: Sequence[int] | None = None) -> list[jax.Array]:
         which = range(len(leaves)) if which is None else which
         return [at.cut(leaf, self.plan.axes[n]) for leaf, n in zip(leaves, which, strict=True)]
 
 
-def _forward(plan: Plan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
-    loop = _Loop(plan, leaves)
+def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+    loop = _TileLoop(plan, leaves)
     arrays = plan.join(loop.moving, loop.fixed)
 
-    def body(running: Running, tile: Tile) -> Running:
+    def body(running: SoftmaxState, tile: Tile) -> SoftmaxState:
         logits, value = tile.terms()
-        old = Running(*(tile.at.cut(x, axes) for x, axes in zip(running, _RUNNING, strict=True)))
-        highest = jnp.maximum(old.highest, jnp.max(logits, -1))
-        shift = _online_softmax.base(highest)
-        fade, weights = jnp.exp(old.highest - shift), jnp.exp(logits - shift[..., None])
-        total = old.total * fade + jnp.sum(weights, -1)
-        output = old.output * fade[..., None] + over_keys(plan.precision, tile.drop(weights), value)
-        new = Running(highest, total, output)
-        return Running(*(tile.at.put(x, y, axes) for x, y, axes in zip(running, new, _RUNNING, strict=True)))
+        old = SoftmaxState(*(tile.at.cut(x, axes) for x, axes in zip(running, _RUNNING, strict=True)))
+        highest = jnp.maximum(old.row_max, jnp.max(logits, -1))
+        shift = _softmax.finite_max(highest)
+        rescale, weights = jnp.exp(old.row_max - shift), jnp.exp(logits - shift[..., None])
+        total = old.row_sum * rescale + jnp.sum(weights, -1)
+        output = old.output * rescale[..., None] + pv_product(plan.precision, tile.drop(weights), value)
+        new = SoftmaxState(highest, total, output)
+        return SoftmaxState(*(tile.at.put(x, y, axes) for x, y, axes in zip(running, new, _RUNNING, strict=True)))
 
-    rows = jnp.sum(nought(arrays.query[..., :1]), -1)
-    start = Running(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
+    rows = jnp.sum(zeros_like_varying(arrays.query[..., :1]), -1)
+    start = SoftmaxState(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
     if plan.strategy.kind == "decode":
-        return _online_softmax.finish(_side_by_side.attend(plan, arrays, start, body))
-    return _online_softmax.finish(loop.run(body, start, checkpoint=False))
+        return _softmax.normalize(_side_by_side.attend(plan, arrays, start, body))
+    return _softmax.normalize(loop.run(body, start, checkpoint=False))
 
 
-def _tangent(plan: Plan, active: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
+def _tangent(plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
     """(output', lse') from the tangents of the active leaves."""
     *leaves, output, lse = residuals
-    loop = _Loop(plan, leaves)
+    loop = _TileLoop(plan, leaves)
 
     def body(carry: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
-        changes = loop.cut(tangents, tile.at, active)
-        terms, values = tile.terms_of(active)
+        changes = loop.cut(tangents, tile.at, perturbed)
+        terms, values = tile.terms_of(perturbed)
         (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, changes)
         weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
         moved = weights * logits_dot
-        average_dot = over_keys(plan.precision, tile.drop(moved), value)
-        average_dot += over_keys(plan.precision, tile.drop(weights), value_dot)
+        average_dot = pv_product(plan.precision, tile.drop(moved), value)
+        average_dot += pv_product(plan.precision, tile.drop(weights), value_dot)
         return tile.at.add(carry[0], average_dot, _OUTPUT), tile.at.add(carry[1], jnp.sum(moved, -1), _OF_ROWS)
 
-    a, c = loop.run(body, (nought(output), nought(lse)), checkpoint=True)
+    a, c = loop.run(body, (zeros_like_varying(output), zeros_like_varying(lse)), checkpoint=True)
     return [a - output * c[..., None], c]
 
 
-def _transpose(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
+def _transpose(
+    plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, cotangents: Leaves
+) -> list[jax.Array]:
     """Cotangents of the active leaves from those of (output, lse)."""
-    if plan.strategy.kind != "decode" or not set(active) <= set(_OPERANDS):
-        return _transpose_tiles(plan, active, residuals, cotangents)
-    bound = plan, active, len(residuals)
-    return ruled(Bound(_transpose_at_once, bound), Bound(_transpose_rule, bound), (*residuals, *cotangents))
+    if plan.strategy.kind != "decode" or not set(perturbed) <= set(_OPERANDS):
+        return _transpose_tiles(plan, perturbed, residuals, cotangents)
+    bound = plan, perturbed, len(residuals)
+    return call_with_rule(
+        HashablePartial(_transpose_at_once, bound), HashablePartial(_transpose_rule, bound), (*residuals, *cotangents)
+    )
 
 
-def _transpose_at_once(plan: Plan, active: tuple[int, ...], count: int, *args: jax.Array) -> list[jax.Array]:
+def _transpose_at_once(
+    plan: BlockwisePlan, perturbed: tuple[int, ...], count: int, *args: jax.Array
+) -> list[jax.Array]:
     *leaves, output, lse = args[:count]
     whole = sum(plan.floating)
     arrays = plan.join(leaves[:whole], leaves[whole:])
 
-    def tiled(arrays: Arrays) -> list[jax.Array]:
-        moving, fixed = plan.split(arrays)
-        return _transpose_tiles(plan, _OPERANDS, (*moving, *fixed, output, lse), args[count:])
+    def tiled(arrays: TileArrays) -> list[jax.Array]:
+        differentiable, constant = plan.split(arrays)
+        return _transpose_tiles(plan, _OPERANDS, (*differentiable, *constant, output, lse), args[count:])
 
-    bars = _side_by_side.transpose(plan, arrays, output, lse, args[count:], tiled)
-    return [bars[n] for n in active]
+    cotangents = _side_by_side.transpose(plan, arrays, output, lse, args[count:], tiled)
+    return [cotangents[n] for n in perturbed]
 
 
-def _transpose_rule(plan: Plan, active: tuple[int, ...], count: int, moving: Any, args: Any, changes: Any) -> Any:
+def _transpose_rule(
+    plan: BlockwisePlan, perturbed: tuple[int, ...], count: int, differentiable: Any, args: Any, changes: Any
+) -> Any:
     """The tangents of the same by tiles."""
 
     def tiled(*values: jax.Array) -> list[jax.Array]:
         whole = list(args)
-        for n, value in zip(moving, values, strict=True):
+        for n, value in zip(differentiable, values, strict=True):
             whole[n] = value
-        return _transpose_tiles(plan, active, whole[:count], whole[count:])
+        return _transpose_tiles(plan, perturbed, whole[:count], whole[count:])
 
-    _, tangents = jax.jvp(tiled, [args[n] for n in moving], list(changes))
-    return _transpose(plan, active, args[:count], args[count:]), tangents
+    _, tangents = jax.jvp(tiled, [args[n] for n in differentiable], list(changes))
+    return _transpose(plan, perturbed, args[:count], args[count:]), tangents
 
 
-def _transpose_tiles(plan: Plan, active: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> list[jax.Array]:
+def _transpose_tiles(
+    plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, cotangents: Leaves
+) -> list[jax.Array]:
     *leaves, output, lse = residuals
-    loop = _Loop(plan, leaves)
+    loop = _TileLoop(plan, leaves)
     output_bar, lse_bar = cotangents
     if any(asked for asked, _ in loop.schedule):
         # A row that attends NaN is NaN; its cotangent must not meet the zero weights of what it does not attend.
@@ -237,20 +253,20 @@ def _transpose_tiles(plan: Plan, active: tuple[int, ...], residuals: Leaves, cot
     delta = lse_bar - jnp.sum(output * output_bar, -1)
 
     def body(totals: list[jax.Array], tile: Tile) -> list[jax.Array]:
-        terms, values = tile.terms_of(active)
+        terms, values = tile.terms_of(perturbed)
         (logits, value), pull = jax.vjp(terms, *values)
         weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
         rows_bar = tile.at.cut(output_bar, _OUTPUT)
-        value_bar = unbroadcast(over_queries(plan.precision, tile.drop(weights), rows_bar), value.shape)
-        weights_bar = over_features(plan.precision, rows_bar, value)
+        value_bar = unbroadcast(pt_o_product(plan.precision, tile.drop(weights), rows_bar), value.shape)
+        weights_bar = qk_product(plan.precision, rows_bar, value)
         logits_bar = weights * (tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None])
         parts = pull((logits_bar, value_bar))
-        return [tile.at.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, active, strict=True)]
+        return [tile.at.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, perturbed, strict=True)]
 
-    return loop.run(body, [nought(loop.moving[n]) for n in active], checkpoint=True)
+    return loop.run(body, [zeros_like_varying(loop.moving[n]) for n in perturbed], checkpoint=True)
 
 
-def _estimate(problem: Problem, kind: Kind | None) -> Estimate:
+def _estimate(problem: AttentionProblem, kind: Kind | None) -> Estimate:
     """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
     if problem.query_length == 0 or problem.key_length == 0:
         return Estimate(memory=0, flops=0)

@@ -11,9 +11,9 @@ from typing import Literal
 
 import jax
 
-from attnlib._core.problem import Problem
+from attnlib._core.problem import AttentionProblem
 from attnlib.scores import Bilinear, Dot
-from attnlib.scores._inner_product import Product
+from attnlib.scores._inner_product import InnerProduct
 
 # Numbers in the largest array of a tile, and how long and wide one is at most. Measured on 2 CPU cores, 64 features of
 # 2048 positions: of 8 heads 512 x 256 was fastest forward and in training, of one head 2048 x 512. Of scores whose
@@ -52,7 +52,7 @@ class BlockwiseStrategy:
     keys_again: int = 512
 
 
-def plan_blocks(problem: Problem, kind: Kind | None = None) -> BlockwiseStrategy:
+def plan_blocks(problem: AttentionProblem, kind: Kind | None = None) -> BlockwiseStrategy:
     """The strategy of that kind, or of the one likely fastest on this machine, in blocks as the user asked for."""
     kind = choose_kind(problem) if kind is None else kind
     if kind != "decode":
@@ -63,7 +63,7 @@ def plan_blocks(problem: Problem, kind: Kind | None = None) -> BlockwiseStrategy
     return dataclasses.replace(whole, keys_again=min(whole.keys_again, problem.block_sizes[1]))
 
 
-def choose_kind(problem: Problem) -> Kind:
+def choose_kind(problem: AttentionProblem) -> Kind:
     """The kind likely fastest.
 
     Only all heads at once does not gather what is sharded; the others are faster on a CPU and need it for themselves.
@@ -76,16 +76,16 @@ def choose_kind(problem: Problem) -> Kind:
     return "loop_over_heads" if long and unsupported(problem, "loop_over_heads") is None else "all_heads"
 
 
-def unsupported(problem: Problem, kind: Kind | None) -> str | None:
+def unsupported(problem: AttentionProblem, kind: Kind | None) -> str | None:
     """Why a kind cannot compute a problem; None where it can."""
     if kind == "loop_over_heads" and jax.tree.leaves(problem.score):
         return "the score has arrays, which are not cut"
-    if kind == "decode" and not isinstance(problem.score, (Dot, Bilinear, Product)):
+    if kind == "decode" and not isinstance(problem.score, (Dot, Bilinear, InnerProduct)):
         return "the score is not a product"
     return None
 
 
-def _few_queries(problem: Problem) -> bool:
+def _few_queries(problem: AttentionProblem) -> bool:
     """Whether there are few queries and many keys.
 
     Not where the user asks for several tiles, or a static mask (a window, say) leaves most of the keys out.
@@ -100,22 +100,24 @@ def _few_queries(problem: Problem) -> bool:
     return problem.mask is None or 2 * problem.pairs_computed(lengths[0], 128) > lengths[0] * lengths[1]
 
 
-def rows_at_once(problem: Problem, kind: Kind) -> int:
+def rows_at_once(problem: AttentionProblem, kind: Kind) -> int:
     """How many rows a tile has for each of its queries."""
     return problem.groups if kind == "loop_over_heads" else problem.rows // problem.query_length
 
 
-def _tile_sizes(problem: Problem, kind: Kind) -> tuple[int, int]:
+def _tile_sizes(problem: AttentionProblem, kind: Kind) -> tuple[int, int]:
     lengths = problem.query_length, problem.key_length
     if problem.block_sizes is not None:
         return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
-    pair_size = problem.score.prepared_pair_size(problem.query.shape[-1])
-    numbers = (_NUMBERS if pair_size == 1 else _NUMBERS_WITH_FEATURES) / max(rows_at_once(problem, kind) * pair_size, 1)
+    features_per_pair = problem.score.prepared_features_per_pair(problem.query.shape[-1])
+    numbers = (_NUMBERS if features_per_pair == 1 else _NUMBERS_WITH_FEATURES) / max(
+        rows_at_once(problem, kind) * features_per_pair, 1
+    )
     keys = min(_power_of_two(math.sqrt(numbers)), _LONGEST[1])
     queries = min(_power_of_two(numbers / keys), _LONGEST[0])
-    queries, keys = min(queries, _up_to(lengths[0])), min(keys, _up_to(lengths[1]))
-    size = _narrowed(problem, queries, keys)
-    return _evenly(lengths[0], size[0]), _evenly(lengths[1], size[1])
+    queries, keys = min(queries, _covering_power_of_two(lengths[0])), min(keys, _covering_power_of_two(lengths[1]))
+    size = _shrink_for_mask(problem, queries, keys)
+    return _balanced_block(lengths[0], size[0]), _balanced_block(lengths[1], size[1])
 
 
 def _power_of_two(number: float) -> int:
@@ -123,12 +125,12 @@ def _power_of_two(number: float) -> int:
     return max(2 ** math.floor(math.log2(max(number, 1))), 16)
 
 
-def _up_to(length: int) -> int:
+def _covering_power_of_two(length: int) -> int:
     """The power of two from which on one tile covers a length."""
     return max(2 ** math.ceil(math.log2(max(length, 1))), 16)
 
 
-def _narrowed(problem: Problem, queries: int, keys: int) -> tuple[int, int]:
+def _shrink_for_mask(problem: AttentionProblem, queries: int, keys: int) -> tuple[int, int]:
     """Smaller tiles, down to 128, where a static mask (a window, say) then leaves a good part of the work out.
 
     All sizes are looked at: scattered blocks leave nothing out until tiles are as small as they are.
@@ -145,7 +147,7 @@ def _narrowed(problem: Problem, queries: int, keys: int) -> tuple[int, int]:
     return best
 
 
-def _evenly(length: int, side: int) -> int:
+def _balanced_block(length: int, side: int) -> int:
     """About a side, a multiple of 8, such that the last tile is not much shorter than the others."""
     count = -(-length // side)
     return min(length, -(-length // (8 * count)) * 8)

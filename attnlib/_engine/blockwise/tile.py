@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core import axes as _axes
-from attnlib._core.block_positions import Positions
+from attnlib._core.block_positions import BlockPositions
 from attnlib._core.identity import node_types
-from attnlib._core.problem import Problem
-from attnlib._core.tile_kinds import FULL, PARTIAL, Ranges
+from attnlib._core.problem import AttentionProblem
+from attnlib._core.tile_kinds import FULL, PARTIAL, TileRanges
 from attnlib._engine import dropout as _dropout
-from attnlib._engine import softmax as _online_softmax
+from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
 from attnlib.masks._base import Mask
-from attnlib.modifiers._base import Modifier
+from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Score
 
 
-class Arrays(NamedTuple):
+class TileArrays(NamedTuple):
     """The arrays of a call, prepared by the score: whole, or those of one tile."""
 
     query: jax.Array  # (*batch, K, G, T, D)
@@ -32,7 +32,7 @@ class Arrays(NamedTuple):
     value: jax.Array  # (*batch, K, S, E)
     bias: jax.Array | None  # (..., T | 1, S | 1)
     score: Score
-    score_mod: Modifier | None
+    score_mod: TracedScoreMod | None
     mask: Mask | None  # never cut: it answers from positions
     seeds: jax.Array | None
 
@@ -50,12 +50,12 @@ _CUTS: dict[str, Cut] = {
 }
 
 
-class Place(NamedTuple):
+class TileIndex(NamedTuple):
     """Where a tile is, and whether the mask is to be asked there."""
 
     lead: tuple[jax.Array, ...]  # index along each batch axis and of the key head; empty: the tile has them all
-    query: Positions
-    key: Positions
+    query: BlockPositions
+    key: BlockPositions
     asked: bool
 
     def cut(self, array: jax.Array, axes: Cut) -> jax.Array:
@@ -101,7 +101,7 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BlockwisePlan:
     """All that is static of a call; equal plans are equal programs."""
 
     tree: Any  # the structure of Arrays
@@ -117,7 +117,7 @@ class Plan:
     precision: Any
 
     @classmethod
-    def of(cls, problem: Problem, strategy: BlockwiseStrategy, arrays: Arrays) -> Plan:
+    def of(cls, problem: AttentionProblem, strategy: BlockwiseStrategy, arrays: TileArrays) -> BlockwisePlan:
         leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
         floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
         axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
@@ -130,15 +130,15 @@ class Plan:
     def tile(self) -> tuple[int, int]:
         return self.strategy.block_sizes
 
-    def split(self, arrays: Arrays) -> tuple[list[Any], list[Any]]:
+    def split(self, arrays: TileArrays) -> tuple[list[Any], list[Any]]:
         """(leaves that can have derivatives, the others)."""
         leaves = jax.tree.leaves(arrays)
         pairs = list(zip(leaves, self.floating, strict=True))
         return [leaf for leaf, floating in pairs if floating], [leaf for leaf, floating in pairs if not floating]
 
-    def join(self, moving: Sequence[Any], fixed: Sequence[Any]) -> Arrays:
-        moving_, fixed_ = iter(moving), iter(fixed)
-        return self.tree.unflatten([next(moving_ if floating else fixed_) for floating in self.floating])
+    def join(self, differentiable: Sequence[Any], constant: Sequence[Any]) -> TileArrays:
+        differentiable_, constant_ = iter(differentiable), iter(constant)
+        return self.tree.unflatten([next(differentiable_ if floating else constant_) for floating in self.floating])
 
     def schedule(self, mask: Mask | None) -> list[tuple[bool, np.ndarray]]:
         """(whether to ask the mask, starts `(tiles, leads + 2)`): the tiles that it fills, then those it may cut."""
@@ -152,23 +152,23 @@ class Plan:
             runs.append((kind == PARTIAL, starts.astype(np.int32)))
         return [(asked, starts) for asked, starts in runs if len(starts)]
 
-    def place(self, start: jax.Array, asked: bool) -> Place:
+    def place(self, start: jax.Array, asked: bool) -> TileIndex:
         *lead, query_start, key_start = start
-        query = Positions(self.query_shape, "query", query_start, self.tile[0])
-        return Place(tuple(lead), query, Positions(self.key_shape, "key", key_start, self.tile[1]), asked)
+        query = BlockPositions(self.query_shape, "query", query_start, self.tile[0])
+        return TileIndex(tuple(lead), query, BlockPositions(self.key_shape, "key", key_start, self.tile[1]), asked)
 
-    def everywhere(self, asked: bool) -> Place:
-        return Place((), Positions(self.query_shape, "query"), Positions(self.key_shape, "key"), asked)
+    def everywhere(self, asked: bool) -> TileIndex:
+        return TileIndex((), BlockPositions(self.query_shape, "query"), BlockPositions(self.key_shape, "key"), asked)
 
 
 def tile_kinds(
     mask: Mask | None, query_shape: tuple[int, ...], key_shape: tuple[int, ...], tile: tuple[int, int]
 ) -> np.ndarray:
     """EMPTY, PARTIAL or FULL for each tile `(query tiles, key tiles)`; one reaching beyond the end is never FULL."""
-    query, key = Ranges.of(query_shape, tile[0], "query"), Ranges.of(key_shape, tile[1], "key")
+    query, key = TileRanges.of(query_shape, tile[0], "query"), TileRanges.of(key_shape, tile[1], "key")
     kinds = np.full((query.first.size, key.first.size), FULL)
     if mask is not None:
-        kinds = np.minimum(kinds, mask.tile(query, key))
+        kinds = np.minimum(kinds, mask.classify_tiles(query, key))
     short = (query.last - query.first + 1 < tile[0]) | (key.last - key.first + 1 < tile[1])
     return np.where(short, np.minimum(kinds, PARTIAL), kinds)
 
@@ -176,7 +176,7 @@ def tile_kinds(
 class Tile:
     """One tile: its arrays, and what is computed of them."""
 
-    def __init__(self, plan: Plan, arrays: Arrays, at: Place):
+    def __init__(self, plan: BlockwisePlan, arrays: TileArrays, at: TileIndex):
         self.plan, self.arrays, self.at = plan, arrays, at
 
     def terms(self) -> tuple[jax.Array, jax.Array]:
@@ -203,41 +203,43 @@ class Tile:
             logits = jnp.where(self.mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
         return logits, value
 
-    def terms_of(self, active: tuple[int, ...]) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], list[jax.Array]]:
+    def terms_of(
+        self, perturbed: tuple[int, ...]
+    ) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], list[jax.Array]]:
         """(`terms` as a function of the active leaves, their values)."""
-        moving, fixed = self.plan.split(self.arrays)
+        differentiable, constant = self.plan.split(self.arrays)
 
         def terms(*values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            whole = list(moving)
-            for n, value in zip(active, values, strict=True):
+            whole = list(differentiable)
+            for n, value in zip(perturbed, values, strict=True):
                 whole[n] = value
-            return Tile(self.plan, self.plan.join(whole, fixed), self.at).terms()
+            return Tile(self.plan, self.plan.join(whole, constant), self.at).terms()
 
-        return terms, [moving[n] for n in active]
+        return terms, [differentiable[n] for n in perturbed]
 
     @cached_property
     def mask(self) -> jax.Array:
         query, key = self.at.query, self.at.key
         inside = jnp.ones((1, 1), bool)
         if query.total % query.length or key.total % key.length:  # the last tiles reach beyond the end
-            inside = (query.slot < query.total) & (key.slot < key.total)
+            inside = (query.array_index < query.total) & (key.array_index < key.total)
         if self.arrays.mask is None:
             return inside
         kv_heads, groups = self.arrays.query.shape[-4:-2]
-        block = self.at.cut_mask(self.arrays.mask.at(query, key), groups)
+        block = self.at.cut_mask(self.arrays.mask.evaluate(query, key), groups)
         return inside & _axes.split_heads(block, kv_heads)
 
     def softmax(self, logits: jax.Array, lse: jax.Array) -> jax.Array:
-        weights = jnp.exp(logits - _online_softmax.base(lse)[..., None])
+        weights = jnp.exp(logits - _softmax.finite_max(lse)[..., None])
         # A row that attends NaN is NaN, but not where it does not attend.
         return jnp.where(logits == -jnp.inf, 0, weights) if self.at.asked else weights
 
     @cached_property
     def keep(self) -> jax.Array:
         assert self.arrays.seeds is not None
-        lead = self.at.cut(_dropout.lead_index(self.plan.heads[:-2], *self.plan.heads[-2:]), (None, None))
-        query, key = self.at.query.slot, self.at.key.slot
-        return _dropout.keep_block(self.arrays.seeds, self.plan.dropout_rate, lead, query, key)
+        lead = self.at.cut(_dropout.batch_head_index(self.plan.heads[:-2], *self.plan.heads[-2:]), (None, None))
+        query, key = self.at.query.array_index, self.at.key.array_index
+        return _dropout.keep_mask(self.arrays.seeds, self.plan.dropout_rate, lead, query, key)
 
     def drop(self, weights: jax.Array) -> jax.Array:
         """Weights after dropout; linear."""

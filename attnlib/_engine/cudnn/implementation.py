@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnlib._core.problem import Estimate, Implementation, Problem, Result
-from attnlib._engine.cudnn.fallback_derivatives import output_of
-from attnlib._engine.cudnn.kernel import Static, call, kernel
+from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
+from attnlib._engine.cudnn.fallback_derivatives import with_fallback_derivatives
+from attnlib._engine.cudnn.kernel import CudnnConfig, call, kernel
 from attnlib.masks import Causal, Lengths, Prefix, SlidingWindow
 from attnlib.masks._base import And, Mask
 from attnlib.scores import Dot
@@ -38,23 +38,23 @@ from attnlib.scores import Dot
 _TILE = 128, 128
 
 
-def cudnn(general: Implementation, elsewhere: bool) -> Implementation:
+def cudnn(general: Implementation, off_platform: bool) -> Implementation:
     """The implementation; `general` gives the derivatives that cuDNN lacks.
 
     Which device a program is for is not known when it is traced. Lowered for another than CUDA, `general` runs it if
-    `elsewhere`, as fits an automatic choice; else lowering fails, as fits a name that the user asked for.
+    `off_platform`, as fits an automatic choice; else lowering fails, as fits a name that the user asked for.
     """
 
-    def generally(problem: Problem) -> jax.Array:
+    def fallback_fn(problem: AttentionProblem) -> jax.Array:
         return general.run(problem).output
 
-    def run(problem: Problem) -> Result:
-        return Result(output_of(problem, _output, generally, elsewhere), None, None)
+    def run(problem: AttentionProblem) -> AttentionResult:
+        return AttentionResult(with_fallback_derivatives(problem, _output, fallback_fn, off_platform), None, None)
 
     return Implementation("cudnn", _unsupported, run, _estimate)
 
 
-def _estimate(problem: Problem) -> Estimate:
+def _estimate(problem: AttentionProblem) -> Estimate:
     """The output, and cleaned copies of the operands where there is a mask."""
     operands = (problem.query, problem.key, problem.value) if problem.mask is not None else ()
     numbers = sum(operand.size for operand in operands) + problem.rows * problem.value.shape[-1]
@@ -68,12 +68,12 @@ def _estimate(problem: Problem) -> Estimate:
 # word, which depends on the GPU and the cuDNN at hand (head sizes over 128 need Hopper or later).
 
 
-def _unsupported(problem: Problem) -> str | None:
+def _unsupported(problem: AttentionProblem) -> str | None:
     checks = _unsupported_options, _unsupported_operands, _unsupported_mask, _unsupported_here
     return next((reason for check in checks if (reason := check(problem)) is not None), None)
 
 
-def _unsupported_options(problem: Problem) -> str | None:
+def _unsupported_options(problem: AttentionProblem) -> str | None:
     if type(problem.score) is not Dot:
         return f"it computes dot products only; the score is {type(problem.score).__name__}"
     if problem.bias is not None:
@@ -98,7 +98,7 @@ def _unsupported_options(problem: Problem) -> str | None:
     return None
 
 
-def _unsupported_operands(problem: Problem) -> str | None:
+def _unsupported_operands(problem: AttentionProblem) -> str | None:
     query, key, value = problem.query, problem.key, problem.value
     dtypes = [str(operand.dtype) for operand in (query, key, value)]
     if len(set(dtypes)) > 1 or dtypes[0] not in ("float16", "bfloat16"):
@@ -125,15 +125,15 @@ def _explicitly_sharded(operand: Any) -> bool:
     return any(axis is not None for axis in getattr(sharding, "spec", ()))
 
 
-def _unsupported_mask(problem: Problem) -> str | None:
+def _unsupported_mask(problem: AttentionProblem) -> str | None:
     native = _native(problem)
     return native if isinstance(native, str) else None
 
 
-def _unsupported_here(problem: Problem) -> str | None:
+def _unsupported_here(problem: AttentionProblem) -> str | None:
     """What jax.nn says of it on this machine."""
     native = _native(problem)
-    assert isinstance(native, _Native)
+    assert isinstance(native, CudnnMask)
     heads, kv_heads, features = problem.kv_heads * problem.groups, problem.kv_heads, problem.query.shape[-1]
     query = jax.ShapeDtypeStruct((1, problem.query_length, heads, features), problem.query.dtype)
     key = jax.ShapeDtypeStruct((1, problem.key_length, kv_heads, features), problem.key.dtype)
@@ -152,15 +152,15 @@ def _unsupported_here(problem: Problem) -> str | None:
 # What the kernel knows of masks
 
 
-class _Native(NamedTuple):
+class CudnnMask(NamedTuple):
     """A mask in the kernel's terms; the masks of queries and of keys are of the form `position < length`."""
 
-    static: Static
+    static: CudnnConfig
     queries: list[Mask]
     keys: list[Mask]
 
 
-def _native(problem: Problem) -> _Native | str:
+def _native(problem: AttentionProblem) -> CudnnMask | str:
     """The problem's mask, peeled across `&`; or why the kernel cannot have it."""
     causal = False
     lefts, rights = [problem.query_length], [problem.key_length]  # bounds so wide are none
@@ -194,7 +194,7 @@ def _native(problem: Problem) -> _Native | str:
         return "its windows are causal ones; use SlidingWindow(left, 0)"
     if left is not None and (queries or keys or problem.query_length > problem.key_length):
         return "a window with lengths, or with more queries than keys, may leave it rows without keys; leave one out"
-    return _Native(Static(causal, left, (bool(queries), bool(keys))), queries, keys)
+    return CudnnMask(CudnnConfig(causal, left, (bool(queries), bool(keys))), queries, keys)
 
 
 def _conjuncts(mask: Mask | None) -> list[Mask]:
@@ -206,9 +206,9 @@ def _conjuncts(mask: Mask | None) -> list[Mask]:
 # The call: a Problem that is not refused -> output (*batch, K, G, T, E)
 
 
-def _output(problem: Problem, training: bool) -> jax.Array:
+def _output(problem: AttentionProblem, training: bool) -> jax.Array:
     native = _native(problem)
-    assert isinstance(native, _Native), native
+    assert isinstance(native, CudnnMask), native
     real_queries, real_keys = _real(problem, native.queries, -2), _real(problem, native.keys, -1)
     query, key, value = (
         jnp.broadcast_to(x, (*problem.batch, *x.shape[len(problem.batch) :]))
@@ -238,19 +238,19 @@ def _output(problem: Problem, training: bool) -> jax.Array:
     return output
 
 
-def _real(problem: Problem, masks: list[Mask], axis: int) -> jax.Array:
+def _real(problem: AttentionProblem, masks: list[Mask], axis: int) -> jax.Array:
     """`(*batch, positions)`: which positions of one side are not padding; the masks leave the other side at one."""
     length = problem.query_length if axis == -2 else problem.key_length
     real = jnp.ones(length, bool)
     for mask in masks:
-        block = mask.at(*problem.positions)  # (*batch, 1, T, 1), (*batch, 1, 1, S), or without batch and heads
+        block = mask.evaluate(*problem.positions)  # (*batch, 1, T, 1), (*batch, 1, 1, S), or without batch and heads
         inside = jnp.squeeze(block, -1 if axis == -2 else -2)
         real = real & (inside if inside.ndim == 1 else inside[..., 0, :])
     return jnp.broadcast_to(real, (*problem.batch, length))
 
 
 def _attends_non_finite(
-    static: Static, query: jax.Array, key: jax.Array, value: jax.Array, real_keys: jax.Array
+    static: CudnnConfig, query: jax.Array, key: jax.Array, value: jax.Array, real_keys: jax.Array
 ) -> jax.Array:
     """`(*batch, K, G, T)`: rows whose query, or a key or value that they attend, is not finite, and so their output.
 
@@ -274,7 +274,7 @@ def _clean(array: jax.Array, real: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(array) & real, array, jnp.ones((), array.dtype))
 
 
-def _scaled(problem: Problem, query: jax.Array) -> jax.Array:
+def _scaled(problem: AttentionProblem, query: jax.Array) -> jax.Array:
     """The query, times what the scale is beyond the kernel's own 1 / sqrt(D), which alone is static.
 
     scale <q, k> = <ratio q, k> / sqrt(D), of which only `ratio q` is rounded once more, by half a unit of the type the

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 Lengths = Sequence[jax.Array]
 
 
-class Static(NamedTuple):
+class CudnnConfig(NamedTuple):
     """All that is static of a call of the kernel."""
 
     causal: bool
@@ -26,7 +26,7 @@ class Static(NamedTuple):
     training: bool = False  # whether to run the forward pass that a backward pass follows, which XLA can then merge
 
 
-def call(static: Static, query: jax.Array, key: jax.Array, value: jax.Array, *lengths: jax.Array) -> jax.Array:
+def call(static: CudnnConfig, query: jax.Array, key: jax.Array, value: jax.Array, *lengths: jax.Array) -> jax.Array:
     queries, keys = static.lengths
     return jax.nn.dot_product_attention(
         query,
@@ -41,15 +41,15 @@ def call(static: Static, query: jax.Array, key: jax.Array, value: jax.Array, *le
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def kernel(static: Static, query: jax.Array, key: jax.Array, value: jax.Array, lengths: Lengths) -> jax.Array:
+def kernel(static: CudnnConfig, query: jax.Array, key: jax.Array, value: jax.Array, lengths: Lengths) -> jax.Array:
     return _operation(_forward, static)(query, key, value, *lengths)
 
 
-def _kernel_forward(static: Static, *operands: Any) -> tuple[jax.Array, Any]:
+def _kernel_forward(static: CudnnConfig, *operands: Any) -> tuple[jax.Array, Any]:
     return kernel(static._replace(training=True), *operands), operands
 
 
-def _kernel_backward(static: Static, operands: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _kernel_backward(static: CudnnConfig, operands: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     query, key, value, lengths = operands
     gradients = _operation(_backward, static._replace(training=True))(query, key, value, cotangent, *lengths)
     return (*gradients, [None] * len(lengths))
@@ -58,7 +58,7 @@ def _kernel_backward(static: Static, operands: Any, cotangent: jax.Array) -> tup
 kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-def _forward(static: Static, query: jax.Array, key: jax.Array, value: jax.Array, *lengths: jax.Array) -> jax.Array:
+def _forward(static: CudnnConfig, query: jax.Array, key: jax.Array, value: jax.Array, *lengths: jax.Array) -> jax.Array:
     def run(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return call(static, query, key, value, *lengths)
 
@@ -66,13 +66,13 @@ def _forward(static: Static, query: jax.Array, key: jax.Array, value: jax.Array,
 
 
 def _backward(
-    static: Static, query: jax.Array, key: jax.Array, value: jax.Array, cotangent: jax.Array, *lengths: jax.Array
+    static: CudnnConfig, query: jax.Array, key: jax.Array, value: jax.Array, cotangent: jax.Array, *lengths: jax.Array
 ) -> Any:
     return jax.vjp(lambda *operands: call(static, *operands, *lengths), query, key, value)[1](cotangent)
 
 
 @functools.cache  # one function for each static part, so that JAX's own caches know it again
-def _operation(function: Callable[..., Any], static: Static) -> Callable[..., Any]:
+def _operation(function: Callable[..., Any], static: CudnnConfig) -> Callable[..., Any]:
     """The function of arrays with a leading batch axis, of which every mapped axis becomes a part."""
     operation = jax.custom_batching.custom_vmap(partial(function, static))
 
