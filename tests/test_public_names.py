@@ -10,7 +10,6 @@ import pytest
 
 import attnlib
 
-
 # name: its parameters, those that are given by name alone behind a star; longer lines go on further in.
 TABLE = Path(__file__).with_name("public_names.txt").read_text().replace("\n    ", " ").splitlines()
 NAMES = {name: parameters.split() for name, _, parameters in (line.partition(":") for line in TABLE)}

@@ -39,7 +39,7 @@ from attnlib._engine.softmax import SoftmaxState
 
 Leaves = Sequence[jax.Array]
 
-# The axes of queries and of keys, as `TileIndex.cut` takes them: of numbers a row, of the output, and of a `SoftmaxState`.
+# The axes of queries and of keys, as `TileIndex.cut` takes them: of numbers a row, of the output, of a `SoftmaxState`.
 _OF_ROWS, _OUTPUT = (-1, None), (-2, None)
 _RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
 # Query, key and value among the leaves that can have derivatives.
