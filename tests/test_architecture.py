@@ -1,4 +1,4 @@
-"""The house rules of DESIGN.md that a program can check: which room may import which, and how large a file may be."""
+"""The rules of docs/architecture.md that a program can check: which file may import which, and how large it may be."""
 
 import ast
 import subprocess
@@ -105,7 +105,7 @@ def test_imports_point_one_way(path):
     if path.name == "__init__.py" and room != "__init__":
         assert not list(rooms_imported(path))
         return
-    assert level(room) is not None, f"{room} is new: give it a line in ROOMS, here, and in DESIGN.md"
+    assert level(room) is not None, f"{room} is new: give it a line in ROOMS, here, and in docs/architecture.md"
     for other, early in rooms_imported(path):
         if early:
             assert level(other) < level(room), f"{room} may not import {other}: imports point one way (ROOMS)"
