@@ -6,6 +6,7 @@ describe several parameters in one entry, and their shapes contain stars and bra
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from typing import Any
@@ -78,5 +79,6 @@ def prose(text: str) -> str:
 
 def escaped(text: str) -> str:
     """The text with what Markdown would interpret outside of code escaped."""
-    parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if number % 2 else re.sub(r"([*\[\]<])", r"\\\1", part) for number, part in enumerate(parts))
+    prose_and_code = re.split(r"(`[^`]*`)", text)
+    plain = [re.sub(r"([*\[\]])", r"\\\1", part).replace("<", "&lt;") for part in prose_and_code[::2]]
+    return "".join(itertools.chain.from_iterable(itertools.zip_longest(plain, prose_and_code[1::2], fillvalue="")))
