@@ -94,7 +94,11 @@ def test_code_in_the_text_names_what_exists(path):
         for part in name.split(".")[1:]:
             assert hasattr(thing, part) or find_spec(f"{thing.__name__}.{part}"), name
             thing = getattr(thing, part, None) or __import__(f"{thing.__name__}.{part}", fromlist=["*"])
-    for name in re.findall(r"`((?:tests|docs|notebooks)/[\w./-]*)`", text):
+
+
+@each([path for path in DOCUMENTS if path.name != "CHANGELOG.md"])  # which tells of files that may be gone
+def test_files_in_the_text_exist(path):
+    for name in re.findall(r"(?<![\w/.])(?:tests|docs|notebooks)/[\w./-]*\w", path.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name
 
 
@@ -111,6 +115,11 @@ def test_the_citation_is_of_the_last_release():
     (date,) = re.findall(r"^date-released: (.+)$", read("CITATION.cff"), flags=re.MULTILINE)
     releases = re.findall(r"^## \[(\d[^\]]*)\] - (.+)$", read("CHANGELOG.md"), flags=re.MULTILINE)
     assert releases[0] == (version, date)
+
+
+def test_the_workflow_runs_all_that_has_to_pass():
+    assert re.search(r"run: \.ci/run$", read(".github/workflows/ci.yml"), flags=re.MULTILINE)
+    assert "mkdocs build --strict" in read(".ci/run") and "--quiet" not in re.search(r".*mkdocs.*", read(".ci/run"))[0]
 
 
 def test_the_contract_has_ten_lines():
