@@ -1,7 +1,7 @@
 """Attention as pure functions, and what a call of them would run.
 
-Layout (DESIGN, Words): query `(*batch and attention axes, N, D)`, key `(..., K, D)`, value `(..., K, E)`, output
-`(..., N, E)`; weights `(*batch, N, *query axes, *key axes)`; lse `(*batch, N, *query axes)`.
+Layout (docs/concepts/shapes-and-axes.md): query `(*batch and attention axes, N, D)`, key `(..., K, D)`, value
+`(..., K, E)`, output `(..., N, E)`; weights `(*batch, N, *query axes, *key axes)`; lse `(*batch, N, *query axes)`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the fuzz tests draw: calls that are right by construction, wrong values for any argument, masks.
 
 Arrays are drawn as shapes and dtypes (`jax.ShapeDtypeStruct`), to be traced, or as NumPy arrays. What a call must give,
-and what a mask says, is defined here again, from DESIGN.md and without attnlib.
+and what a mask says, is defined here again, from docs/concepts and without attnlib.
 """
 
 import dataclasses

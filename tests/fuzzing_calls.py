@@ -134,7 +134,7 @@ def options(draw, sizes, floats):
 
 
 def expected(arguments):
-    """What a call that runs must give, by DESIGN.md: shapes and dtypes of output, weights, lse as far as asked for."""
+    """Shapes and dtypes of output, weights and lse, as far as asked for, that a call gives by docs/concepts."""
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     rank, asked = query.ndim, arguments.get("attention_axes")
     if asked is None:

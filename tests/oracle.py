@@ -2,7 +2,8 @@
 
 Nothing here is shared with attnlib, and nothing is vectorised over positions: one query vector meets one key
 vector at a time, so that an error in folding, broadcasting or masking cannot occur on both sides.
-Words and layouts: DESIGN.md.  Masks of positions follow at the end, one function for each definition.
+Words and layouts: docs/concepts/shapes-and-axes.md. Masks of positions follow at the end, one function for each
+definition.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The contract of DESIGN.md, line by line, on every implementation.
+"""The contract of docs/concepts/contract.md, line by line, on every implementation.
 
 Lines 5 and 6 (dropout, transformations) are in test_dropout.py and test_laws.py, 8 in test_errors.py, and 9 in
 test_recompilation.py.

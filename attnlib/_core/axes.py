@@ -137,7 +137,7 @@ def check_pairs(
     query_shape: tuple[int, ...],
     key_shape: tuple[int, ...],
 ) -> None:
-    """Raises ValueError unless a mask or bias of `shape` broadcasts to the weights by the rank rule (DESIGN, Words)."""
+    """Raises ValueError unless the `shape` of a mask or bias fits the weights (docs/concepts/shapes-and-axes.md)."""
     whole = (*batch, heads, *query_shape, *key_shape)
     spread = len(query_shape) + len(key_shape)
     if spread < len(shape) < len(whole):

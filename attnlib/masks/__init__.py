@@ -5,6 +5,8 @@ A mask knows no implementation and carries no lengths; it answers from positions
 segment ids, offsets) never recompile. `mask.as_array(query_shape, key_shape)` is the definition of each kind.
 """
 
+from attnlib._core.block_positions import BlockPositions
+from attnlib._core.tile_kinds import TileRanges
 from attnlib.masks._arrays import Dense, KeyPadding, QueryPadding, Segments
 from attnlib.masks._base import Mask
 from attnlib.masks._positional import Causal, Lengths, Predicate, Prefix, SlidingWindow
@@ -12,6 +14,7 @@ from attnlib.masks._sparse import BlockLocal, BlockSparse, Dilated, Neighborhood
 
 __all__ = [
     "BlockLocal",
+    "BlockPositions",
     "BlockSparse",
     "Causal",
     "Dense",
@@ -25,4 +28,5 @@ __all__ = [
     "QueryPadding",
     "Segments",
     "SlidingWindow",
+    "TileRanges",
 ]
