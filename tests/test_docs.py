@@ -57,7 +57,7 @@ def test_the_page_of_sharding_runs_on_eight_devices():
 
 @each(DOCUMENTS)
 def test_fences_are_of_a_known_kind(path):
-    assert {language for language, _ in fences(path.read_text(encoding="utf-8"))} <= {"python", "bash"}
+    assert {language for language, _ in fences(path.read_text(encoding="utf-8"))} <= {"python", "bash", "text"}
 
 
 # Links and names

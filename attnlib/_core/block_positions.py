@@ -20,8 +20,8 @@ class BlockPositions:
     """A run of `size` consecutive flat positions from `start`, over attention axes of lengths `shape`.
 
     `side` is "query" or "key": query indices come as a column `(size, 1)`, key indices as a row `(1, size)`, so that
-    a comparison of the two is already a block. What belongs to a place in the array goes by `slot`, whatever positions
-    are explicit there.
+    a comparison of the two is already a block. `position` is what masks of positions compare; `array_index` is where an
+    entry stands in its array, whatever positions are explicit there.
     """
 
     shape: tuple[int, ...]

@@ -128,7 +128,7 @@ class _SignatureOfInit:
     def __get__(self, instance: Any, owner: type) -> inspect.Signature:
         if instance is not None:
             raise AttributeError("__signature__")
-        if owner.__init__ is object.__init__:
+        if owner.__init__ is object.__init__:  # type: ignore[misc]
             return inspect.Signature()
         own, *others = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]
         del own
