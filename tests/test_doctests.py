@@ -21,11 +21,11 @@ PUBLIC = [f"attnlib.{name}" for name in WITH_EXAMPLES]
 def test_public_functions_have_examples_that_are_found():
     """`test_examples_run_and_annotations_hold` would pass if doctest found nothing."""
     for name in (
-        "attnlib._api",
-        "attnlib.layers._multi_head",
-        "attnlib.linen._multi_head",
-        "attnlib.scores._custom",
-        "attnlib.regularization",
+        "_api",
+        "layers._multi_head",
+        "linen._multi_head",
+        "scores._custom",
+        "regularization",
     ):
         finder = doctest.DocTestFinder(exclude_empty=True)
         found = [test for test in finder.find(importlib.import_module(f"attnlib.{name}")) if test.examples]
@@ -34,7 +34,7 @@ def test_public_functions_have_examples_that_are_found():
 
 def test_examples_run_and_annotations_hold():
     """In a process of their own, where jaxtyping and beartype, if it is there, check calls of the public modules."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("beartype"):
         command += [f"--jaxtyping-packages={','.join(PUBLIC)},beartype.beartype"]
     command += [str(Path(__file__).with_name("doctest_examples.py"))]

@@ -233,9 +233,16 @@ def test_custom_functions_may_capture_arrays(keys):
 
     @jax.jit
     def each(*params):
-        made = [derivatives(capturing, implementation, params) for implementation in COMPLETE]
-        return derivatives(explicit, "reference", params), made
+        return [[derivatives(make, name, params) for name in COMPLETE] for make in (capturing, explicit)]
 
-    expected, made = each(matrix, offset)
-    for derivative in made:
-        assert_close(derivative, expected, length=7)
+    captured, expected = each(matrix, offset)
+    assert_close(captured, expected, length=7)
+
+
+def test_captured_arrays_may_be_float64():
+    with x64(True):
+        query, key = (np.random.default_rng(n).normal(size=(1, 3, 1, 4)) for n in range(2))
+        table = jnp.asarray(np.random.default_rng(2).normal(size=4))
+        score = scores.Custom(lambda q, k: jnp.sum(q * k * table))
+        output = attnlib.attention(query, key, key, score=score)
+        assert_close(output, attnlib.dot_product_attention(query * table, key, key, scale=1.0), length=4)

@@ -17,18 +17,25 @@ from attnlib._core.pytree import register
 
 @dataclass(frozen=True)
 class BlockPositions:
-    """A run of `size` consecutive flat positions from `start`, over attention axes of lengths `shape`.
+    """The positions of a block: a run of consecutive flat positions over the attention axes.
 
-    `side` is "query" or "key": query indices come as a column `(size, 1)`, key indices as a row `(1, size)`, so that
-    a comparison of the two is already a block. `position` is what masks of positions compare; `array_index` is where an
-    entry stands in its array, whatever positions are explicit there.
+    `position` is what masks compare. Query positions come as a column `(size, 1)` and key positions as a row `(1, size)`,
+    so that a comparison of the two is already a block. `array_index` is where an entry stands in its array, whatever
+    positions are explicit there.
+
+    Attributes:
+      shape: lengths of the attention axes.
+      side: "query" or "key".
+      start: the first flat position of the block.
+      size: how many positions the block has; None: all.
+      explicit: integers `(*batch, *shape)` or `shape` that stand for the positions; None: 0, 1, 2...
     """
 
     shape: tuple[int, ...]
     side: str
     start: int | jax.Array = 0
     size: int | None = None
-    explicit: Array | None = None  # integers `(*batch, *shape)` or `shape` that stand for the positions
+    explicit: Array | None = None
 
     @property
     def total(self) -> int:

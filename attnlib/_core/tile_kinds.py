@@ -15,9 +15,14 @@ TileKinds: TypeAlias = np.ndarray  # of EMPTY, PARTIAL, FULL, broadcastable to (
 
 @dataclass(frozen=True)
 class TileRanges:
-    """Runs of consecutive flat positions, first and last included, over attention axes of lengths `shape`.
+    """The positions of all tiles along one side: runs of consecutive flat positions.
 
-    Queries' come as columns `(tiles, 1)`, keys' as rows `(1, tiles)`.
+    Those of queries come as columns `(tiles, 1)`, those of keys as rows `(1, tiles)`.
+
+    Attributes:
+      first: the first flat position of each tile.
+      last: the last flat position of each tile.
+      shape: lengths of the attention axes.
     """
 
     first: np.ndarray

@@ -34,7 +34,7 @@ __all__ = ["KVCache"]
 
 @serializable
 @register
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of the tokens so far, a pytree to be passed on: `output, cache = cache.decode(...)`.
 
