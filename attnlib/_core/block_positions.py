@@ -19,8 +19,8 @@ from attnlib._core.pytree import register
 class BlockPositions:
     """The positions of a block: a run of consecutive flat positions over the attention axes.
 
-    `position` is what masks compare. Query positions come as a column `(size, 1)` and key positions as a row `(1, size)`,
-    so that a comparison of the two is already a block. `array_index` is where an entry stands in its array, whatever
+    `position` is what masks compare. Query positions are a column `(size, 1)` and key positions a row `(1, size)`, so
+    that a comparison of the two is already a block. `array_index` is where an entry stands in its array, whatever
     positions are explicit there.
 
     Attributes:

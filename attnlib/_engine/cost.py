@@ -35,7 +35,7 @@ def operations(function: Callable[..., Any], *args: Any) -> int:
     the longest of them.
 
     >>> import jax, jax.numpy as jnp
-    >>> from attnlib._cost import operations
+    >>> from attnlib._engine.cost import operations
     >>> operations(lambda x: jnp.tanh(x @ x), jax.ShapeDtypeStruct((10, 10), jnp.float32))
     2100
     """
