@@ -188,7 +188,7 @@ WAYS = dict(attention=through_attention, module=through_a_module, cache=through_
 many_classes = pytest.mark.parametrize(
     ("way", "count"),
     [
-        ("attention", 130), ("module", 40), ("cache", 30),
+        ("attention", 100), ("module", 60), ("cache", 40),
         *(pytest.param(way, 200, marks=pytest.mark.slow) for way in WAYS),
     ],
 )  # fmt: skip
