@@ -25,7 +25,7 @@ FAULTS = [
     # the tiled engine
     Fault(
         "backward-delta",  # the backward pass drops delta
-        "(tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None])",
+        "tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None]",
         "tile.drop(weights_bar)",
         ("test_cases.py values and [dot]",),
     ),
@@ -79,14 +79,14 @@ FAULTS = [
     ),
     Fault(
         "side-by-side-head",  # heads side by side all take what is of the first
-        "jnp.stack([blocks[..., head, :, :, head, :] for head",
-        "jnp.stack([blocks[..., head, :, :, 0, :] for head",
+        "blocks[..., head, :, :, head, :]",
+        "blocks[..., head, :, :, 0, :]",
         ("test_cases.py values and [grouped]",),
     ),
     Fault(
         "in-turn-mask",  # heads in turn take the mask of other heads
-        "block = jax.lax.dynamic_slice_in_dim(block, index * size, size, axis)",
-        "block = jax.lax.dynamic_slice_in_dim(block, index, size, axis)",
+        "dynamic_slice_in_dim(block, index * size, ",
+        "dynamic_slice_in_dim(block, index, ",
         ("test_cases.py values and grouped and mask and head]",),
     ),
     Fault(
@@ -97,20 +97,20 @@ FAULTS = [
     ),
     Fault(
         "unbroadcast-mean",  # the gradient of what broadcasts is a mean
-        "return jnp.sum(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)",
-        "return jnp.mean(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)",
+        "return jnp.sum(x, [axis for axis, ",
+        "return jnp.mean(x, [axis for axis, ",
         ("test_cases.py values and batch and one and broadcasts]",),
     ),
     Fault(
         "cap-under-mask",  # the soft cap does not know the mask
-        "logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so the cap's derivative",
-        "pass",
+        "logits = jnp.where(self.mask, logits, 0)  # a masked",
+        "pass  # a masked",
         ("test_contract.py test_2_masked_bias and [blockwise-2.0",),
     ),
     Fault(
         "nan-forward",  # masked values that are NaN stay
-        "return jnp.where(finite, array, 1), ~jnp.all(finite, -1)",
-        "return array, ~jnp.all(finite, -1)",
+        "jnp.where(finite, array, 1), ",
+        "array, ",
         ("test_contract.py test_2_masked_content and [blockwise-dense-dot",),
     ),
     Fault(
@@ -133,8 +133,8 @@ FAULTS = [
     ),
     Fault(
         "second-order-residuals",  # the second derivative ignores what a linear map depends on
-        "perturbed = [n for n in range(count) if type(tangents[n]) is not ad.Zero]",
-        "perturbed = []",
+        "perturbed = [n for n in range(count)",
+        "perturbed = [n for n in range(0)",
         ("test_cases.py second and [dot]",),
     ),
     Fault(
@@ -287,9 +287,9 @@ FAULTS = [
     ),
     Fault(
         "dropout-scale",  # what dropout keeps is not scaled up
-        "return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)",
-        "return jnp.where(self.keep, weights, 0)",
-        ("test_dropout.py same_entries and blockwise",),
+        "weights / (1 - self.plan.dropout_rate)",
+        "weights",
+        ("test_dropout.py axes_are_folded and blockwise",),
     ),
     Fault(
         "dropout-hash",  # a multiplier of the hash loses half of the bits
@@ -424,8 +424,8 @@ FAULTS = [
     ),
     Fault(
         "explain-memory",  # explain estimates no memory for tiles
-        "memory = (whole + 2 * rows_at_once(problem, strategy.kind) * tile[0] * tile[1]) * itemsize",
-        "memory = whole * itemsize",
+        "(whole + 2 * rows_at_once(",
+        "(whole + 0 * rows_at_once(",
         ("test_memory.py explain_estimates and tile",),
     ),
     Fault(
