@@ -25,45 +25,45 @@ FAULTS = [
     # the tiled engine
     Fault(
         "backward-delta",  # the backward pass drops delta
-        "(tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None])",
+        "tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None]",
         "tile.drop(weights_bar)",
-        ("test_cases.py values and [dot-blockwise]",),
+        ("test_cases.py values and [dot]",),
     ),
     Fault(
         "tangent-of-lse",  # the tangent of the output forgets that of the lse
         "return [a - output * c[..., None], c]",
         "return [a, c]",
-        ("test_cases.py values and [dot-blockwise]",),
+        ("test_cases.py values and [dot]",),
     ),
     Fault(
         "running-maximum",  # the sum so far keeps the old maximum
-        "output = old.output * fade[..., None] + over_keys(",
-        "output = old.output + over_keys(",
-        ("test_cases.py values and [dot-blockwise]",),
+        "output = old.output * rescale[..., None] +",
+        "output = old.output +",
+        ("test_cases.py values and [dot]",),
     ),
     Fault(
         "bfloat16-sum",  # the sum of a row is rounded to bfloat16
-        "total = old.total * fade + jnp.sum(weights, -1)",
-        "total = (old.total * fade + jnp.sum(weights, -1)).astype(jnp.bfloat16).astype(old.total.dtype)",
-        ("test_cases.py values and [dot-blockwise]",),
+        "total = old.row_sum * rescale + jnp.sum(weights, -1)",
+        "total = (old.row_sum * rescale + jnp.sum(weights, -1)).astype(jnp.bfloat16).astype(old.row_sum.dtype)",
+        ("test_cases.py values and [dot]",),
     ),
     Fault(
         "half-softmax",  # softmax is computed in the dtype of the operands
         "return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.float32",
         "return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.result_type(*arrays)",
-        ("test_contract.py test_3_statistics and reference and bfloat16",),
+        ("test_contract.py test_3_statistics and reference",),
     ),
     Fault(
         "lse-maximum",  # the lse lacks the maximum
-        "lse = jnp.where(empty, -jnp.inf, jnp.log(total) + base(running.highest))",
-        "lse = jnp.where(empty, -jnp.inf, jnp.log(total))",
-        ("test_cases.py values and [dot-blockwise]",),
+        "jnp.log(row_sum) + finite_max(state.row_max)",
+        "jnp.log(row_sum)",
+        ("test_cases.py values and [dot]",),
     ),
     Fault(
         "empty-row-nan",  # a row that attends nothing is NaN
-        "    return jnp.where(highest == -jnp.inf, 0, highest)",
-        "    return highest",
-        ("test_cases.py values and nothing and attends-blockwise]",),
+        "return jnp.where(row_max == -jnp.inf, 0, row_max)",
+        "return row_max",
+        ("test_cases.py values and nothing and attends]",),
     ),
     Fault(
         "swap-k-and-g",  # heads take turns among key heads
@@ -75,80 +75,80 @@ FAULTS = [
         "mask-of-other-head",  # a mask or bias a head goes to other heads
         "return array.reshape(*array.shape[:-3], *groups, *array.shape[-2:])",
         "return jnp.swapaxes(array.reshape(*array.shape[:-3], *groups[::-1], *array.shape[-2:]), -3, -4)",
-        ("test_second_opinions.py with_bias and shape0-reference",),
+        ("test_second_opinions.py with_bias and [shape0]",),
     ),
     Fault(
         "side-by-side-head",  # heads side by side all take what is of the first
-        "jnp.stack([blocks[..., head, :, :, head, :] for head",
-        "jnp.stack([blocks[..., head, :, :, 0, :] for head",
-        ("test_cases.py values and [grouped-blockwise and side",),
+        "blocks[..., head, :, :, head, :]",
+        "blocks[..., head, :, :, 0, :]",
+        ("test_cases.py values and [grouped]",),
     ),
     Fault(
         "in-turn-mask",  # heads in turn take the mask of other heads
-        "block = jax.lax.dynamic_slice_in_dim(block, index * size, size, axis)",
-        "block = jax.lax.dynamic_slice_in_dim(block, index, size, axis)",
-        ("test_cases.py values and grouped and mask and head-blockwise and turn",),
+        "dynamic_slice_in_dim(block, index * size, ",
+        "dynamic_slice_in_dim(block, index, ",
+        ("test_cases.py values and grouped and mask and head]",),
     ),
     Fault(
         "bias-gradient-last-tile",  # the gradient of a bias is that of its last tile
         "return self.put(total, self.cut(total, axes) + part, axes)",
         "return self.put(total, part if axes == (-2, -1) else self.cut(total, axes) + part, axes)",
-        ("test_cases.py values and [multi-query-blockwise]",),
+        ("test_cases.py values and [multi-query]",),
     ),
     Fault(
         "unbroadcast-mean",  # the gradient of what broadcasts is a mean
-        "return jnp.sum(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)",
-        "return jnp.mean(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)",
-        ("test_cases.py values and batch and one and broadcasts-blockwise]",),
+        "return jnp.sum(x, [axis for axis, ",
+        "return jnp.mean(x, [axis for axis, ",
+        ("test_cases.py values and batch and one and broadcasts]",),
     ),
     Fault(
         "cap-under-mask",  # the soft cap does not know the mask
-        "logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so the cap's derivative",
-        "pass",
-        ("test_contract.py test_2_masked_bias and [blockwise-2.0]",),
+        "logits = jnp.where(self.mask, logits, 0)  # a masked",
+        "pass  # a masked",
+        ("test_contract.py test_2_masked_bias and [blockwise-2.0",),
     ),
     Fault(
         "nan-forward",  # masked values that are NaN stay
-        "return jnp.where(finite, array, 1), ~jnp.all(finite, -1)",
-        "return array, ~jnp.all(finite, -1)",
-        ("test_contract.py test_2_masked_content and [blockwise-key and padding",),
+        "jnp.where(finite, array, 1), ",
+        "array, ",
+        ("test_contract.py test_2_masked_content and [blockwise-dense-dot",),
     ),
     Fault(
         "nan-backward",  # the cotangent of a row of NaN stays
         "output_bar = jnp.where(jnp.isnan(lse)[..., None], 0, output_bar)",
         "pass",
-        ("test_contract.py test_2_masked_content and [blockwise-dense-dot]",),
+        ("test_contract.py test_2_masked_content and [blockwise-dense-dot",),
     ),
     Fault(
         "nan-backward-reference",  # the reference passes the cotangent of a row of NaN on
         "output = jnp.where(jnp.isnan(lse)[..., None], jnp.nan, output)",
         "pass",
-        ("test_contract.py test_2_masked_content and [reference-dense-dot]",),
+        ("test_contract.py test_2_masked_content and [reference-dense-dot",),
     ),
     Fault(
         "softmax-derivative",  # the reference has a softmax whose derivative is not centred
         "moved = weights * (tangents[0] - mean[..., None])",
         "moved = weights * tangents[0]",
-        ("test_cases.py values and [dot-reference]", "test_cases.py values and [dot-blockwise]"),
+        ("test_cases.py values and [dot]",),
     ),
     Fault(
         "second-order-residuals",  # the second derivative ignores what a linear map depends on
-        "moving = [n for n in range(count) if type(tangents[n]) is not ad.Zero]",
-        "moving = []",
-        ("test_cases.py second and [dot-blockwise]",),
+        "perturbed = [n for n in range(count)",
+        "perturbed = [n for n in range(0)",
+        ("test_cases.py second and [dot]",),
     ),
     Fault(
         "second-order-sign",  # the transpose of a product has the wrong sign
-        "_over_keys: (over_features, lambda p, bar, pairs: over_queries(p, pairs, bar)),",
-        "_over_keys: (over_features, lambda p, bar, pairs: -over_queries(p, pairs, bar)),",
-        ("test_cases.py second and [dot-blockwise]",),
+        "lambda p, bar, pairs: pt_o_product(",
+        "lambda p, bar, pairs: -pt_o_product(",
+        ("test_cases.py second and [dot]",),
     ),
     # scores
     Fault(
         "additive-sign",  # the derivative of an additive score has the wrong sign
         "slope = r * r - r",
         "slope = r - r * r",
-        ("test_cases.py values and additive and feature-blockwise]",),
+        ("test_cases.py values and additive and feature]",),
     ),
     Fault(
         "additive-second-order",  # the second derivative of an additive score has a wrong term
@@ -164,16 +164,16 @@ FAULTS = [
     ),
     Fault(
         "score-scale",  # the logits are not scaled
-        "return query * scale, key, Product()",
-        "return query, key, Product()",
-        ("test_cases.py values and [dot-blockwise]",),
+        "return query * scale, key, ",
+        "return query, key, ",
+        ("test_cases.py values and [dot]",),
     ),
     # modifiers and sinks
     Fault(
         "alibi-sign",  # ALiBi favours what is far
         "return logit - _entry(self.slopes, head, logit) * distance",
         "return logit + _entry(self.slopes, head, logit) * distance",
-        ("test_modifiers.py schemes and [reference-all-alibi]",),
+        ("test_modifiers.py schemes and [alibi-all]",),
     ),
     Fault(
         "bucket-edge",  # a bucket of distances begins one late
@@ -195,8 +195,8 @@ FAULTS = [
     ),
     Fault(
         "lse-without-sink",  # the lse lacks the sink
-        "return Result(output * share[..., None], joined,",
-        "return Result(output * share[..., None], lse,",
+        "        joined,\n",
+        "        lse,\n",
         ("test_modifiers.py sink_is_a_key and [reference-0.0]",),
     ),
     Fault(
@@ -208,8 +208,8 @@ FAULTS = [
     # masks
     Fault(
         "causal-offset",  # the offset of Causal has the wrong sign
-        "return key_index <= ahead(query_index, per_batch(self.offset))",
-        "return key_index <= ahead(query_index, -per_batch(self.offset))",
+        "saturating_add(query_index, expand_per_batch(self.offset))",
+        "saturating_add(query_index, -expand_per_batch(self.offset))",
         ("test_masks.py definition_over_one_axis and causal",),
     ),
     Fault(
@@ -220,8 +220,8 @@ FAULTS = [
     ),
     Fault(
         "window-off-by-one",  # SlidingWindow sees one key less
-        "inside = inside & (key.index >= query.index - self.left)",
-        "inside = inside & (key.index > query.index - self.left)",
+        "key.position >= query.position - self.left",
+        "key.position > query.position - self.left",
         ("test_masks.py definition_over_one_axis and window",),
     ),
     Fault(
@@ -232,20 +232,20 @@ FAULTS = [
     ),
     Fault(
         "lengths-off-by-one",  # Lengths sees a padded key
-        "real = real & (key.index < per_batch(self.key))",
-        "real = real & (key.index <= per_batch(self.key))",
+        "key.position < expand_per_batch(self.key)",
+        "key.position <= expand_per_batch(self.key)",
         ("test_masks.py definition_over_one_axis and lengths",),
     ),
     Fault(
         "segments-padding",  # Segments ignores padding
-        "return same if self.padding_id is None else same & (query_ids != widened(self.padding_id))",
+        "return same if self.padding_id is None else same & (query_ids != as_at_least_int32(self.padding_id))",
         "return same",
         ("test_masks.py definition_over_one_axis and segments",),
     ),
     Fault(
         "not-tile",  # Not has the tiles of what it inverts
-        "return FULL - self.mask.tile(query, key)",
-        "return self.mask.tile(query, key)",
+        "FULL - self.mask.classify_tiles(query, key)",
+        "self.mask.classify_tiles(query, key)",
         ("test_tiles.py exact and Not",),
     ),
     Fault(
@@ -268,8 +268,8 @@ FAULTS = [
     ),
     Fault(
         "positions-padding",  # padding among explicit positions attends
-        "real = (query.index >= 0) & (key.index >= 0)",
-        "real = (query.index >= 0) & (key.index >= -1)",
+        "(query.position >= 0) & (key.position >= 0)",
+        "(query.position >= 0) & (key.position >= -1)",
         ("test_modifiers.py positions_place and reference",),
     ),
     Fault(
@@ -281,15 +281,15 @@ FAULTS = [
     # dropout
     Fault(
         "dropout-local",  # dropout goes by the place in the tile
-        "query, key = self.at.query.slot, self.at.key.slot",
-        "query, key = self.at.query.slot - self.at.query.start, self.at.key.slot",
+        "self.at.query.array_index, self.at.key.array_index",
+        "self.at.query.array_index - self.at.query.start, self.at.key.array_index",
         ("test_dropout.py same_entries and blockwise",),
     ),
     Fault(
         "dropout-scale",  # what dropout keeps is not scaled up
-        "return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)",
-        "return jnp.where(self.keep, weights, 0)",
-        ("test_dropout.py same_entries and blockwise",),
+        "weights / (1 - self.plan.dropout_rate)",
+        "weights",
+        ("test_dropout.py axes_are_folded and blockwise",),
     ),
     Fault(
         "dropout-hash",  # a multiplier of the hash loses half of the bits
@@ -299,8 +299,8 @@ FAULTS = [
     ),
     Fault(
         "dropout-mixing",  # rows and columns meet in an exclusive or alone
-        "return _mix(row ^ column) < threshold",
-        "return row ^ column < threshold",
+        "_hash32(row ^ column) < threshold",
+        "row ^ column < threshold",
         ("test_dropout.py corners",),
     ),
     Fault(
@@ -318,8 +318,8 @@ FAULTS = [
     ),
     Fault(
         "decode-position",  # decode places tokens one late
-        "places = _positions(self.length, count, new)",
-        "places = _positions(self.length + 1, count, new)",
+        "places = new_positions(self.length, count, new)",
+        "places = new_positions(self.length + 1, count, new)",
         ("test_cache.py one_by_one",),
     ),
     Fault(
@@ -357,7 +357,7 @@ FAULTS = [
         "gate",  # the gate of a layer is left out
         'attended = attended * made["gate"]',
         "pass",
-        ("test_layers.py the_layer_is_its_parts and reference",),
+        ("test_layers.py the_layer_is_its_parts",),
     ),
     Fault(
         "use-scale",  # a learned scale is left out
@@ -369,7 +369,7 @@ FAULTS = [
         "output-bias",  # the output projection has no bias
         'return output + affine["bias"] if "bias" in affine else output',
         'return output + affine["bias"] if "bias" in affine and contracted == 1 else output',
-        ("test_layers.py the_layer_is_its_parts and reference",),
+        ("test_layers.py the_layer_is_its_parts",),
     ),
     Fault(
         "norm-mean",  # the norm of query and key is not centred
@@ -398,8 +398,8 @@ FAULTS = [
     ),
     Fault(
         "keras-swap",  # key and value of Keras are swapped
-        'return for_jax(nested(_renamed(entries, OUT, "out")))',
-        'made = for_jax(nested(_renamed(entries, OUT, "out")))\n'
+        'return to_jax(nested(_renamed(entries, OUT, "out")))',
+        'made = to_jax(nested(_renamed(entries, OUT, "out")))\n'
         '        return made | {"key": made["value"], "value": made["key"]}',
         ("test_convert.py keras_multi_head and bias]",),
     ),
@@ -424,8 +424,8 @@ FAULTS = [
     ),
     Fault(
         "explain-memory",  # explain estimates no memory for tiles
-        "memory = (whole + 2 * rows_at_once(problem) * tile[0] * tile[1]) * itemsize",
-        "memory = whole * itemsize",
+        "(whole + 2 * rows_at_once(",
+        "(whole + 0 * rows_at_once(",
         ("test_memory.py explain_estimates and tile",),
     ),
     Fault(
