@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
 from attnlib._core.block_positions import BlockPositions, QuerySlice
 from attnlib._core.operand_checks import check_arrays, check_rank, is_array, is_concrete
+from attnlib._core.options import InspectionOptions, Options, takes_options
 from attnlib._core.problem import AttentionProblem, compute_dtype
 from attnlib._core.pytree import jit, register
 from attnlib._core.validation import check_bool, check_size
 from attnlib._engine import call as _call
+from attnlib._engine.call import Arguments
 from attnlib.masks._views import QuerySliceMask
 from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Dot, Score
@@ -33,15 +35,23 @@ __all__ = ["attention_entropy", "attention_received", "attention_rows", "top_key
 
 Rows = int | Array | Sequence[int]
 
-_WITHOUT = "dropout_rate", "dropout_rng", "return_weights", "return_lse"
+_takes_options = takes_options(
+    without=dict.fromkeys(("dropout_rate", "dropout_rng", "return_weights", "return_lse"), ""), listed=("score",)
+)
 # Weights that `top_keys` holds at once, and the fewest queries that they are of. Measured on 2 shared CPU cores, 4
 # heads x 64 features, 4096 positions: 0.86 s with 2**18, 0.59 s with 2**20, 0.53 s with 2**22; all at once, 0.59 s
 # unsorted.
 _NUMBERS, _FEWEST = 2**20, 8
 
 
+@_takes_options
 def attention_rows(
-    query: Query, key: Key, *, rows: Rows | tuple[Rows, ...], score: Score | None = None, **options: Any
+    query: Query,
+    key: Key,
+    *,
+    rows: Rows | tuple[Rows, ...],
+    score: Score | None = None,
+    **options: Unpack[InspectionOptions],
 ) -> jax.Array:
     """The weights of chosen queries, at the cost of attention of these queries alone.
 
@@ -51,8 +61,8 @@ def attention_rows(
       rows: the queries: ints of any shape, positions along the flattened (row-major) query axes; or a tuple of them,
         one for each attention axis, which broadcast. Negative ones count from the end; they may be traced.
       score: default `scores.Dot()`.
-      **options: those of `attnlib.attention` but dropout and what to return. Masks, biases, modifiers and positions
-        are of all queries; `block_sizes` are of the chosen ones, side by side.
+      {names}: as in `attnlib.attention`. Masks, biases, modifiers and positions are of all queries; `block_sizes` are
+        of the chosen ones, side by side.
 
     Returns:
       Weights `(*batch, N, *shape of rows, *key axes)`, float32 at least. With a sink they add up to less than one. A
@@ -70,12 +80,13 @@ def attention_rows(
 
     Source: the weights are those of Bahdanau, Cho and Bengio (2015) and Vaswani et al. (2017).
     """
-    arrays, static = _arguments("attention_rows", query, key, score, options)
-    return _attention_rows(arrays, _indices(rows, _query_shape(arrays, static)), **static)
+    arguments = _arguments(query, key, score, options)
+    return _attention_rows(arguments, _indices(rows, _query_shape(arguments)))
 
 
+@_takes_options
 def attention_received(
-    query: Query, key: Key, *, mean: bool = False, score: Score | None = None, **options: Any
+    query: Query, key: Key, *, mean: bool = False, score: Score | None = None, **options: Unpack[InspectionOptions]
 ) -> jax.Array:
     """How much attention each key receives: the sum of its weights over all queries, in two passes over tiles.
 
@@ -87,7 +98,7 @@ def attention_received(
       key: `(..., K, D)`.
       mean: divide by the number of queries that attend anything (in that batch entry and head). Default: the sum.
       score: default `scores.Dot()`.
-      **options: those of `attnlib.attention` but dropout and what to return.
+      {names}: as in `attnlib.attention`.
 
     Returns:
       `(*batch, N, *key axes)`, float32 at least. Its sum over the keys is the number of queries that attend anything
@@ -107,12 +118,12 @@ def attention_received(
     Source: as a measure of which keys matter, Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative
       Inference of Large Language Models" (2023).
     """
-    arrays, static = _arguments("attention_received", query, key, score, options)
-    return _attention_received(arrays, mean=check_bool(mean, "mean"), **static)
+    return _attention_received(_arguments(query, key, score, options), mean=check_bool(mean, "mean"))
 
 
+@_takes_options
 def top_keys(
-    query: Query, key: Key, *, k: int, score: Score | None = None, **options: Any
+    query: Query, key: Key, *, k: int, score: Score | None = None, **options: Unpack[InspectionOptions]
 ) -> tuple[jax.Array, jax.Array]:
     """The k largest weights of each query, and of which keys they are.
 
@@ -124,7 +135,7 @@ def top_keys(
       key: `(..., K, D)`.
       k: how many, from 1 to the number of keys; static.
       score: default `scores.Dot()`.
-      **options: those of `attnlib.attention` but dropout and what to return; `block_sizes` are of the few queries.
+      {names}: as in `attnlib.attention`; `block_sizes` are of the few queries.
 
     Returns:
       (weights, indices), both `(*batch, N, *query axes, k)`, the largest first. Indices, int32, are of the flattened
@@ -145,11 +156,13 @@ def top_keys(
     Source: in chunks of queries, for attention to the k largest alone, Gupta et al., "Memory-efficient Transformers via
       Top-k Attention" (2021).
     """
-    arrays, static = _arguments("top_keys", query, key, score, options)
-    return _top_keys(arrays, k=check_size(k, "k", least=1), **static)
+    return _top_keys(_arguments(query, key, score, options), k=check_size(k, "k", least=1))
 
 
-def attention_entropy(query: Query, key: Key, *, score: Score | None = None, **options: Any) -> jax.Array:
+@_takes_options
+def attention_entropy(
+    query: Query, key: Key, *, score: Score | None = None, **options: Unpack[InspectionOptions]
+) -> jax.Array:
     """How widely each query spreads its attention: the entropy of its weights, from a derivative of the lse.
 
     With logits x_s and weights w_s = exp(x_s - lse): -sum_s w_s log w_s = lse - sum_s w_s x_s, and that mean logit is
@@ -159,7 +172,7 @@ def attention_entropy(query: Query, key: Key, *, score: Score | None = None, **o
       query: `(*batch and attention axes, N, D)`.
       key: `(..., K, D)`.
       score: default `scores.Dot()`.
-      **options: those of `attnlib.attention` but dropout and what to return. A sink counts as one more key.
+      {names}: as in `attnlib.attention`. A sink counts as one more key.
 
     Returns:
       `(*batch, N, *query axes)` in nats, float32 at least: from 0, where all is on one key, to log S, where it is on
@@ -180,36 +193,29 @@ def attention_entropy(query: Query, key: Key, *, score: Score | None = None, **o
       Attention to?" (2017); its collapse in training, Zhai et al., "Stabilizing Transformer Training by Preventing
       Attention Entropy Collapse" (2023).
     """
-    arrays, static = _arguments("attention_entropy", query, key, score, options)
-    return _attention_entropy(arrays, **static)
+    return _attention_entropy(_arguments(query, key, score, options))
 
 
-def _arguments(
-    caller: str, query: Any, key: Any, score: Score | None, options: dict[str, Any]
-) -> tuple[_call.TracedArguments, dict[str, Any]]:
+def _arguments(query: Any, key: Any, score: Score | None, options: InspectionOptions) -> Arguments:
     """The arguments of attention to values that nobody looks at."""
     check_arrays(query=query, key=key)
     value = jnp.ones((*key.shape[:-1], 1), compute_dtype(query, key))
-    score = Dot() if score is None else score
-    return _call.arguments(query, key, value, score, **_call.options(caller, options, _WITHOUT))
-
-
-_jit = partial(jit, static_argnames=(*_call.STATIC, "mean", "k"))
+    return _call.arguments(query, key, value, Dot() if score is None else score, Options(**options))
 
 
 # Sums over the queries
 
 
-@_jit
-def _attention_received(arrays: _call.TracedArguments, *, mean: bool, **static: Any) -> jax.Array:
-    problem, axes = _fold(arrays, static)
-    shape = list(arrays.key.shape)
+@partial(jit, static_argnames=("mean",))
+def _attention_received(arguments: Arguments, *, mean: bool) -> jax.Array:
+    problem, axes = _call.canonicalize(arguments)
+    shape = list(arguments.key.shape)
     for axis, size in zip(axes.batch, problem.batch, strict=True):
         shape[axis] = size
     # A feature of the values for each query head of a key head, and ones for it where that head is.
     ones = jnp.ones((*shape[:-1], problem.groups), problem.dtype)
     own = jnp.tile(jnp.eye(problem.groups, dtype=problem.dtype), (problem.kv_heads, 1))
-    output, pullback = jax.vjp(lambda value: _call.attend(arrays._replace(value=value), **static), ones)
+    output, pullback = jax.vjp(lambda value: _call.attend(arguments._replace(value=value)), ones)
     (received,) = pullback(jnp.broadcast_to(own, output.shape))
     received = jnp.swapaxes(_axes.fold_operand(received, axes), -1, -2)  # (*batch, K, G, S)
     received = received.reshape(*_lead(problem), problem.key_length)
@@ -222,23 +228,24 @@ def _attention_received(arrays: _call.TracedArguments, *, mean: bool, **static: 
 # Moments of the logits
 
 
-@_jit
-def _attention_entropy(arrays: _call.TracedArguments, **static: Any) -> jax.Array:
-    _, axes = _fold(arrays, static)
-    dtype = compute_dtype(arrays.query, arrays.key)
-    sink = None if arrays.sink is None else jnp.asarray(arrays.sink, dtype)
+@jit
+def _attention_entropy(arguments: Arguments) -> jax.Array:
+    problem, axes = _call.canonicalize(arguments)
+    dtype = compute_dtype(arguments.query, arguments.key)
+    sink = None if problem.sink is None else jnp.asarray(problem.sink, dtype)
 
     def hot(temperature: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(output, lse) with all logits, the sink's too, times a number."""
-        score_mod = TracedScoreMod(None, None, None) if arrays.score_mod is None else arrays.score_mod
+        score_mod = TracedScoreMod(None, None, None) if problem.score_mod is None else problem.score_mod
         score_mod = dataclasses.replace(score_mod, function=_ScaledScoreMod(score_mod.function, temperature))
-        moved = arrays._replace(score_mod=score_mod, value=value, sink=None if sink is None else temperature * sink)
-        return _call.attend(moved, **{**static, "return_lse": True})
+        scaled = None if sink is None else temperature * sink
+        moved = arguments.change(score_mod=score_mod, sink=scaled, return_lse=True)
+        return _call.attend(moved._replace(value=value))
 
     # The change of values from 0 to 1 is felt as the sum of the weights: 1, but for the rounding of the lse, which
     # the logits would multiply, were they not divided by that sum.
-    at = jnp.ones((), dtype), jnp.zeros_like(arrays.value)
-    (_, total), (weight, weighed) = jax.jvp(hot, at, (at[0], jnp.ones_like(arrays.value)))
+    at = jnp.ones((), dtype), jnp.zeros_like(arguments.value)
+    (_, total), (weight, weighed) = jax.jvp(hot, at, (at[0], jnp.ones_like(arguments.value)))
     weight = _axes.fold_operand(weight, axes)[..., 0].reshape(total.shape)
     if sink is not None:
         weight += jnp.exp(sink.reshape(-1, *(1,) * len(axes.attention)) - total)
@@ -276,15 +283,16 @@ def _weights(problem: AttentionProblem, implementation: Any, start: jax.Array, s
         score_mod=None if score_mod is None else dataclasses.replace(score_mod, run=run),
         bias=None if bias is None else place.cut(bias, -2),
         return_weights=True,
+        to_support=(*problem.to_support, "return_weights"),
     )
     weights = _call.run_problem(few, implementation).weights
     assert weights is not None
     return weights.reshape(*_lead(problem), size, problem.key_length)
 
 
-@_jit
-def _attention_rows(arrays: _call.TracedArguments, rows: Any, **static: Any) -> jax.Array:
-    problem, _ = _fold(arrays, static)
+@jit
+def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
+    problem, _ = _call.canonicalize(arguments)
     parts, sizes = (rows, problem.query_shape) if isinstance(rows, tuple) else ((rows,), (problem.query_length,))
     flat, inside = jnp.int32(0), jnp.bool_(True)
     for part, size in zip(parts, sizes, strict=True):
@@ -294,16 +302,16 @@ def _attention_rows(arrays: _call.TracedArguments, rows: Any, **static: Any) -> 
         return jnp.zeros((*_lead(problem), *flat.shape, *problem.key_shape), problem.dtype)
 
     def one(row: jax.Array) -> jax.Array:
-        return _weights(problem, static["implementation"], row, 1)[..., 0, :]
+        return _weights(problem, arguments.options.implementation, row, 1)[..., 0, :]
 
     weights = jax.vmap(one, out_axes=-2)(flat.reshape(-1))
     weights = jnp.where(inside.reshape(-1, 1), weights, jnp.nan)
     return weights.reshape(*_lead(problem), *flat.shape, *problem.key_shape)
 
 
-@_jit
-def _top_keys(arrays: _call.TracedArguments, *, k: int, **static: Any) -> tuple[jax.Array, jax.Array]:
-    problem, _ = _fold(arrays, static)
+@partial(jit, static_argnames=("k",))
+def _top_keys(arguments: Arguments, *, k: int) -> tuple[jax.Array, jax.Array]:
+    problem, _ = _call.canonicalize(arguments)
     total = problem.query_length
     if k > problem.key_length:
         raise ValueError(f"k must be at most the number of keys, {problem.key_length}; got {k}.")
@@ -313,7 +321,7 @@ def _top_keys(arrays: _call.TracedArguments, *, k: int, **static: Any) -> tuple[
 
     @jax.checkpoint  # derivatives compute the weights again rather than keep them
     def few(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights = _weights(problem, static["implementation"], start, size)
+        weights = _weights(problem, arguments.options.implementation, start, size)
         largest, keys = jax.lax.top_k(weights, k)
         return largest, jnp.where(largest == 0, -1, keys)
 
@@ -336,19 +344,15 @@ def _top_keys(arrays: _call.TracedArguments, *, k: int, **static: Any) -> tuple[
 # What they share
 
 
-def _fold(arrays: _call.TracedArguments, static: dict[str, Any]) -> tuple[AttentionProblem, _axes.Axes]:
-    return _call.canonicalize(arrays, **{name: value for name, value in static.items() if name != "implementation"})
-
-
 def _lead(problem: AttentionProblem) -> tuple[int, ...]:
     """(*batch, N)."""
     return (*problem.batch, problem.kv_heads * problem.groups)
 
 
-def _query_shape(arrays: _call.TracedArguments, static: dict[str, Any]) -> tuple[int, ...]:
-    check_rank(arrays.query, "query")
-    axes = _axes.normalize(static["attention_axes"], arrays.query.ndim, trailing=2)
-    return axes.attention_shape(arrays.query.shape)
+def _query_shape(arguments: Arguments) -> tuple[int, ...]:
+    check_rank(arguments.query, "query")
+    axes = _axes.normalize(arguments.options.attention_axes, arguments.query.ndim, trailing=2)
+    return axes.attention_shape(arguments.query.shape)
 
 
 def _indices(rows: Any, shape: tuple[int, ...]) -> Any:

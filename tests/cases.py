@@ -16,6 +16,7 @@ from conftest import x64
 
 import attnlib
 from attnlib import masks, modifiers, scores
+from attnlib._core.options import Options
 from attnlib._engine import call as _call
 from attnlib._engine import dispatch as _choose
 from attnlib._engine.blockwise.implementation import blockwise
@@ -282,12 +283,12 @@ def refusal(case: Case, name: str) -> str | None:
 
 def unsupported(name: str, query: Any, key: Any, value: Any, *, score: Any = None, **options: Any) -> str | None:
     """Why an implementation refuses a call; None where it runs. `explain` says so too, but counts the cost besides."""
-    options = _call.options("explain", {**options, **by_name(name)})
-    arrays, static = _call.arguments(query, key, value, scores.Dot() if score is None else score, **options)
-    asked = static.pop("implementation")
-    problem = jax.eval_shape(lambda arrays: _call.canonicalize(arrays, **static)[0], arrays)
+    score = scores.Dot() if score is None else score
+    arguments = _call.arguments(query, key, value, score, Options(**{**options, **by_name(name)}))
+    problem = jax.eval_shape(lambda arguments: _call.canonicalize(arguments)[0], arguments)
+    asked = arguments.options.implementation
     made = asked if not isinstance(asked, str) else next(one for one in _choose.IMPLEMENTATIONS if one.name == asked)
-    reason = made.unsupported(problem)
+    reason = made.refusal(problem)
     return None if reason is None else reason.splitlines()[0]
 
 

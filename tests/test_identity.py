@@ -7,6 +7,7 @@ import inspect
 import itertools
 import pkgutil
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ def pytree_classes():
         if module.name.startswith("attnlib.demo"):
             continue
         for _, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            if kind.__module__.startswith("attnlib") and jax.tree.structure(instance(kind)).node_data() is not None:
+            if not kind.__module__.startswith("attnlib") or typing.is_typeddict(kind):
+                continue
+            if jax.tree.structure(instance(kind)).node_data() is not None:
                 found.add(kind)
     return sorted(found, key=lambda kind: kind.__qualname__)
 

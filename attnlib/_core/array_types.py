@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -16,3 +17,4 @@ Value: TypeAlias = Float[Array, "*value K E"]
 Bias: TypeAlias = Float[Array, "..."]
 BoolMask: TypeAlias = Bool[Array, "..."]
 Rng: TypeAlias = Any  # a typed key jax.random.key(seed), or a raw uint32 key
+ScoreMod: TypeAlias = Callable[..., Any]  # (logit, batch, head, query_position, key_position) -> logit

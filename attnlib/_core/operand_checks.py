@@ -180,6 +180,8 @@ def check_block_sizes(value: Any) -> tuple[int, int] | None:
 
 def check_precision(value: Any) -> Any:
     """What a matrix product may be told; names are JAX' to know."""
+    if value is None:
+        return None
     parts = value if isinstance(value, tuple) else (value,)
     for part in parts:
         if not (part is None or isinstance(part, _PRECISIONS)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from attnlib._core.array_types import Array
 from attnlib._core.block_positions import BlockPositions
+from attnlib._core.options import FIELDS
 from attnlib._core.pytree import register
 from attnlib._core.tile_kinds import EMPTY, TileRanges
 
@@ -38,6 +39,7 @@ class AttentionProblem:
       dropout_seeds: `(4,)` words for `_dropout.keep_block`, or None for no dropout.
       batch: sizes of the batch axes after broadcasting.
       query_shape, key_shape: sizes of the attention axes, whose products are T and S.
+      to_support: names of the options that are set, which an implementation has to support.
       sink: `()` or `(N,)`, or None; not an implementation's business, but that of `_sink`.
     """
 
@@ -57,6 +59,7 @@ class AttentionProblem:
     return_weights: bool = dataclasses.field(metadata={"static": True})
     block_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
     precision: Any = dataclasses.field(metadata={"static": True})
+    to_support: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     return_lse: bool = dataclasses.field(default=True, metadata={"static": True})
     sink: Any = None
 
@@ -137,19 +140,40 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Implementation:
-    """A way to compute a Problem. `unsupported` says why it cannot compute one (None: it can); all who ask, ask it."""
+    """A way to compute a Problem.
+
+    Attributes:
+      name: what users ask for.
+      supports: the options that it computes; any other that is set is refused by name.
+      unsupported: why it cannot compute a Problem of such options (None: it can); `refusal` is what to ask.
+      run: computes a Problem.
+      estimate: what that would need.
+      reasons: for some options that it does not support, why, and what to write; the first one is given.
+    """
 
     name: str
+    supports: frozenset[str]
     unsupported: Callable[[AttentionProblem], str | None]
     run: Callable[[AttentionProblem], AttentionResult]
     estimate: Callable[[AttentionProblem], Estimate]
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+
+    def refusal(self, problem: AttentionProblem) -> str | None:
+        """Why it cannot compute a Problem, in words for users; None where it can."""
+        refused = [name for name in problem.to_support if name not in self.supports]
+        for name, reason in self.reasons.items():
+            if name in refused:
+                return reason
+        for name in refused:
+            return f"it does not support {name}; leave {name}={FIELDS[name].default!r}"
+        return self.unsupported(problem)
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
 
 
 # What may be asked for: a name, or one that has none that users know, or several to try in order; None: chosen.
-Asked: TypeAlias = str | Implementation | tuple[str | Implementation, ...] | None
+Asked: TypeAlias = str | Implementation | Sequence[str | Implementation] | None
 
 
 def compute_dtype(*arrays: Array) -> Any:

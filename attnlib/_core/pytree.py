@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -71,6 +72,18 @@ def register(kind: Kind, static: Sequence[str] = ()) -> Kind:
     return kind
 
 
+def register_of_one_kind(kind: Kind) -> Kind:
+    """Makes a dataclass a pytree that JAX itself flattens, which is faster; a decorator.
+
+    For a class that stands in no other's place, and whose static values each are of one type, none of them a float
+    that may be -0.0 or NaN: JAX tells no more apart.
+    """
+    jax.tree_util.register_dataclass(kind)
+    _children[kind] = operator.attrgetter(*(f.name for f in dataclasses.fields(kind) if not f.metadata.get("static")))
+    return kind
+
+
+_children: dict[type, Callable[[Any], tuple[Any, ...]]] = {}  # of the classes of `register_of_one_kind`
 _safe: set[type] = {type(None)}  # leaves that stay leaves, and nodes whose structure names their class
 
 
@@ -79,7 +92,9 @@ def foreign_types(values: Iterable[Any]) -> tuple[type, ...]:
     found: tuple[type, ...] = ()
     for value in values:
         if type(value) not in _safe:
-            if not jax.tree_util.all_leaves([value]):
+            if type(value) in _children:
+                found += foreign_types(_children[type(value)](value))
+            elif not jax.tree_util.all_leaves([value]):
                 found += node_types(value)
             elif type(value).__module__.partition(".")[0] in ("builtins", "jax", "jaxlib", "numpy"):
                 _safe.add(type(value))
@@ -128,9 +143,10 @@ class _SignatureOfInit:
     def __get__(self, instance: Any, owner: type) -> inspect.Signature:
         if instance is not None:
             raise AttributeError("__signature__")
-        if owner.__init__ is object.__init__:  # type: ignore[misc]
+        init: Any = getattr(owner, "__init__")  # noqa: B009 (not a use of an instance's, as mypy takes it for)
+        if init is object.__init__:
             return inspect.Signature()
-        own, *others = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]
+        own, *others = inspect.signature(init).parameters.values()
         del own
         return inspect.Signature(others)
 

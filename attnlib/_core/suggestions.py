@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -120,15 +120,27 @@ def suggestion_for(word: str, known: Collection[str], elsewhere: Collection[str]
 
 
 def suggests_arguments(
-    function: Callable[P, R], elsewhere: Collection[str] = (), place: str = "", name: str | None = None
+    function: Callable[P, R],
+    elsewhere: Collection[str] = (),
+    place: str = "",
+    name: str | None = None,
+    listed: Collection[str] = (),
+    answers: Mapping[str, str] | None = None,
 ) -> Callable[P, R]:
-    """The function, which says what to write instead of an argument that it does not take; its signature stays."""
+    """The function, which says what to write instead of an argument that it does not take; its signature stays.
+
+    `listed` are the arguments that the error names, all by default; `answers` has errors of their own for some words.
+    """
     parameters = inspect.signature(function).parameters
     kinds = [parameter.kind for parameter in parameters.values()]
     if inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
         return function
     positions, known = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD), parameters.keys()
     name = function.__qualname__ if name is None else name
+
+    def answer(word: str) -> str:
+        usual = f"{name} takes no {word!r}: {suggestion_for(word, listed or known, elsewhere, place)}"
+        return (answers or {}).get(word) or usual
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
@@ -140,11 +152,7 @@ def suggests_arguments(
             )
         if not options.keys() <= known:
             unknown = [word for word in options if word not in known]
-            raise TypeError(
-                "\n".join(
-                    f"{name} takes no {word!r}: {suggestion_for(word, known, elsewhere, place)}" for word in unknown
-                )
-            )
+            raise TypeError("\n".join(map(answer, unknown)))
         return function(*args, **options)
 
     return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -27,9 +26,9 @@ from attnlib._core.operand_checks import (
     check_sink_shape,
     check_soft_cap,
 )
+from attnlib._core.options import Options
 from attnlib._core.problem import Asked, AttentionProblem, AttentionResult, compute_dtype
 from attnlib._core.pytree import jit
-from attnlib._core.suggestions import suggestion_for
 from attnlib._core.validation import check_bool
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
@@ -42,96 +41,70 @@ from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Score
 from attnlib.scores._base import check_score
 
-# What every public function takes beside its operands and score, and the default of each.
-DEFAULTS: dict[str, Any] = dict(
-    mask=None, bias=None, is_causal=False, attention_axes=None, dropout_rate=0.0, dropout_rng=None,
-    logits_soft_cap=None, score_mod=None, sink=None, query_positions=None, key_positions=None,
-    return_weights=False, return_lse=False, implementation=None, block_sizes=None, precision=None,
-)  # fmt: skip
 
-
-def options(caller: str, given: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The options of a call with their defaults; TypeError for one that `caller` does not take."""
-    known = sorted({*DEFAULTS, "score"} - set(without))
-    for word in given:
-        if word not in known:
-            raise TypeError(f"{caller} takes no {word!r}: {suggestion_for(word, known)}")
-    return {**DEFAULTS, **given}
-
-
-class TracedArguments(NamedTuple):
-    """What of a call may be traced."""
+class Arguments(NamedTuple):
+    """The arguments of one call, checked: what `attend` compiles for. Only static options are not traced."""
 
     query: Array
     key: Array
     value: Array
     score: Score
-    mask: Mask | None
-    bias: Array | None
-    score_mod: TracedScoreMod | None
-    sink: Any
-    query_positions: Array | None
-    key_positions: Array | None
-    dropout_rng: Any
+    options: Options  # its mask a Mask, its score_mod a TracedScoreMod
+
+    def change(self, **options: Any) -> Arguments:
+        """These arguments, some of the options changed."""
+        return self._replace(options=self.options.replace(**options))
 
 
-def arguments(
-    query, key, value, score, mask, bias, is_causal, attention_axes, dropout_rate, dropout_rng, logits_soft_cap,
-    score_mod, sink, query_positions, key_positions, return_weights, return_lse, implementation, block_sizes, precision,
-) -> tuple[TracedArguments, dict[str, Any]]:  # fmt: skip
-    """Splits the arguments into traced arrays and hashable static options, refusing what cannot be either."""
+def arguments(query: Array, key: Array, value: Array, score: Score, options: Options) -> Arguments:
+    """Checks the arguments but for shapes, makes static options hashable and what functions capture traced."""
     check_score(score)
-    rate = check_dropout(dropout_rate, dropout_rng)
-    static = dict(
-        is_causal=check_bool(is_causal, "is_causal"),
-        attention_axes=check_axes(attention_axes),
+    rate = check_dropout(options.dropout_rate, options.dropout_rng)
+    axes = check_axes(options.attention_axes)
+    checked: dict[str, Any] = dict(
+        is_causal=check_bool(options.is_causal, "is_causal"),
+        attention_axes=axes,
         dropout_rate=rate,
-        logits_soft_cap=check_soft_cap(logits_soft_cap),
-        return_weights=check_bool(return_weights, "return_weights"),
-        return_lse=check_bool(return_lse, "return_lse"),
-        implementation=check_implementation(implementation, _choose.NAMES),
-        block_sizes=check_block_sizes(block_sizes),
-        precision=check_precision(precision),
+        dropout_rng=options.dropout_rng if rate else None,
+        logits_soft_cap=check_soft_cap(options.logits_soft_cap),
+        return_weights=check_bool(options.return_weights, "return_weights"),
+        return_lse=check_bool(options.return_lse, "return_lse"),
+        implementation=check_implementation(options.implementation, _choose.NAMES),
+        block_sizes=check_block_sizes(options.block_sizes),
+        precision=check_precision(options.precision),
+        mask=as_mask(options.mask),
     )
-    mask = as_mask(mask)
     check_arrays(query=query, key=key, value=value)
-    check_bias(bias)
-    if query_positions is not None or key_positions is not None:
-        check_integers(query_positions, "query_positions")
-        check_integers(key_positions, "key_positions")
+    check_bias(options.bias)
+    positions, score_mod = (options.query_positions, options.key_positions), options.score_mod
+    if positions[0] is not None or positions[1] is not None:
+        check_integers(options.query_positions, "query_positions")
+        check_integers(options.key_positions, "key_positions")
     if score.may_close_over_arrays or score_mod is not None:
         check_rank(query, "query")
         check_rank(key, "key")
-        axes = _axes.normalize(static["attention_axes"], query.ndim, trailing=2)
+        split = _axes.normalize(axes, query.ndim, trailing=2)
         dtype = compute_dtype(query, key, value)
         score = score.closure_converted(query.shape[-1], key.shape[-1], dtype)
         if score_mod is not None:
-            positions, heads = (query_positions, key_positions), query.shape[-2]
-            score_mod = TracedScoreMod.of(score_mod, len(axes.batch), len(axes.attention), heads, dtype, positions)
-    arrays = TracedArguments(
-        query, key, value, score, mask, bias, score_mod, check_sink(sink), query_positions, key_positions,
-        dropout_rng if rate else None,
-    )  # fmt: skip
-    return arrays, static
+            lead, along, heads = len(split.batch), len(split.attention), query.shape[-2]
+            checked["score_mod"] = TracedScoreMod.of(score_mod, lead, along, heads, dtype, positions)
+    checked["sink"] = check_sink(options.sink)
+    return Arguments(query, key, value, score, options.replace(**checked))
 
 
-STATIC = (
-    "is_causal", "attention_axes", "dropout_rate", "logits_soft_cap", "return_weights", "return_lse",
-    "implementation", "block_sizes", "precision",
-)  # fmt: skip
-
-
-@partial(jit, static_argnames=STATIC)
-def attend(arrays: TracedArguments, *, return_lse, implementation, **static):
-    problem, axes = canonicalize(arrays, return_lse=return_lse, **static)
-    output, lse, weights = run_problem(problem, implementation)
+@jit
+def attend(arguments: Arguments) -> Any:
+    """The output, or a tuple of it and what else is asked for."""
+    problem, axes = canonicalize(arguments)
+    output, lse, weights = run_problem(problem, arguments.options.implementation)
 
     lead = (*problem.batch, problem.kv_heads * problem.groups)
-    output = output.reshape(*lead, *output.shape[-2:]).astype(arrays.value.dtype)
+    output = output.reshape(*lead, *output.shape[-2:]).astype(arguments.value.dtype)
     results = [_axes.unfold_output(output, axes, problem.query_shape)]
     if weights is not None:
         results.append(weights.reshape(*lead, *problem.query_shape, *problem.key_shape))
-    if return_lse:
+    if problem.return_lse:
         assert lse is not None
         results.append(lse.reshape(*lead, *problem.query_shape))
     return results[0] if len(results) == 1 else tuple(results)
@@ -142,14 +115,14 @@ def run_problem(problem: AttentionProblem, implementation: Asked) -> AttentionRe
     return add_sink(_choose.choose(problem, implementation).run(problem), problem)
 
 
-def canonicalize(
-    arrays: TracedArguments, *, is_causal, attention_axes, dropout_rate, logits_soft_cap, return_weights, return_lse,
-    block_sizes, precision,
-) -> tuple[AttentionProblem, _axes.Axes]:  # fmt: skip
+def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     """Checks the shapes and brings the arguments into the canonical form."""
-    query, key, value, score, mask, bias = arrays[:6]
+    query, key, value, score, options = arguments
+    mask, score_mod, bias = options.mask, options.score_mod, options.bias
+    assert mask is None or isinstance(mask, Mask)
+    assert score_mod is None or isinstance(score_mod, TracedScoreMod)
     check_rank(query, "query")
-    axes = _axes.normalize(attention_axes, query.ndim, trailing=2)
+    axes = _axes.normalize(options.attention_axes, query.ndim, trailing=2)
     batch = check_operands(query, key, value, axes)
     heads, kv_heads = query.shape[-2], key.shape[-2]
     score.check(heads, query.shape[-1], key.shape[-1])
@@ -157,10 +130,10 @@ def canonicalize(
     if mask is not None:
         mask.check(shapes)
     check_bias_shape(bias, shapes)
-    check_sink_shape(arrays.sink, heads)
-    if is_causal:
+    check_sink_shape(options.sink, heads)
+    if options.is_causal:
         mask = Causal() if mask is None else mask & Causal()
-    positions = arrays.query_positions, arrays.key_positions
+    positions = options.query_positions, options.key_positions
     if positions != (None, None):
         check_explicit_positions(*positions, shapes)
         mask = RepositionedMask(mask, *positions)
@@ -172,19 +145,20 @@ def canonicalize(
         key=_axes.fold_operand(jnp.asarray(key), axes),
         value=_axes.fold_operand(jnp.asarray(value), axes),
         score=score,
-        score_mod=arrays.score_mod,
+        score_mod=score_mod,
         mask=mask,
         bias=None if bias is None else _axes.split_heads(_axes.fold_pairs(bias, shapes.query, shapes.key), kv_heads),
-        dropout_seeds=_dropout.hash_seeds(arrays.dropout_rng) if dropout_rate else None,
+        dropout_seeds=None if options.dropout_rng is None else _dropout.hash_seeds(options.dropout_rng),
         batch=batch,
         query_shape=shapes.query,
         key_shape=shapes.key,
-        dropout_rate=dropout_rate,
-        logits_soft_cap=logits_soft_cap,
-        return_weights=return_weights,
-        block_sizes=block_sizes,
-        precision=precision,
-        return_lse=return_lse,
-        sink=arrays.sink,
+        dropout_rate=options.dropout_rate,
+        logits_soft_cap=options.logits_soft_cap,
+        return_weights=options.return_weights,
+        block_sizes=options.block_sizes,
+        precision=options.precision,
+        to_support=options.to_support(),
+        return_lse=options.return_lse,
+        sink=options.sink,
     )
     return problem, axes

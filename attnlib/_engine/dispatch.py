@@ -35,9 +35,9 @@ def choose(problem: AttentionProblem, asked: Asked) -> Implementation:
     Raises:
       ValueError: none can; the message gives each one's reason.
     """
-    names = asked if asked is None or isinstance(asked, tuple) else (asked,)
+    names = (asked,) if isinstance(asked, (str, Implementation)) else asked
     candidates = preferred(problem) if names is None else tuple(map(_named, names))
-    reasons = {implementation.name: implementation.unsupported(problem) for implementation in candidates}
+    reasons = {implementation.name: implementation.refusal(problem) for implementation in candidates}
     for implementation in candidates:
         if reasons[implementation.name] is None:
             return implementation
@@ -130,7 +130,7 @@ def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
             return f"{chosen.name} was asked for"
         return f"{chosen.name} is likely faster at this size" if other.name in tried else "the default device is no GPU"
 
-    refusals = {other.name: other.unsupported(problem) or reason(other) for other in others}
+    refusals = {other.name: other.refusal(problem) or reason(other) for other in others}
     estimate = chosen.estimate(problem)
     flops = estimate.flops
     if problem.sink is not None:

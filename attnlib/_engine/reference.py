@@ -17,11 +17,20 @@ from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, I
 from attnlib._engine import dropout as _dropout
 from attnlib._engine.cost import operations
 
-
-def _unsupported(problem: AttentionProblem) -> str | None:
-    if problem.block_sizes is not None:
-        return "it computes all pairs at once and has no blocks; leave block_sizes=None"
-    return None
+_SUPPORTS = frozenset(
+    (
+        "mask",
+        "bias",
+        "dropout_rate",
+        "logits_soft_cap",
+        "score_mod",
+        "sink",
+        "return_weights",
+        "return_lse",
+        "precision",
+    )
+)  # fmt: skip
+_REASONS = {"block_sizes": "it computes all pairs at once and has no blocks; leave block_sizes=None"}
 
 
 def _run(problem: AttentionProblem) -> AttentionResult:
@@ -106,4 +115,4 @@ def _estimate(problem: AttentionProblem) -> Estimate:
     return Estimate(memory, operations(_run, problem))
 
 
-reference = Implementation("reference", _unsupported, _run, _estimate)
+reference = Implementation("reference", _SUPPORTS, lambda problem: None, _run, _estimate, _REASONS)

@@ -10,7 +10,7 @@ import dataclasses
 import operator
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from attnlib._api import attention
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
 from attnlib._core.operand_checks import check_integers, is_concrete
+from attnlib._core.options import CacheOptions, takes_options
 from attnlib._core.problem import compute_dtype
 from attnlib._core.pytree import register, serializable
 from attnlib._core.validation import check_bool, check_size
@@ -30,6 +31,13 @@ from attnlib.masks._arrays import as_mask
 from attnlib.scores import Dot, Score
 
 __all__ = ["KVCache"]
+
+_takes_options = takes_options(
+    without={
+        name: f"{name} cannot be given: positions are those of the tokens in the cache."
+        for name in ("query_positions", "key_positions")
+    }
+)
 
 
 @serializable
@@ -158,6 +166,7 @@ class KVCache:
         self._check_capacity(count, key.shape[-3])
         return self._write(_held.quantize_like(key, value, self._arrays), count)
 
+    @_takes_options
     def attend(
         self,
         query: Query,
@@ -167,7 +176,7 @@ class KVCache:
         is_causal: bool = True,
         mask: BoolMask | Mask | None = None,
         attention_axes: int | Sequence[int] | None = None,
-        **options: Any,
+        **options: Unpack[CacheOptions],
     ) -> Any:
         """Attention of the last n tokens appended to all that the cache holds.
 
@@ -183,8 +192,7 @@ class KVCache:
             position p is p, with a window p % capacity.
           attention_axes: where the axis of the n tokens is in query and output, as in `append`; one axis. Weights, lse,
             masks and biases have the batch axes first, as ever.
-          **options: as in `attnlib.attention`: bias, score_mod, sink, logits_soft_cap, return_weights, return_lse,
-            implementation, ... Positions are the cache's to give. Dropout goes by slot.
+          {names}: as in `attnlib.attention`. Positions are the cache's to give. Dropout goes by slot.
 
         Returns:
           As `attnlib.attention`; the output, `(*batch, n, N, E)`, is in the query's dtype.
@@ -213,6 +221,7 @@ class KVCache:
         overflowed = None if self.window is not None else self.length > self.capacity
         return self._attention(query, self._arrays, at, axis, score, is_causal, mask, overflowed, options)
 
+    @_takes_options
     def decode(
         self,
         query: Query,
@@ -224,7 +233,7 @@ class KVCache:
         is_causal: bool = True,
         mask: BoolMask | Mask | None = None,
         attention_axes: int | Sequence[int] | None = None,
-        **options: Any,
+        **options: Unpack[CacheOptions],
     ) -> tuple[Any, KVCache]:
         """`append` and `attend` in one, for any number of tokens; with a window too.
 
@@ -236,9 +245,10 @@ class KVCache:
           key: `(*batch, n, K, D)`.
           value: `(*batch, n, K, E)`.
           lengths: as in `append`; the query's tokens beyond attend nothing.
-          score, is_causal, mask, attention_axes, **options: as in `attend`. With a window and n greater than
+          score, is_causal, mask, attention_axes: as in `attend`. With a window and n greater than
             capacity - window + 1, the slots that masks, biases and weights speak of are `capacity + n`: those of the
             cache before, and after them the new tokens.
+          {names}: as in `attend`.
 
         Returns:
           (what `attend` returns, the cache with the tokens appended).
@@ -290,14 +300,9 @@ class KVCache:
         is_causal: Any,
         mask: Any,
         overflowed: Any,
-        options: Any,
+        options: CacheOptions,
     ) -> Any:
         """Attention to stored tokens at positions (of the queries, of the keys); NaN for sequences that are lost."""
-        for name in ("query_positions", "key_positions"):
-            if name in options:
-                raise TypeError(f"{name} cannot be given: positions are those of the tokens in the cache.")
-        if "scale" in options:
-            raise TypeError("a cache takes the scale inside the score: score=attnlib.scores.Dot(scale).")
         mask = as_mask(mask)
         if self.window is not None:
             near = SlidingWindow(self.window - 1, None)

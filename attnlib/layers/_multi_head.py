@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlib._api import ScoreMod, attention
+from attnlib._api import attention
 from attnlib._core import axes as _axes
-from attnlib._core.array_types import Array, Bias, BoolMask, Rng
+from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
 from attnlib._core.operand_checks import is_key
 from attnlib._core.suggestions import suggests_arguments
 from attnlib._core.validation import check_bool, check_positive

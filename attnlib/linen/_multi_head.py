@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlib._api import ScoreMod, attention
-from attnlib._core.array_types import Array, Bias, BoolMask, Rng
+from attnlib._api import attention
+from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
 from attnlib.cache import KVCache
 from attnlib.layers._inputs import default_operands, module_axes
 from attnlib.layers._multi_head import Rotary, apply_multi_head

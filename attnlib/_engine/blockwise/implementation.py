@@ -46,12 +46,20 @@ _RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
 _OPERANDS = 0, 1, 2
 
 
+_SUPPORTS = frozenset(
+    (
+        "mask", "bias", "dropout_rate", "logits_soft_cap", "score_mod", "sink", "return_weights", "return_lse",
+        "block_sizes", "precision",
+    )
+)  # fmt: skip
+
+
 @functools.cache
 def blockwise(kind: Kind | None = None) -> Implementation:
     """The implementation, by a strategy of that kind, or of the one likely fastest."""
     name = "blockwise" if kind is None else f"blockwise, {kind}"
     return Implementation(
-        name, partial(unsupported, kind=kind), partial(_run, kind=kind), partial(_estimate, kind=kind)
+        name, _SUPPORTS, partial(unsupported, kind=kind), partial(_run, kind=kind), partial(_estimate, kind=kind)
     )
 
 

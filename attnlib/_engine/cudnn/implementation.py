@@ -1,7 +1,7 @@
 """cuDNN's fused attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`: what maps on it, and what is refused.
 
 It takes dot scores of half-precision operands under the masks that the kernel itself knows: causal, a causal window,
-lengths. The rest would change a meaning, so it is refused (`_unsupported`, `_native` give each reason).
+lengths. The rest would change a meaning, so it is refused (`_REASONS`, `_unsupported`, `_native` give each reason).
 
 What the kernel does otherwise than attnlib is set right around it, in linear memory:
 
@@ -51,7 +51,7 @@ def cudnn(general: Implementation, off_platform: bool) -> Implementation:
     def run(problem: AttentionProblem) -> AttentionResult:
         return AttentionResult(with_fallback_derivatives(problem, _output, fallback_fn, off_platform), None, None)
 
-    return Implementation("cudnn", _unsupported, run, _estimate)
+    return Implementation("cudnn", _SUPPORTS, _unsupported, run, _estimate, _REASONS)
 
 
 def _estimate(problem: AttentionProblem) -> Estimate:
@@ -68,31 +68,31 @@ def _estimate(problem: AttentionProblem) -> Estimate:
 # word, which depends on the GPU and the cuDNN at hand (head sizes over 128 need Hopper or later).
 
 
+_SUPPORTS = frozenset(("mask", "precision"))
+_LSE = "jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False and sink=None"
+_REASONS = {
+    "bias": (
+        "its bias is rounded to half precision, must be as large as all pairs, and may not hold -inf; "
+        "leave bias=None, or use masks.Causal, SlidingWindow or Lengths for what it masks"
+    ),
+    "score_mod": "it computes no function of the user; leave score_mod=None",
+    "dropout_rate": "it cannot drop the entries that dropout_rng determines; set dropout_rate=0",
+    "logits_soft_cap": "it has no soft cap; leave logits_soft_cap=None",
+    "return_weights": "it never holds the weights; set return_weights=False",
+    "return_lse": _LSE,
+    "sink": _LSE,
+    "block_sizes": "it chooses its own blocks; leave block_sizes=None",
+}
+
+
 def _unsupported(problem: AttentionProblem) -> str | None:
-    checks = _unsupported_options, _unsupported_operands, _unsupported_mask, _unsupported_here
+    checks = _unsupported_score, _unsupported_operands, _unsupported_mask, _unsupported_here
     return next((reason for check in checks if (reason := check(problem)) is not None), None)
 
 
-def _unsupported_options(problem: AttentionProblem) -> str | None:
+def _unsupported_score(problem: AttentionProblem) -> str | None:
     if type(problem.score) is not Dot:
         return f"it computes dot products only; the score is {type(problem.score).__name__}"
-    if problem.bias is not None:
-        return (
-            "its bias is rounded to half precision, must be as large as all pairs, and may not hold -inf; "
-            "leave bias=None, or use masks.Causal, SlidingWindow or Lengths for what it masks"
-        )
-    if problem.score_mod is not None:
-        return "it computes no function of the user; leave score_mod=None"
-    if problem.dropout_seeds is not None:
-        return "it cannot drop the entries that dropout_rng determines; set dropout_rate=0"
-    if problem.logits_soft_cap is not None:
-        return "it has no soft cap; leave logits_soft_cap=None"
-    if problem.return_weights:
-        return "it never holds the weights; set return_weights=False"
-    if problem.needs_lse:
-        return "jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False and sink=None"
-    if problem.block_sizes is not None:
-        return "it chooses its own blocks; leave block_sizes=None"
     if problem.precision not in (None, "default", jax.lax.Precision.DEFAULT):
         return f"it multiplies in one precision, its own; leave precision=None, not {problem.precision!r}"
     return None

@@ -1,0 +1,261 @@
+"""The options of every attention function, stated once: names, types, defaults, documentation.
+
+A new option is a field of `Options`, a key of one of the dictionaries, a check in `_engine/call.py`, and an entry in
+`supports` of each implementation that computes it: all others refuse it by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, TypeVar, Unpack, cast
+
+from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
+from attnlib._core.pytree import register_of_one_kind
+from attnlib._core.suggestions import suggests_arguments
+
+if TYPE_CHECKING:
+    from attnlib.masks import Mask
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# What type checkers see, in the parts that functions take.
+
+
+class PairOptions(TypedDict, total=False):
+    """Which pairs of positions attend."""
+
+    mask: BoolMask | Mask | None
+    is_causal: bool
+    attention_axes: int | Sequence[int] | None
+    query_positions: Array | None
+    key_positions: Array | None
+
+
+class LogitOptions(TypedDict, total=False):
+    """What becomes of the logits, and how they are computed."""
+
+    bias: Bias | None
+    logits_soft_cap: float | None
+    score_mod: ScoreMod | None
+    sink: float | Array | None
+    implementation: str | Sequence[str] | None
+    block_sizes: tuple[int, int] | None
+    precision: Any
+
+
+class DropoutOptions(TypedDict, total=False):
+    """Which weights are dropped."""
+
+    dropout_rate: float
+    dropout_rng: Rng | None
+
+
+class ResultOptions(TypedDict, total=False):
+    """What is returned beside the output."""
+
+    return_weights: bool
+    return_lse: bool
+
+
+class InspectionOptions(PairOptions, LogitOptions, total=False):
+    """The options of `attnlib.inspect`."""
+
+
+class CacheOptions(LogitOptions, DropoutOptions, ResultOptions, total=False):
+    """The options of `KVCache` beside those that it documents itself."""
+
+
+class SharedOptions(PairOptions, LogitOptions, DropoutOptions, total=False):
+    """The options of attention that do not change what is returned."""
+
+
+class OutputOptions(SharedOptions, total=False):
+    """Options of a call that returns the output alone."""
+
+    return_weights: Literal[False]
+    return_lse: Literal[False]
+
+
+class WeightsOptions(SharedOptions, total=False):
+    """Options of a call that returns (output, weights)."""
+
+    return_weights: Required[Literal[True]]
+    return_lse: Literal[False]
+
+
+class LseOptions(SharedOptions, total=False):
+    """Options of a call that returns (output, lse)."""
+
+    return_weights: Literal[False]
+    return_lse: Required[Literal[True]]
+
+
+class AllResultsOptions(SharedOptions, total=False):
+    """Options of a call that returns (output, weights, lse)."""
+
+    return_weights: Required[Literal[True]]
+    return_lse: Required[Literal[True]]
+
+
+class AttentionOptions(SharedOptions, ResultOptions, total=False):
+    """All options."""
+
+
+# What the library passes on.
+
+
+def _option(default: Any, doc: str, *, static: bool = True, resolved: bool = False) -> Any:
+    metadata = {"static": static, "resolved": resolved, "doc": " ".join(doc.split())}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_traced = functools.partial(_option, static=False)
+
+
+@register_of_one_kind
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Options:
+    """The options of one call, as given or checked. Static ones decide the program; the others may be traced.
+
+    Metadata of a field: `static`; `resolved`, which implementations never see, because the engine turns the option
+    into another one or decides by it alone; `doc`.
+    """
+
+    mask: BoolMask | Mask | None = _traced(
+        None,
+        """bool, True = attend, of the weights' rank `(*batch, N, *query axes, *key axes)` with ones where it
+        broadcasts, or of rank at most the number of query and key axes; or a `masks.Mask`. Default: all attend all. A
+        mask that leaves a query nothing, as one with False = attend may, is no error: its lse is -inf. Of real keys,
+        `(B, S)`, write `masks.KeyPadding(mask)`: where B is T the array itself passes for `(T, S)`.""",
+    )
+    bias: Bias | None = _traced(None, "added to the scaled logits; shapes as for mask. Differentiable.")
+    is_causal: bool = _option(
+        False, "also mask keys after the query (flat row-major positions, aligned at the first ones).", resolved=True
+    )
+    attention_axes: int | Sequence[int] | None = _option(
+        None,
+        """the axes attended over, numbered in query, key and value as passed (the last sequence axis is -3). Default:
+        every axis but the first, heads and features; for rank 3 (no batch axis) the first.""",
+        resolved=True,
+    )
+    dropout_rate: float = _option(
+        0.0, "fraction of weights to drop after softmax, in [0, 1); the rest is scaled by 1 / (1 - rate)."
+    )
+    dropout_rng: Rng | None = _traced(None, "a JAX random key; needed where dropout_rate > 0.", resolved=True)
+    logits_soft_cap: float | None = _option(
+        None, "c replaces logits x (after bias) by c * tanh(x / c); positive. Default: none."
+    )
+    score_mod: ScoreMod | None = _traced(
+        None,
+        """`score_mod(logit, batch, head, query_position, key_position) -> logit`, all scalars, applied to every logit
+        after bias and soft cap (batch: a tuple unless there is one batch axis; positions: tuples where there are
+        several attention axes). Arrays that it captures are traced and differentiable. See `attnlib.modifiers`.""",
+    )
+    sink: float | Array | None = _traced(
+        None,
+        """scalar or `(N,)`, the logit of one more key that has no value: it takes a share of every row's weight, and
+        counts in the lse. Differentiable; 0 gives softmax-off-by-one. Default: none.""",
+    )
+    query_positions: Array | None = _traced(
+        None,
+        """ints `(*batch, length)` or `(length,)`, with one attention axis: the positions of queries that masks of
+        positions, is_causal and score_mod see; what has one below 0 is left out. Default: 0, 1, 2...""",
+        resolved=True,
+    )
+    key_positions: Array | None = _traced(None, "likewise those of keys.", resolved=True)
+    return_weights: bool = _option(False, "also return the weights that were used (after dropout).")
+    return_lse: bool = _option(False, "also return the log-sum-exp of the logits over the keys.")
+    implementation: str | Sequence[str] | None = _option(
+        None,
+        """"blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), "cudnn" (the fused
+        kernel of NVIDIA GPUs, for half-precision operands and causal masks, windows and lengths), or several to try in
+        order; default: cudnn on a GPU where it can, else chosen by size, see `attnlib.explain`.""",
+        resolved=True,
+    )
+    block_sizes: tuple[int, int] | None = _option(
+        None, """(queries, keys) of a tile of "blockwise"; default: chosen."""
+    )
+    precision: Any = _option(None, "of matrix products, as in `jax.lax.Precision`.")
+
+    def __init__(self, **given: Unpack[AttentionOptions]) -> None:
+        vars(self).update(_DEFAULTS, **given)  # at once: this is on the way of each call
+
+    def replace(self, **changes: Any) -> Options:
+        """These options, some of them changed."""
+        made = object.__new__(Options)
+        vars(made).update(vars(self), **changes)
+        return made
+
+    def to_support(self) -> tuple[str, ...]:
+        """The names of the options that are set and that an implementation has to support."""
+        return tuple(
+            name
+            for name, option in FIELDS.items()
+            if not option.metadata["resolved"] and _is_set(getattr(self, name), option)
+        )
+
+
+FIELDS = {option.name: option for option in dataclasses.fields(Options)}
+_DEFAULTS = {name: option.default for name, option in FIELDS.items()}
+
+
+def _is_set(value: Any, option: dataclasses.Field[Any]) -> bool:
+    return value is not None and (not option.metadata["static"] or value != option.default)
+
+
+# What users see.
+
+
+def takes_options(without: Mapping[str, str] | None = None, listed: Sequence[str] = ()) -> Callable[[F], F]:
+    """A decorator of a function with `**options`: its signature and docstring show them, and it refuses all others.
+
+    In the docstring, a line `{options}` becomes the documentation of each option, and `{names}` their names, before
+    what it says of them.
+
+    Args:
+      without: the options that it does not take, and what the error says of each ("": what it says of any word).
+      listed: the names beside the options, for an error to list these, sorted, rather than all arguments in order.
+    """
+    without = {} if without is None else without
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        left_out = {*without, *(parameter.name for parameter in own)}
+        options = [option for option in FIELDS.values() if option.name not in left_out]
+        new = [
+            inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
+            )
+            for option in options
+        ]
+        setattr(function, "__signature__", signature.replace(parameters=[*own, *new]))  # noqa: B010
+        function.__doc__ = _with_options(function.__doc__ or "", options)
+        known = sorted({*listed, *(option.name for option in options)}) if listed else ()
+        return cast(F, suggests_arguments(function, listed=known, answers=without))
+
+    return decorate
+
+
+def _with_options(doc: str, options: Sequence[dataclasses.Field[Any]]) -> str:
+    def paragraphs(line: re.Match[str]) -> str:
+        return "\n".join(_filled(f"{option.name}: {option.metadata['doc']}", line[1]) for option in options)
+
+    def names(line: re.Match[str]) -> str:
+        return _filled(", ".join(option.name for option in options) + line[2], line[1])
+
+    doc = re.sub(r"^( *)\{options\}$", paragraphs, doc, flags=re.M)
+    return re.sub(r"^( *)\{names\}(.*(?:\n\1 +.*)*)$", names, doc, flags=re.M)
+
+
+def _filled(text: str, indent: str) -> str:
+    return textwrap.fill(
+        " ".join(text.split()), 120, initial_indent=indent, subsequent_indent=f"{indent}  ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""The options are stated once: what type checkers, users and implementations see of them agrees."""
+
+import dataclasses
+import inspect
+
+import jax.numpy as jnp
+import pytest
+
+import attnlib
+from attnlib import scores
+from attnlib._core import options
+from attnlib._core.options import FIELDS, AttentionOptions, Options
+from attnlib._engine import call as _call
+from attnlib._engine import dispatch as _choose
+from attnlib._engine.reference import reference
+
+ONE = jnp.ones((1, 3, 1, 2))
+RESULTS = {"return_weights", "return_lse"}
+DROPOUT = {"dropout_rate", "dropout_rng"}
+POSITIONS = {"query_positions", "key_positions"}
+
+
+def hints(kind):
+    """The annotations of a class and its bases, as they are written."""
+    found = {}
+    for base in reversed(kind.__mro__):
+        found |= inspect.get_annotations(base)
+    return {name: getattr(hint, "__forward_arg__", hint) for name, hint in found.items()}
+
+
+def test_type_checkers_see_the_fields():
+    assert hints(AttentionOptions) == {name: field.type for name, field in FIELDS.items()}
+
+
+@pytest.mark.parametrize("kind", [options.OutputOptions, options.WeightsOptions, options.LseOptions,
+                                  options.AllResultsOptions], ids=lambda kind: kind.__name__)  # fmt: skip
+def test_every_kind_of_result_takes_all_options(kind):
+    assert hints(kind).keys() == FIELDS.keys()
+    shared = {name: hint for name, hint in hints(kind).items() if name not in RESULTS}
+    assert shared.items() <= hints(AttentionOptions).items()
+
+
+@pytest.mark.parametrize(
+    ("function", "without", "kind"),
+    [
+        (attnlib.dot_product_attention, (), AttentionOptions),
+        (attnlib.additive_attention, (), AttentionOptions),
+        (attnlib.attention, (), AttentionOptions),
+        (attnlib.explain, (), AttentionOptions),
+        *((getattr(attnlib.inspect, name), RESULTS | DROPOUT, options.InspectionOptions)
+          for name in attnlib.inspect.__all__),
+        *((method, POSITIONS, options.CacheOptions) for method in (attnlib.KVCache.attend, attnlib.KVCache.decode)),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)  # fmt: skip
+def test_functions_show_their_options(function, without, kind):
+    parameters = inspect.signature(function).parameters
+    assert [name for name in FIELDS if name not in without] == sorted(
+        FIELDS.keys() & parameters.keys(), key=list(FIELDS).index
+    )
+    for name in hints(kind):
+        assert parameters[name].default is FIELDS[name].default
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert name in function.__doc__
+    assert "{" not in (function.__doc__ or "").split("Returns:")[0]
+
+
+def test_options_have_their_defaults_and_change():
+    assert vars(Options()) == {name: field.default for name, field in FIELDS.items()}
+    changed = Options(bias=ONE).replace(is_causal=True)
+    assert changed.bias is ONE and changed.is_causal and not Options().is_causal
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        changed.is_causal = False
+
+
+# What implementations support
+
+
+def problem_of(**given):
+    return _call.canonicalize(_call.arguments(ONE, ONE, ONE, scores.Dot(), Options(**given)))[0]
+
+
+def test_implementations_list_options_that_they_see():
+    seen = {name for name, field in FIELDS.items() if not field.metadata["resolved"]}
+    for each in _choose.IMPLEMENTATIONS:
+        assert each.supports | each.reasons.keys() == seen
+        assert not each.supports & each.reasons.keys()
+
+
+def test_a_new_option_is_refused_by_name(monkeypatch):
+    """Where no implementation lists it, none ignores it."""
+    made_up = dataclasses.field(default=None, metadata={"static": True, "resolved": False, "doc": "of the output."})
+    assert problem_of(colour="red", bias=jnp.ones(3)).to_support == ("bias",)
+    monkeypatch.setitem(FIELDS, "colour", made_up)
+    assert problem_of(colour=None).to_support == ()
+    problem = problem_of(colour="red", bias=jnp.ones(3))
+    assert problem.to_support == ("bias", "colour")
+    for each in _choose.IMPLEMENTATIONS[:2]:
+        assert each.refusal(problem) == "it does not support colour; leave colour=None"
+    with pytest.raises(ValueError, match=r"no implementation can compute this .*\n.*it does not support colour"):
+        _choose.choose(problem, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (dict(bias=jnp.ones(3)), "it does not support bias; leave bias=None"),
+        (dict(dropout_rate=0.5, dropout_rng=jnp.zeros(2, jnp.uint32)),
+         "it does not support dropout_rate; leave dropout_rate=0.0"),
+        (dict(return_lse=True), "it does not support return_lse; leave return_lse=False"),
+        (dict(sink=0.0), "it does not support sink; leave sink=None"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_supports_nothing_takes_defaults_alone(given, text):
+    bare = dataclasses.replace(reference, name="bare", supports=frozenset(), reasons={})
+    with pytest.raises(ValueError, match=text):
+        attnlib.dot_product_attention(ONE, ONE, ONE, implementation=bare, **given)
+    plain = dict(is_causal=True, dropout_rate=0.0, return_lse=False, attention_axes=1)
+    output = attnlib.dot_product_attention(ONE, ONE, ONE, implementation=bare, **plain)
+    assert output.shape == ONE.shape
+
+
+def test_weights_of_a_few_queries_need_support():
+    """`attention_rows` asks an implementation for weights, though its user does not."""
+    blind = dataclasses.replace(reference, name="blind", supports=reference.supports - {"return_weights"})
+    with pytest.raises(ValueError, match="it does not support return_weights"):
+        attnlib.inspect.attention_rows(ONE, ONE, rows=0, implementation=blind)
