@@ -19,6 +19,7 @@ from attnlib._core.tile_kinds import FULL, PARTIAL, TileRanges
 from attnlib._engine import dropout as _dropout
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
+from attnlib._engine.nonfinite import sanitize
 from attnlib.masks._base import Mask
 from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Score
@@ -172,9 +173,7 @@ class Tile:
         """(logits, values); what the mask leaves out is -inf, and cannot matter, NaN or not."""
         query, key, value, bias, score, score_mod, *_ = self.arrays
         if self.at.asked:
-            # Cleared before the score sees it: a derivative multiplies by zero what the mask leaves out, and 0 * NaN
-            # is NaN. Ones and not zeros, since a score may divide by a norm.
-            (query, bad_query), (key, bad_key), (value, bad_value) = map(_clean, (query, key, value))
+            query, key, value, bad_queries, bad_keys = sanitize(query, key, value)
         logits = score.block(query, key, self.plan.precision)
         if bias is not None:
             logits = logits + bias
@@ -188,7 +187,7 @@ class Tile:
             cut = partial(self.at.cut, axes=(None, None))
             logits = score_mod.apply(logits, self.plan.heads, self.at.query, self.at.key, cut)
         if self.at.asked:
-            poison = bad_query[..., :, None] | (bad_key | bad_value)[..., None, None, :]
+            poison = bad_queries[..., None] | bad_keys[..., None, None, :]
             logits = jnp.where(self.mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
         return logits, value
 
@@ -231,9 +230,3 @@ class Tile:
         if self.arrays.seeds is None:
             return weights
         return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)
-
-
-def _clean(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the array with ones for what is not finite, whether a position had any)."""
-    finite = jnp.isfinite(array)
-    return jnp.where(finite, array, 1), ~jnp.all(finite, -1)
