@@ -233,7 +233,7 @@ def test_captured_arrays_do_not_recompile(keys):
 # Sinks
 
 
-@pytest.mark.parametrize("sink", [0.0, -1.5, "a head"])
+@pytest.mark.parametrize("sink", [0.0, -1.5, -1e30, "a head"])
 @on_every_implementation
 def test_a_sink_is_a_key_without_value(implementation, sink, keys):
     """Against the oracle with one more key, of logit `sink` by its bias, and value 0."""
@@ -251,6 +251,15 @@ def test_a_sink_is_a_key_without_value(implementation, sink, keys):
         implementation=implementation,
     )  # fmt: skip
     assert_close(made, tuple(x.astype(np.float32) for x in (output, weights[..., :-1], lse)))
+
+
+@on_every_implementation
+def test_infinite_sinks_take_nothing_or_all(implementation, keys):
+    arrays, mask = operands(keys, 2), jnp.arange(KEYS) <= jnp.arange(QUERIES)[:, None] - 2
+    without = attend(*arrays, mask=mask, implementation=implementation)
+    assert_close(attend(*arrays, mask=mask, sink=-jnp.inf, implementation=implementation), without)
+    output, weights, lse = attend(*arrays, mask=mask, sink=jnp.inf, implementation=implementation)
+    assert not output.any() and not weights.any() and bool(jnp.all(lse == jnp.inf))
 
 
 def test_derivatives_of_a_sink(keys):

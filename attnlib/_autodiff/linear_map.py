@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from attnlib._autodiff.leaves import partial_in
+
 Leaves = Sequence[Any]
 LinearFn = Callable[[tuple[Any, ...], tuple[Any, ...]], Sequence[Any]]
 
@@ -137,15 +139,8 @@ def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn,
         parts.append(_bind(*residuals, *map(ad.instantiate_zeros, tangents[count:]), **params))
     perturbed = [n for n in range(count) if type(tangents[n]) is not ad.Zero]
     if perturbed:
-
-        def of_residuals(*moved: Any) -> list[Any]:
-            whole = list(residuals)
-            for n, value in zip(perturbed, moved, strict=True):
-                whole[n] = value
-            return list(forward(tuple(whole), operands))
-
-        _, part = jax.jvp(of_residuals, [residuals[n] for n in perturbed], [tangents[n] for n in perturbed])
-        parts.append(part)
+        of_residuals = partial_in(lambda residuals: list(forward(tuple(residuals), operands)), perturbed, residuals)
+        parts.append(jax.jvp(*of_residuals, [tangents[n] for n in perturbed])[1])
     if not parts:
         return out, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
     return out, parts[0] if len(parts) == 1 else [a + b for a, b in zip(*parts, strict=True)]

@@ -32,7 +32,7 @@ from attnlib._core.pytree import jit
 from attnlib._core.validation import check_bool
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
-from attnlib._engine.sink import add_sink
+from attnlib._engine.softmax import add_sink
 from attnlib.masks import Causal
 from attnlib.masks._arrays import as_mask
 from attnlib.masks._base import Mask

@@ -12,7 +12,7 @@ from attnlib._engine.blockwise.plan import choose_kind
 from attnlib._engine.cost import operations
 from attnlib._engine.cudnn.implementation import cudnn
 from attnlib._engine.reference import reference
-from attnlib._engine.sink import add_sink
+from attnlib._engine.softmax import add_sink
 
 # Implementations never import each other, so the derivatives that cuDNN lacks are handed to it here.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise(), reference, cudnn(blockwise(), off_platform=False))

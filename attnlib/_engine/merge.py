@@ -12,6 +12,7 @@ from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.operand_checks import check_arrays, check_axes, check_rank
 from attnlib._core.problem import compute_dtype
+from attnlib._engine.softmax import merge
 
 
 def merge_attention(
@@ -69,15 +70,10 @@ def merge_attention(
                 f"{expected}; got outputs[{i}] {part.shape} and lses[{i}] {lse.shape}."
             )
 
-    stacked = jnp.stack([lse.astype(compute_dtype(lse)) for lse in lses])
-    highest = jax.lax.stop_gradient(jnp.max(stacked, 0))
-    highest = jnp.where(highest == -jnp.inf, 0, highest)
-    terms = jnp.exp(stacked - highest)
-    total = jnp.sum(terms, 0)
-    safe = jnp.where(total == 0, 1, total)
+    shares, merged_lse = merge(jnp.stack([lse.astype(compute_dtype(lse)) for lse in lses], -1))
     flat = (*lse_shape[: len(axes.batch) + 1], math.prod(axes.attention_shape(shape)), 1)
-    joined = jnp.zeros((), stacked.dtype)
-    for share, part in zip(terms / safe, outputs, strict=True):
+    merged = jnp.zeros((), shares.dtype)
+    for share, part in zip(jnp.moveaxis(shares, -1, 0), outputs, strict=True):
         share = _axes.unfold_output(share.reshape(flat), axes, axes.attention_shape(shape))
-        joined = joined + share * part.astype(stacked.dtype)
-    return joined.astype(outputs[0].dtype), jnp.where(total == 0, -jnp.inf, jnp.log(safe) + highest)
+        merged = merged + share * part.astype(shares.dtype)
+    return merged.astype(outputs[0].dtype), merged_lse

@@ -27,6 +27,7 @@ from attnlib._core.tile_kinds import EMPTY
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
 from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, tile_kinds
+from attnlib._engine.nonfinite import finite_rows
 from attnlib._engine.softmax import SoftmaxState
 from attnlib.scores import Score
 
@@ -86,7 +87,7 @@ def _attend(plan: BlockwisePlan, arrays: TileArrays) -> tuple[SoftmaxState, jax.
     highest = jnp.max(logits, -1)
     weights = jnp.exp(logits - _softmax.finite_max(highest)[..., None])
     output = _pv_product(plan, tile.drop(weights), arrays.value)
-    return SoftmaxState(highest, jnp.sum(weights, -1), output), _finite(output) & jnp.all(finite, -1)
+    return SoftmaxState(highest, jnp.sum(weights, -1), output), finite_rows(output) & jnp.all(finite, -1)
 
 
 def _transpose(
@@ -113,8 +114,8 @@ def _transpose(
         _pt_o_product(plan, product_bar, query, key),
         _pt_o_product(plan, dropped, output_bar, value),
     )
-    finite = jnp.all(jnp.isfinite(product) | ~tile.mask, -1) & _finite(query) & _finite(output_bar)
-    return cotangents, finite & _finite(query_bar) & _finite(product_bar) & _finite(dropped)
+    finite = jnp.all(jnp.isfinite(product) | ~tile.mask, -1) & finite_rows(query) & finite_rows(output_bar)
+    return cotangents, finite & finite_rows(query_bar) & finite_rows(product_bar) & finite_rows(dropped)
 
 
 def _logits(plan: BlockwisePlan, arrays: TileArrays, product: jax.Array) -> tuple[Tile, jax.Array]:
@@ -157,10 +158,6 @@ def _block_diagonal(query: jax.Array) -> jax.Array:
 def _pairs_as_columns(pairs: jax.Array) -> jax.Array:
     """(*batch, K, G, T, S) -> (*batch, S, N * T)."""
     return jax.lax.optimization_barrier(jnp.swapaxes(_merge_axes(pairs, -4, -2), -1, -2))
-
-
-def _finite(array: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(array), -1)
 
 
 def _swap_heads_and_keys(arrays: TileArrays) -> TileArrays:

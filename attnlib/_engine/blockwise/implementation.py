@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._autodiff.custom_rule import call_with_rule, linear_tangent
+from attnlib._autodiff.leaves import partial_in
 from attnlib._autodiff.linear_map import HashablePartial, unbroadcast
 from attnlib._autodiff.matmul import pt_o_product, pv_product, qk_product
 from attnlib._autodiff.zeros import zeros_like_varying
@@ -33,7 +34,7 @@ from attnlib._core.tile_kinds import EMPTY
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise import decode as _side_by_side
 from attnlib._engine.blockwise.plan import Kind, plan_blocks, rows_at_once, unsupported
-from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, TileIndex, tile_kinds
+from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, tile_kinds
 from attnlib._engine.cost import operations
 from attnlib._engine.softmax import SoftmaxState
 
@@ -42,7 +43,7 @@ Leaves = Sequence[jax.Array]
 # The axes of queries and of keys, as `TileIndex.cut` takes them: of numbers a row, of the output, of a `SoftmaxState`.
 _OF_ROWS, _OUTPUT = (-1, None), (-2, None)
 _RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
-# Query, key and value among the leaves that can have derivatives.
+# Query, key and value among the leaves.
 _OPERANDS = 0, 1, 2
 
 
@@ -70,12 +71,10 @@ def _run(problem: AttentionProblem, kind: Kind | None) -> AttentionResult:
     strategy = plan_blocks(problem, kind)
     arrays = _padded(problem, strategy.block_sizes)
     plan = BlockwisePlan.of(problem, strategy, arrays)
-    differentiable, constant = plan.split(arrays)
-    output, lse = _attend(plan, differentiable, constant)
+    leaves = jax.tree.leaves(arrays)
+    output, lse = _attend(plan, leaves)
     output, lse = output[..., : problem.query_length, :], lse[..., : problem.query_length]
-    return AttentionResult(
-        output, lse, _weights(plan, differentiable, constant, lse) if problem.return_weights else None
-    )
+    return AttentionResult(output, lse, _weights(plan, leaves, lse) if problem.return_weights else None)
 
 
 def _prepared(problem: AttentionProblem) -> AttentionProblem:
@@ -111,12 +110,9 @@ def _nothing(problem: AttentionProblem) -> AttentionResult:
     return AttentionResult(output, jnp.full(rows, -jnp.inf, problem.dtype), weights)
 
 
-def _weights(plan: BlockwisePlan, differentiable: Leaves, constant: Leaves, lse: jax.Array) -> jax.Array:
+def _weights(plan: BlockwisePlan, leaves: Leaves, lse: jax.Array) -> jax.Array:
     """All weights, which the user asked for: square by nature, so made at once, from the tiles' lse."""
-    at = plan.everywhere(asked=plan.join(differentiable, constant).mask is not None)
-    tile = Tile(
-        plan, plan.join([at.cut(x, axes) for x, axes in zip(differentiable, plan.axes, strict=True)], constant), at
-    )
+    tile = plan.tile_at(plan.everywhere(asked=plan.structure.unflatten(leaves).mask is not None), leaves)
     logits, _ = tile.terms()
     return tile.drop(tile.softmax(logits, lse))
 
@@ -124,16 +120,14 @@ def _weights(plan: BlockwisePlan, differentiable: Leaves, constant: Leaves, lse:
 # Derivatives: (output, lse) has the tangent loop as its derivative, and that the transpose loop as its transpose.
 
 
-def _attend(plan: BlockwisePlan, differentiable: Leaves, constant: Leaves) -> tuple[jax.Array, jax.Array]:
-    """(output, lse) of padded arrays; `differentiable` are those that can have derivatives."""
-    output, lse = call_with_rule(
-        HashablePartial(_forward, (plan,)), HashablePartial(_rule, (plan,)), (*differentiable, *constant)
-    )
+def _attend(plan: BlockwisePlan, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
+    """(output, lse) of padded arrays."""
+    output, lse = call_with_rule(HashablePartial(_forward, (plan,)), HashablePartial(_rule, (plan,)), leaves)
     return output, lse
 
 
 def _rule(plan: BlockwisePlan, perturbed: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
-    output, lse = _attend(plan, leaves[: sum(plan.floating)], leaves[sum(plan.floating) :])
+    output, lse = _attend(plan, leaves)
     forward, transpose = HashablePartial(_tangent, (plan,)), HashablePartial(_transpose, (plan,))
     return (output, lse), linear_tangent(forward, transpose, (*leaves, output, lse), perturbed, changes)
 
@@ -142,16 +136,14 @@ class _TileLoop:
     """Runs a body over all active tiles, those that ask the mask last."""
 
     def __init__(self, plan: BlockwisePlan, leaves: Leaves):
-        count = sum(plan.floating)
-        self.plan, self.moving, self.fixed = plan, leaves[:count], leaves[count:]
-        self.schedule = plan.schedule(plan.join(self.moving, self.fixed).mask)
+        self.plan, self.leaves = plan, leaves
+        self.schedule = plan.schedule(plan.structure.unflatten(leaves).mask)
 
     def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
         for asked, starts in self.schedule:
 
             def step(carry: Any, start: jax.Array, asked: bool = asked) -> tuple[Any, None]:
-                at = self.plan.place(start, asked)
-                return body(carry, Tile(self.plan, self.plan.join(self.cut(self.moving, at), self.fixed), at)), None
+                return body(carry, self.plan.tile_at(self.plan.place(start, asked), self.leaves)), None
 
             if checkpoint:  # derivatives of the loop recompute a tile rather than keep it
                 step = jax.checkpoint(step, prevent_cse=len(starts) == 1)
@@ -161,14 +153,10 @@ class _TileLoop:
                 carry, _ = jax.lax.scan(step, carry, jnp.asarray(starts))
         return carry
 
-    def cut(self, leaves: Leaves, at: TileIndex, which: Sequence[int] | None = None) -> list[jax.Array]:
-        which = range(len(leaves)) if which is None else which
-        return [at.cut(leaf, self.plan.axes[n]) for leaf, n in zip(leaves, which, strict=True)]
-
 
 def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
     loop = _TileLoop(plan, leaves)
-    arrays = plan.join(loop.moving, loop.fixed)
+    arrays = plan.structure.unflatten(leaves)
 
     def body(running: SoftmaxState, tile: Tile) -> SoftmaxState:
         logits, value = tile.terms()
@@ -194,7 +182,7 @@ def _tangent(plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves,
     loop = _TileLoop(plan, leaves)
 
     def body(carry: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
-        changes = loop.cut(tangents, tile.at, perturbed)
+        changes = [tile.at.cut(change, plan.axes[n]) for change, n in zip(tangents, perturbed, strict=True)]
         terms, values = tile.terms_of(perturbed)
         (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, changes)
         weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
@@ -223,13 +211,11 @@ def _transpose_at_once(
     plan: BlockwisePlan, perturbed: tuple[int, ...], count: int, *args: jax.Array
 ) -> list[jax.Array]:
     *leaves, output, lse = args[:count]
-    whole = sum(plan.floating)
-    arrays = plan.join(leaves[:whole], leaves[whole:])
 
     def tiled(arrays: TileArrays) -> list[jax.Array]:
-        differentiable, constant = plan.split(arrays)
-        return _transpose_tiles(plan, _OPERANDS, (*differentiable, *constant, output, lse), args[count:])
+        return _transpose_tiles(plan, _OPERANDS, (*jax.tree.leaves(arrays), output, lse), args[count:])
 
+    arrays = plan.structure.unflatten(leaves)
     cotangents = _side_by_side.transpose(plan, arrays, output, lse, args[count:], tiled)
     return [cotangents[n] for n in perturbed]
 
@@ -239,13 +225,10 @@ def _transpose_rule(
 ) -> Any:
     """The tangents of the same by tiles."""
 
-    def tiled(*values: jax.Array) -> list[jax.Array]:
-        whole = list(args)
-        for n, value in zip(differentiable, values, strict=True):
-            whole[n] = value
-        return _transpose_tiles(plan, perturbed, whole[:count], whole[count:])
+    def tiled(args: Leaves) -> list[jax.Array]:
+        return _transpose_tiles(plan, perturbed, args[:count], args[count:])
 
-    _, tangents = jax.jvp(tiled, [args[n] for n in differentiable], list(changes))
+    _, tangents = jax.jvp(*partial_in(tiled, differentiable, args), list(changes))
     return _transpose(plan, perturbed, args[:count], args[count:]), tangents
 
 
@@ -271,7 +254,7 @@ def _transpose_tiles(
         parts = pull((logits_bar, value_bar))
         return [tile.at.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, perturbed, strict=True)]
 
-    return loop.run(body, [zeros_like_varying(loop.moving[n]) for n in perturbed], checkpoint=True)
+    return loop.run(body, [zeros_like_varying(leaves[n]) for n in perturbed], checkpoint=True)
 
 
 def _estimate(problem: AttentionProblem, kind: Kind | None) -> Estimate:

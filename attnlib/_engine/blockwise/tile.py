@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlib._autodiff.leaves import TreeStructure, partial_in
 from attnlib._core import axes as _axes
 from attnlib._core.block_positions import BlockPositions
-from attnlib._core.identity import node_types
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.tile_kinds import FULL, PARTIAL, TileRanges
 from attnlib._engine import dropout as _dropout
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
+from attnlib._engine.nonfinite import sanitize
 from attnlib.masks._base import Mask
 from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Score
@@ -38,15 +39,13 @@ class TileArrays(NamedTuple):
 
 
 Cut = tuple[int | None, int | None] | None
-# Along which axis each array is cut by the query tile and by the key tile; None: along none. What is None altogether is
+# Along which axis each array is cut by the query tile and by the key tile; None: along none. What is not named here is
 # not cut by batch index and head either.
 _CUTS: dict[str, Cut] = {
     "query": (-2, None),
     "key": (None, -2),
     "value": (None, -2),
     "bias": (-2, -1),
-    "score": None,
-    "score_mod": None,
 }
 
 
@@ -104,10 +103,8 @@ class TileIndex(NamedTuple):
 class BlockwisePlan:
     """All that is static of a call; equal plans are equal programs."""
 
-    tree: Any  # the structure of Arrays
-    node_types: tuple[type, ...]  # and its classes, which two equal structures may differ in
-    floating: tuple[bool, ...]  # which of its leaves can have derivatives
-    axes: tuple[Cut, ...]  # how those are cut
+    structure: TreeStructure  # of the arrays
+    axes: tuple[Cut, ...]  # how its leaves are cut
     strategy: BlockwiseStrategy
     heads: tuple[int, ...]  # (*batch, K, G)
     query_shape: tuple[int, ...]
@@ -118,27 +115,15 @@ class BlockwisePlan:
 
     @classmethod
     def of(cls, problem: AttentionProblem, strategy: BlockwiseStrategy, arrays: TileArrays) -> BlockwisePlan:
-        leaves, tree = jax.tree_util.tree_flatten_with_path(arrays)
-        floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for _, leaf in leaves)
-        axes = tuple(_CUTS[path[0].name] for (path, _), differs in zip(leaves, floating, strict=True) if differs)
+        axes = tuple(_CUTS.get(path[0].name) for path, _ in jax.tree_util.tree_leaves_with_path(arrays))
         return cls(
-            tree, node_types(tree), floating, axes, strategy, problem.heads, problem.query_shape, problem.key_shape,
+            TreeStructure.of(arrays), axes, strategy, problem.heads, problem.query_shape, problem.key_shape,
             problem.dropout_rate, problem.logits_soft_cap, problem.precision,
         )  # fmt: skip
 
     @property
     def tile(self) -> tuple[int, int]:
         return self.strategy.block_sizes
-
-    def split(self, arrays: TileArrays) -> tuple[list[Any], list[Any]]:
-        """(leaves that can have derivatives, the others)."""
-        leaves = jax.tree.leaves(arrays)
-        pairs = list(zip(leaves, self.floating, strict=True))
-        return [leaf for leaf, floating in pairs if floating], [leaf for leaf, floating in pairs if not floating]
-
-    def join(self, differentiable: Sequence[Any], constant: Sequence[Any]) -> TileArrays:
-        differentiable_, constant_ = iter(differentiable), iter(constant)
-        return self.tree.unflatten([next(differentiable_ if floating else constant_) for floating in self.floating])
 
     def schedule(self, mask: Mask | None) -> list[tuple[bool, np.ndarray]]:
         """(whether to ask the mask, starts `(tiles, leads + 2)`): the tiles that it fills, then those it may cut."""
@@ -159,6 +144,11 @@ class BlockwisePlan:
 
     def everywhere(self, asked: bool) -> TileIndex:
         return TileIndex((), BlockPositions(self.query_shape, "query"), BlockPositions(self.key_shape, "key"), asked)
+
+    def tile_at(self, at: TileIndex, leaves: Sequence[Any]) -> Tile:
+        """The tile there, of the leaves of the whole."""
+        own = [at.cut(leaf, axes) for leaf, axes in zip(leaves, self.axes, strict=True)]
+        return Tile(self, self.structure.unflatten(own), at)
 
 
 def tile_kinds(
@@ -183,9 +173,7 @@ class Tile:
         """(logits, values); what the mask leaves out is -inf, and cannot matter, NaN or not."""
         query, key, value, bias, score, score_mod, *_ = self.arrays
         if self.at.asked:
-            # Cleared before the score sees it: a derivative multiplies by zero what the mask leaves out, and 0 * NaN
-            # is NaN. Ones and not zeros, since a score may divide by a norm.
-            (query, bad_query), (key, bad_key), (value, bad_value) = map(_clean, (query, key, value))
+            query, key, value, bad_queries, bad_keys = sanitize(query, key, value)
         logits = score.block(query, key, self.plan.precision)
         if bias is not None:
             logits = logits + bias
@@ -199,7 +187,7 @@ class Tile:
             cut = partial(self.at.cut, axes=(None, None))
             logits = score_mod.apply(logits, self.plan.heads, self.at.query, self.at.key, cut)
         if self.at.asked:
-            poison = bad_query[..., :, None] | (bad_key | bad_value)[..., None, None, :]
+            poison = bad_queries[..., None] | bad_keys[..., None, None, :]
             logits = jnp.where(self.mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
         return logits, value
 
@@ -207,15 +195,11 @@ class Tile:
         self, perturbed: tuple[int, ...]
     ) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], list[jax.Array]]:
         """(`terms` as a function of the active leaves, their values)."""
-        differentiable, constant = self.plan.split(self.arrays)
 
-        def terms(*values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            whole = list(differentiable)
-            for n, value in zip(perturbed, values, strict=True):
-                whole[n] = value
-            return Tile(self.plan, self.plan.join(whole, constant), self.at).terms()
+        def terms(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+            return Tile(self.plan, self.plan.structure.unflatten(leaves), self.at).terms()
 
-        return terms, [differentiable[n] for n in perturbed]
+        return partial_in(terms, perturbed, jax.tree.leaves(self.arrays))
 
     @cached_property
     def mask(self) -> jax.Array:
@@ -246,9 +230,3 @@ class Tile:
         if self.arrays.seeds is None:
             return weights
         return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)
-
-
-def _clean(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the array with ones for what is not finite, whether a position had any)."""
-    finite = jnp.isfinite(array)
-    return jnp.where(finite, array, 1), ~jnp.all(finite, -1)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
 from attnlib._engine.cudnn.fallback_derivatives import with_fallback_derivatives
 from attnlib._engine.cudnn.kernel import CudnnConfig, call, kernel
+from attnlib._engine.nonfinite import sanitize
 from attnlib.masks import Causal, Lengths, Prefix, SlidingWindow
 from attnlib.masks._base import And, Mask
 from attnlib.scores import Dot
@@ -219,9 +220,10 @@ def _output(problem: AttentionProblem, training: bool) -> jax.Array:
         rows = rows & real_keys[..., None, None, :1]  # some key is real if the first is
     poisoned = None
     if problem.mask is not None:
-        poisoned = rows & _attends_non_finite(native.static, query, key, value, real_keys)
-        query = _clean(query, real_queries[..., None, None, :, None])
-        key, value = (_clean(x, real_keys[..., None, :, None]) for x in (key, value))
+        query, key, value, bad_queries, bad_keys = sanitize(query, key, value)
+        poisoned = rows & (bad_queries | _attends(native.static, bad_keys & real_keys[..., None, :], query.shape[-2]))
+        query = jnp.where(real_queries[..., None, None, :, None], query, 1)
+        key, value = (jnp.where(real_keys[..., None, :, None], x, 1) for x in (key, value))
 
     lengths = [
         # At least one, as the softmax of no key is not defined there; `rows` says which ones this adds.
@@ -249,29 +251,21 @@ def _real(problem: AttentionProblem, masks: list[Mask], axis: int) -> jax.Array:
     return jnp.broadcast_to(real, (*problem.batch, length))
 
 
-def _attends_non_finite(
-    static: CudnnConfig, query: jax.Array, key: jax.Array, value: jax.Array, real_keys: jax.Array
-) -> jax.Array:
-    """`(*batch, K, G, T)`: rows whose query, or a key or value that they attend, is not finite, and so their output.
+def _attends(static: CudnnConfig, bad: jax.Array, queries: int) -> jax.Array:
+    """`(*batch, K, 1, T | 1)`: which of so many rows attend a bad one of the keys `(*batch, K, S)`.
 
     A row attends a run of keys, so that two numbers of a running count say whether one of them is bad.
     """
-    bad_query, bad_key, bad_value = (~jnp.all(jnp.isfinite(x), -1) for x in (query, key, value))
-    bad = (bad_key | bad_value) & real_keys[..., None, :]  # (*batch, K, S)
     if not static.causal:
-        return bad_query | jnp.any(bad, -1)[..., None, None]
-    queries, keys = query.shape[-2], key.shape[-2]
+        return jnp.any(bad, -1)[..., None, None]
+    keys = bad.shape[-1]
     count = jnp.cumsum(bad, -1, dtype=jnp.int32)
     before = jnp.concatenate([jnp.zeros_like(count[..., :1]), count], -1)  # bad ones among the first n keys
     place = jnp.arange(queries)
     attended = before[..., jnp.minimum(place + 1, keys)]
     if static.left is not None:
         attended = attended - before[..., jnp.maximum(place - static.left, 0)]
-    return bad_query | (attended > 0)[..., None, :]
-
-
-def _clean(array: jax.Array, real: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(array) & real, array, jnp.ones((), array.dtype))
+    return (attended > 0)[..., None, :]
 
 
 def _scaled(problem: AttentionProblem, query: jax.Array) -> jax.Array:
