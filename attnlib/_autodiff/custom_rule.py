@@ -7,7 +7,6 @@ before it is lowered, so a derivative of any order has the memory that its rule 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,36 +84,29 @@ def _jvp(primals: Any, tangents: Any, *, function: Function, rule: Rule, shown: 
 ad.primitive_jvps[_ruled] = _jvp
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batched:
+def _in_batch(function: Function, axes: tuple[int | None, ...], *args: Any) -> Sequence[Any]:
     """A function over a batch; the arguments are batched where `axes` says so."""
-
-    function: Function
-    axes: tuple[int | None, ...]
-
-    def __call__(self, *args: Any) -> Sequence[Any]:
-        return jax.vmap(lambda *args: tuple(self.function(*args)), in_axes=self.axes)(*args)
+    return jax.vmap(lambda *args: tuple(function(*args)), in_axes=axes)(*args)
 
 
-@dataclasses.dataclass(frozen=True)
-class _BatchedRule:
-    """The same for a rule; a change is batched where its argument is."""
+def _rule_in_batch(
+    rule: Rule, axes: tuple[int | None, ...], perturbed: tuple[int, ...], args: Any, tangents: Any
+) -> Any:
+    """The same for a rule; a tangent is batched where its argument is."""
 
-    rule: Rule
-    axes: tuple[int | None, ...]
+    def one(args: Any, tangents: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        results, tangents = rule(perturbed, args, tangents)
+        return tuple(results), tuple(tangents)
 
-    def __call__(self, perturbed: tuple[int, ...], args: Any, tangents: Any) -> Any:
-        def one(args: Any, tangents: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            results, tangents = self.rule(perturbed, args, tangents)
-            return tuple(results), tuple(tangents)
-
-        return jax.vmap(one, in_axes=(self.axes, [self.axes[n] for n in perturbed]))(tuple(args), list(tangents))
+    return jax.vmap(one, in_axes=(axes, [axes[n] for n in perturbed]))(tuple(args), list(tangents))
 
 
 def _batch(args: Any, dims: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
     del shown
     axes = tuple(dims)
-    out = call_with_rule(_Batched(function, axes), _BatchedRule(rule, axes), args)
+    out = call_with_rule(
+        HashablePartial(_in_batch, (function, axes)), HashablePartial(_rule_in_batch, (rule, axes)), args
+    )
     return out, [0] * len(out)
 
 

@@ -25,10 +25,15 @@ LinearFn = Callable[[tuple[Any, ...], tuple[Any, ...]], Sequence[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class HashablePartial:
-    """A function with its first arguments; unlike a `partial`, equal to another one of the same parts."""
+    """A function with its first arguments; unlike a `partial`, equal to another one of the same parts.
+
+    One that uses custom partitioning, for `linear_map` or `call_with_rule`, must expose its jaxpr: JAX looks through
+    the programs inside a program for operations that must know their devices before it lowers them.
+    """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    exposes_jaxpr: bool = False
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*self.arguments, *args)
@@ -65,20 +70,6 @@ def linear_map(
     return _bind(*residuals, *operands, forward=forward, transpose=transpose, count=len(residuals))
 
 
-@dataclasses.dataclass(frozen=True)
-class ExposesJaxpr:
-    """A function for `linear_map` or `call_with_rule` that uses custom partitioning.
-
-    JAX looks through the programs inside a program for operations that must know their devices before it lowers them;
-    so it has to be shown the one that this function is.
-    """
-
-    function: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
 def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The transpose of broadcasting from `shape`, of the same rank."""
     return jnp.sum(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)
@@ -89,34 +80,29 @@ _linear_map.multiple_results = True
 
 
 def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
-    shown = exposed_jaxpr(_Split(forward, count), *args)
+    shown = exposed_jaxpr(HashablePartial(_in_one_row, (forward, count)), *args)
     return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, shown=shown)
 
 
 def exposed_jaxpr(function: Any, *args: Any) -> Any:
-    """The program of a function that is to be shown, else None."""
-    inner = function
-    while not isinstance(inner, ExposesJaxpr):
-        if not hasattr(inner, "function"):
-            return None
-        inner = inner.function
-    return jax.make_jaxpr(function)(*args)
+    """The program of a function that has to expose it, or holds one that has, else None."""
+    return jax.make_jaxpr(function)(*args) if _exposes_jaxpr(function) else None
+
+
+def _exposes_jaxpr(function: Any) -> bool:
+    if not isinstance(function, HashablePartial):
+        return False
+    return function.exposes_jaxpr or any(map(_exposes_jaxpr, (function.function, *function.arguments)))
 
 
 def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> list[Any]:
     del transpose, shown
-    return call_traced_once(_Split(forward, count), *args)
+    return call_traced_once(HashablePartial(_in_one_row, (forward, count)), *args)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """A linear function of all its arguments in one row."""
-
-    function: LinearFn
-    count: int
-
-    def __call__(self, *args: Any) -> Sequence[Any]:
-        return self.function(args[: self.count], args[self.count :])
+def _in_one_row(function: LinearFn, count: int, *args: Any) -> Sequence[Any]:
+    """A linear function, of its residuals and operands in one row."""
+    return function(args[:count], args[count:])
 
 
 _linear_map.def_impl(_evaluate)
@@ -126,7 +112,7 @@ mlir.register_lowering(_linear_map, mlir.lower_fun(_evaluate, multiple_results=T
 @_linear_map.def_abstract_eval  # type: ignore[untyped-decorator]
 def _abstract_eval(*avals: Any, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> list[Any]:
     del transpose, shown
-    return output_avals(_Split(forward, count), *avals)
+    return output_avals(HashablePartial(_in_one_row, (forward, count)), *avals)
 
 
 def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> Any:
@@ -161,20 +147,13 @@ def _transpose(
 ad.primitive_transposes[_linear_map] = _transpose
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batched:
+def _in_batch(
+    function: LinearFn, axes: tuple[int | None, ...], residuals: tuple[Any, ...], operands: tuple[Any, ...]
+) -> Sequence[Any]:
     """A linear function over a batch: operands are all batched, residuals where `axes` says so."""
-
-    function: LinearFn
-    axes: tuple[int | None, ...]
-
-    def __call__(self, residuals: tuple[Any, ...], operands: tuple[Any, ...]) -> Sequence[Any]:
-        def one(residuals: Any, operands: Any) -> tuple[Any, ...]:
-            return tuple(self.function(residuals, operands))
-
-        if not operands:
-            raise AssertionError("a linear map without operands")
-        return jax.vmap(one, in_axes=(self.axes, 0))(residuals, operands)
+    if not operands:
+        raise AssertionError("a linear map without operands")
+    return jax.vmap(lambda *args: tuple(function(*args)), in_axes=(axes, 0))(residuals, operands)
 
 
 def _batch(args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, count: int, shown: Any) -> Any:
@@ -185,9 +164,8 @@ def _batch(args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, coun
         for x, dim in zip(args[count:], dims[count:], strict=True)
     ]
     axes = tuple(dims[:count])
-    out = _bind(
-        *args[:count], *operands, forward=_Batched(forward, axes), transpose=_Batched(transpose, axes), count=count
-    )
+    forward, transpose = (HashablePartial(_in_batch, (function, axes)) for function in (forward, transpose))
+    out = _bind(*args[:count], *operands, forward=forward, transpose=transpose, count=count)
     return out, [0] * len(out)
 
 

@@ -76,15 +76,12 @@ class AttentionModule(nn.Module):
     """What the three modules share: options of the call, dropout and its key, and help in errors."""
 
     def __init_subclass__(cls, **options: Any) -> None:
+        # After Flax has made `__init__` of the fields, and wrapped `__call__` in what raises its errors.
         super().__init_subclass__(**options)
-        fields, arguments = (inspect.signature(method).parameters for method in (cls.__init__, cls.__call__))
-        made = suggests_arguments(cls.__init__, arguments, "in the call", cls.__name__)
-        setattr(cls, "__init__", made)  # noqa: B010
+        arguments = inspect.signature(cls.__call__).parameters
+        cls.__init__ = suggests_arguments(cls.__init__, arguments, "in the call", cls.__name__)  # type: ignore[method-assign]
         if "__call__" in vars(cls):
-            call = suggests_arguments(
-                cls.__call__, fields, f"as a field, {cls.__name__}(...)", f"the call of {cls.__name__}"
-            )
-            setattr(cls, "__call__", _with_notes(call))  # noqa: B010
+            cls.__call__ = _with_help(cls.__call__)  # type: ignore[method-assign]
 
     def dropout_options(self, deterministic: bool | None, rng: Rng | None) -> dict[str, Any]:
         """The rate and key to use: none where deterministic, else the call's key or the "dropout" stream."""
@@ -112,17 +109,25 @@ class AttentionModule(nn.Module):
         return results if return_weights or not sow_weights else results[0]
 
 
-def _with_notes(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, whose errors of Flax say what to write."""
+def _with_help(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The method `__call__`, whose errors say what to write: those of arguments that it lacks, and those of Flax."""
 
     @functools.wraps(call)
-    def noted(*args: Any, **options: Any) -> Any:
+    def helped(self: AttentionModule, *args: Any, **options: Any) -> Any:
+        kind: Any = type(self)
         try:
-            return call(*args, **options)
+            return _suggesting(call, kind)(self, *args, **options)
         except errors.FlaxError as error:
             note = NOTES.get(type(error))
             if note is not None and note not in getattr(error, "__notes__", ()):  # a layer in this one gave it
                 error.add_note(note)
             raise
 
-    return noted
+    return helped
+
+
+@functools.cache
+def _suggesting(call: Callable[..., Any], of: Any) -> Callable[..., Any]:
+    """The method of that class."""
+    fields = inspect.signature(of.__init__).parameters
+    return suggests_arguments(call, fields, f"as a field, {of.__name__}(...)", f"the call of {of.__name__}")

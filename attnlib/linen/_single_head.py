@@ -18,7 +18,57 @@ from attnlib.masks._base import Mask
 from attnlib.scores import Additive, Concat, Dot, Score
 
 
-class AdditiveAttention(AttentionModule):
+class SingleHeadAttention(AttentionModule):
+    """What the two share: everything but their fields and their scores."""
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Array,
+        key: Array | None = None,
+        value: Array | None = None,
+        *,
+        query_mask: BoolMask | None = None,
+        key_mask: BoolMask | None = None,
+        mask: BoolMask | Mask | None = None,
+        bias: Bias | None = None,
+        is_causal: bool = False,
+        deterministic: bool | None = None,
+        dropout_rng: Rng | None = None,
+        return_weights: bool = False,
+        sow_weights: bool = False,
+    ) -> Any:
+        """Applies the layer.
+
+        Args:
+          query: `(*batch and attention axes, D)`; for one sequence axis `(B, T, D)`.
+          key: `(..., D)`; default: query.
+          value: `(..., E)`, with the key's positions; default: key. (Keras' layers take value before key.)
+          query_mask, key_mask: bool, the shape of query / key without features, True = real; a masked query row
+            gives zero output.
+          mask: bool array or `Mask` over `(*batch, *query axes, *key axes)`, or of the last two kinds of axes alone.
+          bias: added to the logits, shapes as for mask.
+          is_causal, deterministic, dropout_rng, return_weights, sow_weights: as in `MultiHeadAttention`.
+
+        Returns:
+          output `(*query's leading axes, E)`, or (output, weights), weights being `(*batch, *query axes, *key axes)`.
+        """
+        key, value = default_operands(query, key, value)
+        results = single_head_attention(
+            self._score(query), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
+            key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
+            return_weights=self.wants_weights(return_weights, sow_weights), precision=self.precision,
+            implementation=self.implementation, block_sizes=self.block_sizes,
+            **self.dropout_options(deterministic, dropout_rng),
+        )  # fmt: skip
+        return self.finish(results, return_weights, sow_weights)
+
+    def _score(self, query: Array) -> Score:
+        """The score for queries of such features, whose parameters it declares."""
+        raise NotImplementedError
+
+
+class AdditiveAttention(SingleHeadAttention):
     """Additive (Bahdanau) attention: softmax(sum_d scale_d tanh(query_d + key_d)) value, without heads.
 
     Parameters: `scale (D,)` with use_scale.
@@ -55,52 +105,12 @@ class AdditiveAttention(AttentionModule):
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        query: Array,
-        key: Array | None = None,
-        value: Array | None = None,
-        *,
-        query_mask: BoolMask | None = None,
-        key_mask: BoolMask | None = None,
-        mask: BoolMask | Mask | None = None,
-        bias: Bias | None = None,
-        is_causal: bool = False,
-        deterministic: bool | None = None,
-        dropout_rng: Rng | None = None,
-        return_weights: bool = False,
-        sow_weights: bool = False,
-    ) -> Any:
-        """Applies the layer.
-
-        Args:
-          query: `(*batch and attention axes, D)`; for one sequence axis `(B, T, D)`.
-          key: `(..., D)`; default: query.
-          value: `(..., E)`, with the key's positions; default: key. (Keras' layers take value before key.)
-          query_mask, key_mask: bool, the shape of query / key without features, True = real; a masked query row
-            gives zero output.
-          mask: bool array or `Mask` over `(*batch, *query axes, *key axes)`, or of the last two kinds of axes alone.
-          bias: added to the logits, shapes as for mask.
-          is_causal, deterministic, dropout_rng, return_weights, sow_weights: as in `MultiHeadAttention`.
-
-        Returns:
-          output `(*query's leading axes, E)`, or (output, weights), weights being `(*batch, *query axes, *key axes)`.
-        """
-        key, value = default_operands(query, key, value)
+    def _score(self, query: Array) -> Score:
         use_scale, shape = check_bool(self.use_scale, "use_scale"), query.shape[-1:]
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if use_scale else None
-        results = single_head_attention(
-            Additive(scale), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
-            key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
-            return_weights=self.wants_weights(return_weights, sow_weights), precision=self.precision,
-            implementation=self.implementation, block_sizes=self.block_sizes,
-            **self.dropout_options(deterministic, dropout_rng),
-        )  # fmt: skip
-        return self.finish(results, return_weights, sow_weights)
+        return Additive(self.param("scale", self.scale_init, shape, self.param_dtype) if use_scale else None)
 
 
-class DotProductAttention(AttentionModule):
+class DotProductAttention(SingleHeadAttention):
     """Dot-product (Luong) attention without heads or projections: softmax(scale * query key^T) value.
 
     Parameters: `scale ()`, ones, with use_scale; `concat_score_weight ()`, ones, with score_mode="concat".
@@ -134,35 +144,8 @@ class DotProductAttention(AttentionModule):
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        query: Array,
-        key: Array | None = None,
-        value: Array | None = None,
-        *,
-        query_mask: BoolMask | None = None,
-        key_mask: BoolMask | None = None,
-        mask: BoolMask | Mask | None = None,
-        bias: Bias | None = None,
-        is_causal: bool = False,
-        deterministic: bool | None = None,
-        dropout_rng: Rng | None = None,
-        return_weights: bool = False,
-        sow_weights: bool = False,
-    ) -> Any:
-        """Applies the layer; arguments and results as in `AdditiveAttention`."""
-        key, value = default_operands(query, key, value)
-        results = single_head_attention(
-            self._score(), query, key, value, attention_axes=self.attention_axes, query_mask=query_mask,
-            key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal,
-            return_weights=self.wants_weights(return_weights, sow_weights), precision=self.precision,
-            implementation=self.implementation, block_sizes=self.block_sizes,
-            **self.dropout_options(deterministic, dropout_rng),
-        )  # fmt: skip
-        return self.finish(results, return_weights, sow_weights)
-
-    def _score(self) -> Score:
+    def _score(self, query: Array) -> Score:
+        del query
         if self.score_mode not in ("dot", "concat"):
             raise ValueError(f'score_mode must be "dot" or "concat"; got {self.score_mode!r}.')
         ones = nn.initializers.ones

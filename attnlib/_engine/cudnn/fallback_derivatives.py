@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from attnlib._autodiff.custom_rule import call_with_rule, linear_tangent
 from attnlib._autodiff.leaves import TreeStructure, partial_in
-from attnlib._autodiff.linear_map import ExposesJaxpr, HashablePartial
+from attnlib._autodiff.linear_map import HashablePartial
 from attnlib._core.problem import AttentionProblem
 
 Leaves = Sequence[jax.Array]
@@ -64,7 +64,7 @@ class _Call:
 
 
 def _output(call: _Call, training: bool, leaves: Leaves) -> jax.Array:
-    run = ExposesJaxpr(HashablePartial(_run, (call, training)))
+    run = HashablePartial(_run, (call, training), exposes_jaxpr=True)
     return call_with_rule(run, HashablePartial(_output_rule, (call,)), leaves)[0]
 
 
@@ -74,7 +74,7 @@ def _run(call: _Call, training: bool, *leaves: jax.Array) -> list[jax.Array]:
 
 def _output_rule(call: _Call, perturbed: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
     output = _output(call, True, leaves)
-    forward, transpose = HashablePartial(_tangent, (call,)), ExposesJaxpr(HashablePartial(_transpose, (call,)))
+    forward, transpose = HashablePartial(_tangent, (call,)), HashablePartial(_transpose, (call,), exposes_jaxpr=True)
     return [output], linear_tangent(forward, transpose, leaves, perturbed, changes)
 
 
@@ -84,8 +84,8 @@ def _tangent(call: _Call, perturbed: tuple[int, ...], leaves: Leaves, tangents: 
 
 def _transpose(call: _Call, perturbed: tuple[int, ...], leaves: Leaves, cotangents: Leaves) -> list[jax.Array]:
     """Cotangents of the active leaves from that of the output."""
-    run, rule = HashablePartial(_vjp, (call, perturbed)), HashablePartial(_vjp_rule, (call, perturbed))
-    return call_with_rule(ExposesJaxpr(run), rule, (cotangents[0], *leaves))
+    run = HashablePartial(_vjp, (call, perturbed), exposes_jaxpr=True)
+    return call_with_rule(run, HashablePartial(_vjp_rule, (call, perturbed)), (cotangents[0], *leaves))
 
 
 def _vjp(call: _Call, perturbed: tuple[int, ...], cotangent: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
