@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
@@ -94,6 +95,7 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
 
 
 @jit
+@jax.named_scope("attnlib.attention")  # so that profiles show the name
 def attend(arguments: Arguments) -> Any:
     """The output, or a tuple of it and what else is asked for."""
     problem, axes = canonicalize(arguments)

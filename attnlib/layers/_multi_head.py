@@ -219,6 +219,7 @@ def multi_head_attention(
     return (output, weights) if return_weights else output
 
 
+@jax.named_scope("attnlib.multi_head_attention")
 def apply_multi_head(
     params: Params,
     query: Array,
