@@ -6,7 +6,10 @@ describe several parameters in one entry, and their shapes contain stars and bra
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import itertools
+import operator
 import re
 import textwrap
 from typing import Any
@@ -23,7 +26,17 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         del kwargs
         if obj.docstring is not None:
-            obj.docstring.value = markdown(obj.docstring.value)
+            text = obj.docstring.value
+            if "{options}" in text or "{names}" in text:
+                text = at_run_time(obj)
+            obj.docstring.value = markdown(text)
+
+
+def at_run_time(obj: griffe.Object) -> str:
+    """The docstring of an object as `help` shows it: options are written into it when the package is imported."""
+    module = importlib.import_module(obj.module.path)
+    names = obj.path.removeprefix(f"{obj.module.path}.")
+    return inspect.getdoc(operator.attrgetter(names)(module)) or ""
 
 
 def markdown(docstring: str) -> str:

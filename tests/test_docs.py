@@ -224,7 +224,9 @@ def test_the_reference_reads_docstrings(site):
     """Several arguments of one entry, an example as code, and stars of a shape as stars."""
     page = (site / "api" / "functions" / "index.html").read_text(encoding="utf-8")
     text = re.sub(r"<[^>]+>", "", page)
-    assert "<code>query_positions</code>, <code>key_positions</code>: ints <code>(*batch, length)</code>" in page
+    assert "<code>mask</code>, <code>bias</code>, <code>is_causal</code>" in page  # the options are written in
+    assert "{options}" not in page and "{names}" not in page
+    assert "<code>query_positions</code>: ints <code>(*batch, length)</code>" in page
     assert "&gt;&gt;&gt; attnlib.dot_product_attention(query, key, value, is_causal=True).shape" in text
     assert "Args:" not in text
     causal = re.sub(r"<[^>]+>", "", (site / "api" / "masks" / "index.html").read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attnlib import masks, plot
+from attnlib.plot._drawings import CURVES
 
 matplotlib = pytest.importorskip("matplotlib", reason="attnlib.plot needs the extra attnlib[notebooks]")
 Figure = pytest.importorskip("matplotlib.figure").Figure
@@ -152,10 +153,10 @@ def test_curves_are_apart_from_light_and_dark():
         rgb = np.array(matplotlib.colors.to_rgb(color))
         return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
 
-    for color, _ in plot.CURVES:
+    for color, _ in CURVES:
         assert 1.05 / (luminance(color) + 0.05) >= 3, color
         assert (luminance(color) + 0.05) / 0.05 >= 3, color
-    assert len({marker for _, marker in plot.CURVES}) == len({color for color, _ in plot.CURVES}) == len(plot.CURVES)
+    assert len({marker for _, marker in CURVES}) == len({color for color, _ in CURVES}) == len(CURVES)
 
 
 def test_mask_is_its_definition():
