@@ -2,7 +2,7 @@
 
 JAX holds two classes of `jax.tree_util.register_dataclass` for the same structure where their fields and static values
 are equal, and then runs the program of one for the other. Here a structure names its class, and tells static values
-apart as `_identity.value_key` does. A class that a user registered with JAX is safe too: the key of each program
+apart as `identity.value_key` does. A class that a user registered with JAX is safe too: the key of each program
 (`jit`) holds the classes of all that is given.
 """
 
