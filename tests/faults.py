@@ -11,7 +11,7 @@ class Fault:
       name: what is wrong.
       old: a text that is in the library exactly once, in whichever file.
       new: what to write instead.
-      tests: those expected to notice, the cheapest first: the name of a file in tests/, then a space and what is chosen
+      tests: those expected to notice, the cheapest first: the name of a file of tests, then a space and what is chosen
         in it (as for pytest -k: words of names of tests, joined by `and`, `or`, `not`), or nothing for all.
     """
 

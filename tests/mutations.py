@@ -140,7 +140,7 @@ def _copied(folder: Path) -> Path:
 def _pytest(copy: Path, tests: Sequence[str], *options: str) -> tuple[int, str]:
     """(what pytest returns, its output) for tests as `Fault` writes them down; none: the whole suite."""
     parts = [test.partition(" ") for test in tests]
-    files = list(dict.fromkeys(f"tests/{file}" for file, _, _ in parts))
+    files = list(dict.fromkeys(str(found) for file, _, _ in parts for found in copy.glob(f"tests/*/{file}")))
     chosen = list(dict.fromkeys(f"({file} and ({words}))" if words else file for file, _, words in parts))
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", *options]
     done = _run([*command, *files, *(["-k", " or ".join(chosen)] if chosen else [])], copy)

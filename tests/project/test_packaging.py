@@ -14,7 +14,7 @@ import pytest
 import attnlib
 from attnlib import convert, masks, modifiers, plot, positions, scores
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SPACES = attnlib, convert, attnlib.inspect, masks, modifiers, positions, scores
 NAMESPACES = {module.__name__.removeprefix("attnlib."): module for module in SPACES}

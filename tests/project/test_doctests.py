@@ -9,7 +9,7 @@ from pathlib import Path
 
 from doctest_examples import MODULES, NEEDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WITH_EXAMPLES = (
     "convert", "_api", "_attention_fn", "cache", "inspect", "layers", "linen", "masks", "modifiers", "positions",
     "regularization",
@@ -37,7 +37,7 @@ def test_examples_run_and_annotations_hold():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("beartype"):
         command += [f"--jaxtyping-packages={','.join(PUBLIC)},beartype.beartype"]
-    command += [str(Path(__file__).with_name("doctest_examples.py"))]
+    command += [str(ROOT / "tests/_support/doctest_examples.py")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     skipped = sum(importlib.util.find_spec(package) is None for package in NEEDS.values())

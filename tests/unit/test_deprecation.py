@@ -21,4 +21,4 @@ def test_a_call_warns_and_works():
 
 
 def test_the_policy_names_the_helper():
-    assert "attnlib/_core/deprecation.py" in (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    assert "attnlib/_core/deprecation.py" in (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()

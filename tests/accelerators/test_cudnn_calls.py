@@ -32,7 +32,7 @@ def lower(path):
     (path / "jax_cuda12_plugin" / "_versions.py").write_text(versions)
     root = Path(attnlib.__file__).parent.parent
     paths = os.pathsep.join([str(path), str(root), os.environ.get("PYTHONPATH", "")])
-    program = Path(__file__).with_name("cudnn_lowering.py")
+    program = Path(__file__).parents[1] / "_support/cudnn_lowering.py"
     environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr

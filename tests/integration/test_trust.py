@@ -18,7 +18,7 @@ import attnlib
 from attnlib import masks, modifiers
 from attnlib._engine.call import attend
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import jax

@@ -18,7 +18,7 @@ import pytest
 from ahead_of_time import FEATURES, HEADS, LENGTH, SCORES
 
 pytestmark = pytest.mark.measured
-PROGRAM = pathlib.Path(__file__).with_name("ahead_of_time.py")
+PROGRAM = pathlib.Path(__file__).parents[1] / "_support/ahead_of_time.py"
 PROGRAMS = 9  # of each score, and the last is of the reference
 COMPILERS = {"tpu": ["libtpu"], "h100": ["jax-cuda12-plugin", "jax-cuda12-pjrt"]}
 

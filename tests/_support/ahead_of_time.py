@@ -1,4 +1,6 @@
-"""Compiles attention for an accelerator that is not there: `python tests/ahead_of_time.py tpu|h100 dot|additive`.
+"""Compiles attention for an accelerator that is not there.
+
+    python tests/_support/ahead_of_time.py tpu|h100 dot|additive
 
 Prints a line of JSON for each program, a dictionary of what `measure` returns and of what was compiled. A program of
 its own, since JAX looks for plugins once, by settings that other tests must not meet.

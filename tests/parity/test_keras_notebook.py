@@ -10,7 +10,7 @@ from keras_cases import keras
 
 import attnlib
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "from_keras.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "from_keras.ipynb"
 MODULES = {
     "Attention": attnlib.DotProductAttention,
     "AdditiveAttention": attnlib.AdditiveAttention,

@@ -125,8 +125,12 @@ def test_the_workflow_runs_all_that_has_to_pass():
 def test_the_contract_has_ten_lines():
     lines = re.findall(r"^(\d+)\. \*\*(.+?)\.\*\*", read("docs/concepts/contract.md"), flags=re.MULTILINE)
     assert [int(number) for number, _ in lines] == list(range(1, 11))
-    for name in re.findall(r"`(tests/\w+\.py)`", read("docs/concepts/contract.md")):
-        assert (ROOT / name).exists(), name
+
+
+def test_files_that_the_documents_name_exist():
+    for path in DOCUMENTS:
+        for name in re.findall(r"`((?:tests|attnlib|docs|notebooks)/[\w/.-]*\w)`", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), (path, name)
 
 
 def test_commands_name_extras_that_exist():
