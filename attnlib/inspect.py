@@ -19,7 +19,6 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
-from attnlib._core.block_positions import BlockPositions, QuerySlice
 from attnlib._core.operand_checks import check_arrays, check_rank, is_array, is_concrete
 from attnlib._core.options import InspectionOptions, Options, takes_options
 from attnlib._core.problem import AttentionProblem, compute_dtype
@@ -27,7 +26,6 @@ from attnlib._core.pytree import jit, register
 from attnlib._core.validation import check_bool, check_size
 from attnlib._engine import call as _call
 from attnlib._engine.call import Arguments
-from attnlib.masks._views import QuerySliceMask
 from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Dot, Score
 
@@ -236,10 +234,11 @@ def _attention_entropy(arguments: Arguments) -> jax.Array:
 
     def hot(temperature: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(output, lse) with all logits, the sink's too, times a number."""
-        score_mod = TracedScoreMod(None, None, None) if problem.score_mod is None else problem.score_mod
-        score_mod = dataclasses.replace(score_mod, function=_ScaledScoreMod(score_mod.function, temperature))
+        score_mod = arguments.options.score_mod
+        assert score_mod is None or isinstance(score_mod, TracedScoreMod)
+        function = _ScaledScoreMod(None if score_mod is None else score_mod.function, temperature)
         scaled = None if sink is None else temperature * sink
-        moved = arguments.change(score_mod=score_mod, sink=scaled, return_lse=True)
+        moved = arguments.change(score_mod=TracedScoreMod(function), sink=scaled, return_lse=True)
         return _call.attend(moved._replace(value=value))
 
     # The change of values from 0 to 1 is felt as the sum of the weights: 1, but for the rounding of the lse, which
@@ -272,16 +271,12 @@ class _ScaledScoreMod:
 
 def _weights(problem: AttentionProblem, implementation: Any, start: jax.Array, size: int) -> jax.Array:
     """`(*batch, N, size, S)`: the weights of a run of the queries."""
-    run = QuerySlice(start, problem.query_shape)
-    place = run.of(BlockPositions((size,), "query"))
-    mask, score_mod, bias = problem.mask, problem.score_mod, problem.bias
+    block = problem.query_positions.block(start, size)
     few = dataclasses.replace(
         problem,
-        query=place.cut(problem.query, -2),
-        query_shape=(size,),
-        mask=None if mask is None else QuerySliceMask(mask, run),
-        score_mod=None if score_mod is None else dataclasses.replace(score_mod, run=run),
-        bias=None if bias is None else place.cut(bias, -2),
+        query=block.cut(problem.query, -2),
+        query_positions=dataclasses.replace(problem.query_positions, first=start, size=size),
+        bias=None if problem.bias is None else block.cut(problem.bias, -2),
         return_weights=True,
         to_support=(*problem.to_support, "return_weights"),
     )

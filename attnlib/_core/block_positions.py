@@ -14,6 +14,8 @@ import numpy as np
 from attnlib._core.array_types import Array
 from attnlib._core.pytree import register
 
+_STATIC = {"static": True}
+
 
 @dataclass(frozen=True)
 class BlockPositions:
@@ -44,10 +46,6 @@ class BlockPositions:
     @property
     def length(self) -> int:
         return self.total if self.size is None else self.size
-
-    def at_positions(self, explicit: Array | None) -> BlockPositions:
-        """The same run, whose positions are these integers."""
-        return dataclasses.replace(self, explicit=explicit)
 
     @cached_property
     def position(self) -> jax.Array:
@@ -93,12 +91,42 @@ class BlockPositions:
 
 @register
 @dataclass(frozen=True, eq=False)
-class QuerySlice:
-    """Where queries that are looked at alone stand among all queries: a run of them from `start`."""
+class OperandPositions:
+    """The positions of all queries, or of all keys, of a problem; by default 0, 1, 2...
 
-    start: jax.Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    Attributes:
+      shape: lengths of the attention axes.
+      side: "query" or "key".
+      first: the flat position of the first entry where the operand is a slice along its axes; None: 0.
+      size: how many entries a slice has; None: all.
+      explicit: integers that stand for the positions, see `BlockPositions`; None: none do.
+    """
 
-    def of(self, query: BlockPositions) -> BlockPositions:
-        """Positions along the run as positions among all queries."""
-        return BlockPositions(self.shape, "query", self.start + query.start, query.length)
+    shape: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
+    side: str = dataclasses.field(metadata=_STATIC)
+    first: jax.Array | None = None
+    size: int | None = dataclasses.field(default=None, metadata=_STATIC)
+    explicit: Array | None = None
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.shape) if self.size is None else self.size
+
+    @property
+    def is_implicit(self) -> bool:
+        """Whether the positions are 0, 1, 2..., so that static values decide what a mask does to a whole tile."""
+        return self.first is None and self.explicit is None
+
+    def block(self, start: int | jax.Array = 0, size: int | None = None) -> BlockPositions:
+        """Those of `size` entries from the entry `start` on; by default of all."""
+        first = start if self.first is None else self.first + start
+        return BlockPositions(self.shape, self.side, first, self.length if size is None else size, self.explicit)
+
+    def contains(self, block: BlockPositions) -> jax.Array:
+        """Which entries of a block are among these, and not padding after them."""
+        end = self.length if self.first is None else self.first + self.length
+        return block.array_index < end
+
+    def padded_length(self, length: int) -> int:
+        """How long an array of all positions must be for blocks of a slice that was padded to `length`."""
+        return length if self.first is None else math.prod(self.shape) - self.length + length

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.block_positions import BlockPositions
+from attnlib._core.block_positions import BlockPositions, OperandPositions
 from attnlib._core.options import FIELDS
 from attnlib._core.pytree import register
-from attnlib._core.tile_kinds import EMPTY, TileRanges
+from attnlib._core.tile_kinds import EMPTY, tile_kinds
 
 if TYPE_CHECKING:
     from attnlib.masks import Mask
-    from attnlib.modifiers._base import TracedScoreMod
+    from attnlib.modifiers._base import LogitModifier
     from attnlib.scores import Score
+
+_STATIC = {"static": True}
 
 
 @register
@@ -34,33 +35,32 @@ class AttentionProblem:
       value: `(*batch, K, S, E)`.
       score: turns blocks of query and key into logits.
       mask: which pairs may attend, or None for all.
-      score_mod: modifies the logits, after bias and soft cap, or None.
+      modifiers: applied to the logits after the bias, one after another: the soft cap, the user's score_mod.
       bias: `(*batch | 1, K | 1, G | 1, T | 1, S | 1)` or `(T | 1, S | 1)`, or None.
-      dropout_seeds: `(4,)` words for `_dropout.keep_block`, or None for no dropout.
+      dropout_seeds: `(4,)` words for `dropout.keep_mask`, or None for no dropout.
       batch: sizes of the batch axes after broadcasting.
-      query_shape, key_shape: sizes of the attention axes, whose products are T and S.
+      query_positions, key_positions: the positions of the T queries and of the S keys.
       to_support: names of the options that are set, which an implementation has to support.
-      sink: `()` or `(N,)`, or None; not an implementation's business, but that of `_sink`.
+      sink: `()` or `(N,)`, or None; `softmax.add_sink` adds the sink to the result of an implementation.
     """
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     score: Score
-    score_mod: TracedScoreMod | None
+    modifiers: tuple[LogitModifier, ...]
     mask: Mask | None
     bias: jax.Array | None
     dropout_seeds: jax.Array | None
-    batch: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    query_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    key_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dropout_rate: float = dataclasses.field(metadata={"static": True})
-    logits_soft_cap: float | None = dataclasses.field(metadata={"static": True})
-    return_weights: bool = dataclasses.field(metadata={"static": True})
-    block_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
-    precision: Any = dataclasses.field(metadata={"static": True})
-    to_support: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    return_lse: bool = dataclasses.field(default=True, metadata={"static": True})
+    query_positions: OperandPositions
+    key_positions: OperandPositions
+    batch: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
+    dropout_rate: float = dataclasses.field(metadata=_STATIC)
+    return_weights: bool = dataclasses.field(metadata=_STATIC)
+    block_sizes: tuple[int, int] | None = dataclasses.field(metadata=_STATIC)
+    precision: Any = dataclasses.field(metadata=_STATIC)
+    to_support: tuple[str, ...] = dataclasses.field(metadata=_STATIC)
+    return_lse: bool = dataclasses.field(default=True, metadata=_STATIC)
     sink: Any = None
 
     @property
@@ -72,12 +72,20 @@ class AttentionProblem:
         return self.query.shape[-3]
 
     @property
+    def query_shape(self) -> tuple[int, ...]:
+        return self.query_positions.shape
+
+    @property
+    def key_shape(self) -> tuple[int, ...]:
+        return self.key_positions.shape
+
+    @property
     def query_length(self) -> int:
-        return math.prod(self.query_shape)
+        return self.query.shape[-2]
 
     @property
     def key_length(self) -> int:
-        return math.prod(self.key_shape)
+        return self.key.shape[-2]
 
     @property
     def rows(self) -> int:
@@ -97,7 +105,7 @@ class AttentionProblem:
     @property
     def positions(self) -> tuple[BlockPositions, BlockPositions]:
         """All query positions and all key positions."""
-        return BlockPositions(self.query_shape, "query"), BlockPositions(self.key_shape, "key")
+        return self.query_positions.block(), self.key_positions.block()
 
     @property
     def dtype(self) -> Any:
@@ -113,12 +121,8 @@ class AttentionProblem:
 
     def pairs_computed(self, queries: int, keys: int) -> int:
         """Pairs of a head in the tiles of so many queries and keys that the mask does not empty."""
-        if self.mask is None:
-            return self.query_length * self.key_length
-        query, key = TileRanges.of(self.query_shape, queries, "query"), TileRanges.of(self.key_shape, keys, "key")
-        kinds = np.broadcast_to(self.mask.classify_tiles(query, key), (query.first.size, key.first.size))
-        sizes = (query.last - query.first + 1) * (key.last - key.first + 1)
-        return int(((kinds != EMPTY) * sizes).sum())
+        kinds, pairs = tile_kinds(self.mask, self.query_positions, self.key_positions, (queries, keys))
+        return int(((kinds != EMPTY) * pairs).sum())
 
 
 class AttentionResult(NamedTuple):
@@ -133,22 +137,22 @@ class Estimate(NamedTuple):
     """What a forward pass of an implementation would need."""
 
     memory: int  # bytes of temporaries
-    flops: int  # operations, as `_cost` counts them
+    flops: int  # operations, as `cost.operations` counts them
     block_sizes: tuple[int, int] | None = None  # (queries, keys) of a tile, where there are tiles
     tiles: tuple[int, int] | None = None  # (tiles computed, all tiles)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Implementation:
-    """A way to compute a Problem.
+    """A way to compute an `AttentionProblem`.
 
     Attributes:
       name: what users ask for.
       supports: the options that it computes; any other that is set is refused by name.
-      unsupported: why it cannot compute a Problem of such options (None: it can); `refusal` is what to ask.
-      run: computes a Problem.
-      estimate: what that would need.
-      reasons: for some options that it does not support, why, and what to write; the first one is given.
+      unsupported: the reason why it cannot compute a problem whose options it supports, or None; ask `refusal`.
+      run: computes a problem.
+      estimate: what `run` would need.
+      reasons: for options that it does not support, why, and what to write; the error gives the first one that is set.
     """
 
     name: str
@@ -159,7 +163,7 @@ class Implementation:
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
     def refusal(self, problem: AttentionProblem) -> str | None:
-        """Why it cannot compute a Problem, in words for users; None where it can."""
+        """The reason why it cannot compute a problem, in words for users; None where it can."""
         refused = [name for name in problem.to_support if name not in self.supports]
         for name, reason in self.reasons.items():
             if name in refused:
@@ -172,7 +176,7 @@ class Implementation:
         return f"<{self.name}>"
 
 
-# What may be asked for: a name, or one that has none that users know, or several to try in order; None: chosen.
+# What a user may ask for: one by name or itself, or several to try in order; None: the library chooses.
 Asked: TypeAlias = str | Implementation | Sequence[str | Implementation] | None
 
 

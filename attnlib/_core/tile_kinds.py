@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from attnlib._core.block_positions import OperandPositions
+    from attnlib.masks import Mask
 
 EMPTY, PARTIAL, FULL = 0, 1, 2  # so that `&` is min, `|` is max and `~` is 2 - kind
 
@@ -30,9 +34,9 @@ class TileRanges:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], size: int, side: str) -> TileRanges:
-        """All runs of `size` positions, the last one cut at the end."""
-        total = math.prod(shape)
+    def of(cls, shape: tuple[int, ...], size: int, side: str, total: int | None = None) -> TileRanges:
+        """All runs of `size` of the first `total` positions (None: of all), the last one cut at the end."""
+        total = math.prod(shape) if total is None else total
         first = np.arange(0, total, size)
         last = np.minimum(first + size, total) - 1
         return cls(first[:, None], last[:, None], shape) if side == "query" else cls(first[None], last[None], shape)
@@ -58,3 +62,21 @@ def tiles_below(positions: TileRanges, length: Any) -> TileKinds:
     if not isinstance(length, int):
         return classify(empty=False, full=False)
     return classify(empty=positions.first >= length, full=positions.last < length)
+
+
+def tile_kinds(
+    mask: Mask | None, query: OperandPositions, key: OperandPositions, tile: tuple[int, int]
+) -> tuple[TileKinds, np.ndarray]:
+    """(EMPTY, PARTIAL or FULL for each tile, how many pairs each has), both `(query tiles, key tiles)`.
+
+    A tile at the end that is not whole is never FULL, since its padding is masked too.
+    """
+    rows, columns = (
+        TileRanges.of(side.shape, size, side.side, side.length) for side, size in zip((query, key), tile, strict=True)
+    )
+    pairs = (rows.last - rows.first + 1) * (columns.last - columns.first + 1)
+    kinds = np.where(pairs < tile[0] * tile[1], PARTIAL, FULL)
+    if mask is None:
+        return kinds, pairs
+    known = query.is_implicit and key.is_implicit
+    return np.minimum(kinds, mask.classify_tiles(rows, columns) if known else PARTIAL), pairs

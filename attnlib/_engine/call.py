@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape
+from attnlib._core.block_positions import OperandPositions
 from attnlib._core.operand_checks import (
     check_arrays,
     check_axes,
@@ -37,8 +38,8 @@ from attnlib._engine.softmax import add_sink
 from attnlib.masks import Causal
 from attnlib.masks._arrays import as_mask
 from attnlib.masks._base import Mask
-from attnlib.masks._views import RepositionedMask
-from attnlib.modifiers._base import TracedScoreMod
+from attnlib.masks._views import ExplicitPositions
+from attnlib.modifiers._base import LogitModifier, LogitsSoftCap, TracedScoreMod
 from attnlib.scores import Score
 from attnlib.scores._base import check_score
 
@@ -77,10 +78,9 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
     )
     check_arrays(query=query, key=key, value=value)
     check_bias(options.bias)
-    positions, score_mod = (options.query_positions, options.key_positions), options.score_mod
-    if positions[0] is not None or positions[1] is not None:
-        check_integers(options.query_positions, "query_positions")
-        check_integers(options.key_positions, "key_positions")
+    check_integers(options.query_positions, "query_positions")
+    check_integers(options.key_positions, "key_positions")
+    score_mod = options.score_mod
     if score.may_close_over_arrays or score_mod is not None:
         check_rank(query, "query")
         check_rank(key, "key")
@@ -89,7 +89,7 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
         score = score.closure_converted(query.shape[-1], key.shape[-1], dtype)
         if score_mod is not None:
             lead, along, heads = len(split.batch), len(split.attention), query.shape[-2]
-            checked["score_mod"] = TracedScoreMod.of(score_mod, lead, along, heads, dtype, positions)
+            checked["score_mod"] = TracedScoreMod.of(score_mod, lead, along, heads, dtype)
     checked["sink"] = check_sink(options.sink)
     return Arguments(query, key, value, score, options.replace(**checked))
 
@@ -120,9 +120,14 @@ def run_problem(problem: AttentionProblem, implementation: Asked) -> AttentionRe
 def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     """Checks the shapes and brings the arguments into the canonical form."""
     query, key, value, score, options = arguments
-    mask, score_mod, bias = options.mask, options.score_mod, options.bias
+    mask, bias = options.mask, options.bias
     assert mask is None or isinstance(mask, Mask)
-    assert score_mod is None or isinstance(score_mod, TracedScoreMod)
+    modifiers: list[LogitModifier] = []
+    if options.logits_soft_cap is not None:
+        modifiers.append(LogitsSoftCap(options.logits_soft_cap))
+    if options.score_mod is not None:
+        assert isinstance(options.score_mod, TracedScoreMod)
+        modifiers.append(options.score_mod)
     check_rank(query, "query")
     axes = _axes.normalize(options.attention_axes, query.ndim, trailing=2)
     batch = check_operands(query, key, value, axes)
@@ -135,10 +140,9 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     check_sink_shape(options.sink, heads)
     if options.is_causal:
         mask = Causal() if mask is None else mask & Causal()
-    positions = options.query_positions, options.key_positions
-    if positions != (None, None):
-        check_explicit_positions(*positions, shapes)
-        mask = RepositionedMask(mask, *positions)
+    if options.query_positions is not None or options.key_positions is not None:
+        check_explicit_positions(options.query_positions, options.key_positions, shapes)
+        mask = ExplicitPositions() if mask is None else mask & ExplicitPositions()
 
     folded_query = _axes.fold_operand(jnp.asarray(query), axes)  # (*batch, N, T, D)
     lead, tail = folded_query.shape[:-3], folded_query.shape[-2:]
@@ -147,15 +151,14 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         key=_axes.fold_operand(jnp.asarray(key), axes),
         value=_axes.fold_operand(jnp.asarray(value), axes),
         score=score,
-        score_mod=score_mod,
+        modifiers=tuple(modifiers),
         mask=mask,
         bias=None if bias is None else _axes.split_heads(_axes.fold_pairs(bias, shapes.query, shapes.key), kv_heads),
         dropout_seeds=None if options.dropout_rng is None else _dropout.hash_seeds(options.dropout_rng),
+        query_positions=OperandPositions(shapes.query, "query", explicit=options.query_positions),
+        key_positions=OperandPositions(shapes.key, "key", explicit=options.key_positions),
         batch=batch,
-        query_shape=shapes.query,
-        key_shape=shapes.key,
         dropout_rate=options.dropout_rate,
-        logits_soft_cap=options.logits_soft_cap,
         return_weights=options.return_weights,
         block_sizes=options.block_sizes,
         precision=options.precision,

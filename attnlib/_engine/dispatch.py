@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -14,11 +15,11 @@ from attnlib._engine.cudnn.implementation import cudnn
 from attnlib._engine.reference import reference
 from attnlib._engine.softmax import add_sink
 
-# Implementations never import each other, so the derivatives that cuDNN lacks are handed to it here.
+# Implementations never import each other: the one that gives the derivatives that cuDNN lacks is handed over here.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise(), reference, cudnn(blockwise(), off_platform=False))
 NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 
-# Chosen for a GPU that is a default: the program may still be placed on another device, and then runs blockwise.
+# Used where the default backend is a GPU. A program that is later lowered for another platform runs blockwise.
 _CUDNN_OR_BLOCKWISE = cudnn(blockwise(), off_platform=True)
 
 # Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
@@ -30,13 +31,15 @@ DENSE_NUMBERS_IN_TURN, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23
 
 
 def choose(problem: AttentionProblem, asked: Asked) -> Implementation:
-    """The first implementation, of those asked for by name or of all in order of preference, that can compute it.
+    """The first implementation, of those asked for or else of all in order of preference, that can compute the problem.
 
     Raises:
       ValueError: none can; the message gives each one's reason.
     """
-    names = (asked,) if isinstance(asked, (str, Implementation)) else asked
-    candidates = preferred(problem) if names is None else tuple(map(_named, names))
+    return _first(problem, asked, preferred(problem) if asked is None else _named(asked))
+
+
+def _first(problem: AttentionProblem, asked: Asked, candidates: Sequence[Implementation]) -> Implementation:
     reasons = {implementation.name: implementation.refusal(problem) for implementation in candidates}
     for implementation in candidates:
         if reasons[implementation.name] is None:
@@ -49,30 +52,28 @@ def choose(problem: AttentionProblem, asked: Asked) -> Implementation:
 
 
 def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
-    """The implementations worth trying on this machine, the one likely fastest first; the last can do all."""
+    """The implementations worth trying on this machine, the one likely fastest first; the last can compute all."""
     features = problem.query.shape[-1]
     features_per_pair = problem.score.features_per_pair(features)
-    if (
-        problem.score.prepared_features_per_pair(features) < features_per_pair
-    ):  # additive scores: tiled, the faster one at every size
-        return blockwise(), reference
-    # In half precision, keys and values have to be converted first, which the dense path does while it moves them:
-    # dense / side by side 0.33 of a query against 4096 keys, with lengths 0.82, training 0.61, 0.80.
-    stored = problem.key.dtype == problem.value.dtype == problem.dtype
+    if problem.score.prepared_features_per_pair(features) < features_per_pair:
+        return blockwise(), reference  # additive scores: tiles are faster at every size
     kind = choose_kind(problem)
-    if kind == "decode" and stored and not problem.return_weights:
-        return blockwise(), reference
+    # In half precision, keys and values have to be converted first, which the dense path does while it moves them:
+    # dense / decode path 0.33 of a query against 4096 keys, with lengths 0.82, training 0.61, 0.80.
+    full_precision = problem.key.dtype == problem.value.dtype == problem.dtype
+    if kind == "decode" and full_precision and not problem.return_weights:
+        return blockwise(kind), reference
     limit = DENSE_NUMBERS_IN_TURN if kind == "loop_over_heads" else DENSE_NUMBERS
     limit = limit if features_per_pair == 1 else DENSE_NUMBERS_WITH_FEATURES
     dense = problem.return_weights or problem.rows * problem.key_length * features_per_pair <= limit
-    anywhere = (reference, blockwise()) if dense else (blockwise(), reference)
+    anywhere = (reference, blockwise(kind)) if dense else (blockwise(kind), reference)
     return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere
 
 
-def _named(name: str | Implementation) -> Implementation:
-    if isinstance(name, Implementation):
-        return name
-    return next(implementation for implementation in IMPLEMENTATIONS if implementation.name == name)
+def _named(asked: str | Implementation | Sequence[str | Implementation]) -> tuple[Implementation, ...]:
+    named = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+    several = (asked,) if isinstance(asked, (str, Implementation)) else asked
+    return tuple(named[one] if isinstance(one, str) else one for one in several)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +122,10 @@ def _short(number: int) -> str:
 
 
 def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
-    chosen = choose(problem, asked)
+    candidates = preferred(problem) if asked is None else _named(asked)
+    chosen = _first(problem, asked, candidates)
     others = [implementation for implementation in IMPLEMENTATIONS if implementation.name != chosen.name]
-    tried = {implementation.name for implementation in preferred(problem)}
+    tried = {implementation.name for implementation in candidates}
 
     def reason(other: Implementation) -> str:
         if asked is not None:

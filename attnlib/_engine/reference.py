@@ -1,7 +1,7 @@
 """The definition: every logit at once, plain automatic differentiation, the shortest code that keeps the contract.
 
-softmax(score_mod(cap(score(q, k) + bias))) v (Bahdanau et al. 2015; Vaswani et al. 2017), masked pairs left out of it.
-Its memory is quadratic; it shares no numerics with the fast implementations, which are tested against it.
+softmax(score_mod(soft_cap(score(q, k) + bias))) v over the pairs that may attend (Bahdanau et al. 2015; Vaswani et al.
+2017). Its memory is quadratic; it shares no numerics with the fast implementations, which are tested against it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,8 @@ from attnlib._engine import dropout as _dropout
 from attnlib._engine.cost import operations
 
 _SUPPORTS = frozenset(
-    (
-        "mask",
-        "bias",
-        "dropout_rate",
-        "logits_soft_cap",
-        "score_mod",
-        "sink",
-        "return_weights",
-        "return_lse",
-        "precision",
-    )
-)  # fmt: skip
+    "mask bias dropout_rate logits_soft_cap score_mod sink return_weights return_lse precision".split()
+)
 _REASONS = {"block_sizes": "it computes all pairs at once and has no blocks; leave block_sizes=None"}
 
 
@@ -44,14 +34,10 @@ def _run(problem: AttentionProblem) -> AttentionResult:
     logits = problem.score.block(query, key, problem.precision)  # (*batch, K, G, T, S)
     if problem.bias is not None:
         logits = logits + problem.bias.astype(logits.dtype)
-    if problem.logits_soft_cap is not None:
+    for modifier in problem.modifiers:
         if mask is not None:
-            logits = jnp.where(mask, logits, 0)  # a masked bias may be NaN, and so would be the cap's derivative
-        logits = problem.logits_soft_cap * jnp.tanh(logits / problem.logits_soft_cap)
-    if problem.score_mod is not None:
-        if mask is not None:
-            logits = jnp.where(mask, logits, 0)
-        logits = problem.score_mod.apply(logits, problem.heads, *problem.positions)
+            logits = jnp.where(mask, logits, 0)  # a masked bias may be NaN, and so would be the modifier's derivative
+        logits = modifier.apply(logits, problem.heads, *problem.positions)
     if mask is not None:
         # What a row attends must reach it, NaN too; what it does not attend must not, in either pass.
         logits = jnp.where(mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
-from attnlib._core.array_types import Array
-from attnlib._core.block_positions import BlockPositions, QuerySlice
+from attnlib._core.block_positions import BlockPositions
 from attnlib._core.closures import closure_convert
 from attnlib._core.pytree import register
 from attnlib._core.suggestions import explains_callback
@@ -25,6 +24,30 @@ class ValidatedScoreMod:
         raise NotImplementedError
 
 
+class LogitModifier(Protocol):
+    """What the engine applies to the logits of a block; `TracedScoreMod.apply` describes the arguments."""
+
+    def apply(
+        self,
+        logits: jax.Array,
+        heads: tuple[int, ...],
+        query: BlockPositions,
+        key: BlockPositions,
+        cut: Callable[[jax.Array], jax.Array] = ...,
+    ) -> jax.Array: ...
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogitsSoftCap:
+    """What the option `logits_soft_cap` becomes: cap * tanh(logit / cap)."""
+
+    cap: float = dataclasses.field(metadata={"static": True})
+
+    def apply(self, logits: jax.Array, *where: Any) -> jax.Array:
+        return self.cap * jnp.tanh(logits / self.cap)
+
+
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
 class TracedScoreMod:
@@ -33,25 +56,12 @@ class TracedScoreMod:
     Attributes:
       function: of (logit, batch index along each batch axis..., head, query position along each attention axis..., key
         position along each...), all scalars.
-      query_positions, key_positions: explicit positions, or None.
-      run: where the queries stand among those of the explicit positions, or None where they are all.
     """
 
     function: Any
-    query_positions: Array | None
-    key_positions: Array | None
-    run: QuerySlice | None = None
 
     @classmethod
-    def of(
-        cls,
-        function: Any,
-        batch_axes: int,
-        axes: int,
-        heads: int,
-        dtype: Any,
-        positions: tuple[Array | None, Array | None],
-    ) -> TracedScoreMod:
+    def of(cls, function: Any, batch_axes: int, axes: int, heads: int, dtype: Any) -> TracedScoreMod:
         """Traces the function for operands with so many batch and attention axes and heads."""
         if not callable(function) or isinstance(function, type):
             raise TypeError(
@@ -76,7 +86,7 @@ class TracedScoreMod:
                 f"score_mod must return the new logit, a floating-point number; got {result.dtype}. To leave pairs "
                 "out, pass a mask: mask=attnlib.masks.Predicate(fn)."
             )
-        return cls(program, *positions)
+        return cls(program)
 
     def apply(
         self,
@@ -94,12 +104,7 @@ class TracedScoreMod:
           query, key: the block's positions.
           cut: takes the block's part along the batch axes and of the key heads.
         """
-        query = query if self.run is None else self.run.of(query)
-        places = (
-            _coordinates(query.at_positions(self.query_positions)),
-            _coordinates(key.at_positions(self.key_positions)),
-        )
-        indices = [*_lead_indices(heads), *places[0], *places[1]]
+        indices = [*_batch_and_head_indices(heads), *_coordinates(query), *_coordinates(key)]
         return jnp.vectorize(self.function)(logits, *map(cut, indices)).astype(logits.dtype)
 
 
@@ -121,7 +126,7 @@ def _coordinates(positions: BlockPositions) -> list[jax.Array]:
     return [_axes.split_heads(x, 1) for x in positions.coordinates]
 
 
-def _lead_indices(heads: tuple[int, ...]) -> list[jax.Array]:
+def _batch_and_head_indices(heads: tuple[int, ...]) -> list[jax.Array]:
     """The index along each batch axis, and of the query head, laid out against `(*batch, K, G, T, S)`."""
     rank = len(heads) + 2
     indices = []

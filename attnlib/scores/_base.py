@@ -35,7 +35,8 @@ class Score(Pytree):
     It is a pytree: arrays and numbers in its fields are parameters, traced and differentiable.
     """
 
-    may_close_over_arrays = False  # whether `hoisted` has to be asked
+    may_close_over_arrays = False  # whether `closure_converted` has to be asked
+    is_inner_product = False  # whether `prepare` leaves only <query, key> to compute
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         """(query, key, score) with the same logits, work on single positions being done once, outside the tiles."""

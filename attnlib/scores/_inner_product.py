@@ -21,6 +21,7 @@ class Dot(Score):
     """
 
     scale: Any = None
+    is_inner_product = True
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
@@ -42,6 +43,8 @@ class Dot(Score):
 class InnerProduct(Score):
     """<query, key>: what Dot and Bilinear leave to the tiles."""
 
+    is_inner_product = True
+
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         return qk_product(precision, query, key)
 
@@ -58,6 +61,7 @@ class Bilinear(Score):
     """
 
     kernel: Any
+    is_inner_product = True
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         kernel = _cast(self.kernel, query)

@@ -16,7 +16,9 @@ from conftest import x64
 
 import attnlib
 from attnlib import masks, modifiers, scores
+from attnlib._core.block_positions import OperandPositions
 from attnlib._core.options import Options
+from attnlib._core.tile_kinds import tile_kinds
 from attnlib._engine import call as _call
 from attnlib._engine import dispatch as _choose
 from attnlib._engine.blockwise.implementation import blockwise
@@ -28,11 +30,16 @@ COMPLETE = tuple(name for name in NAMES if name != "cudnn")
 # What blockwise does with long operands on a CPU with one device, and there with few queries against many keys; with
 # the small ones here it has all heads at once.
 IN_TURN, SIDE_BY_SIDE = "blockwise, loop_over_heads", "blockwise, decode"
-VARIANTS = {IN_TURN: blockwise("loop_over_heads"), SIDE_BY_SIDE: blockwise("decode")}
+VARIANTS = {IN_TURN: blockwise("loop_over_heads", IN_TURN), SIDE_BY_SIDE: blockwise("decode", SIDE_BY_SIDE)}
 
 # Block sizes that cut the small operands here into several tiles, the last ones incomplete. With heads side by side
 # there is one tile, and these are of what is computed again.
 BLOCK_SIZES = {"blockwise": (3, 4), IN_TURN: (4, 3), SIDE_BY_SIDE: (64, 3)}
+
+
+def kinds_of_tiles(mask, query_shape, key_shape, tile):
+    """EMPTY, PARTIAL or FULL for each tile of a mask (None: of no mask)."""
+    return tile_kinds(mask, OperandPositions(query_shape, "query"), OperandPositions(key_shape, "key"), tile)[0]
 
 
 class Draw:

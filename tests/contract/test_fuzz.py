@@ -12,6 +12,7 @@ import fuzzing_calls
 import jax
 import numpy as np
 import pytest
+from cases import kinds_of_tiles
 from conftest import fuzz, x64
 from fuzzing import Sizes, define, few_and_many, mask_trees
 from hypothesis import given
@@ -19,7 +20,6 @@ from hypothesis import strategies as st
 
 import attnlib
 from attnlib._core.tile_kinds import EMPTY, FULL
-from attnlib._engine.blockwise.tile import tile_kinds
 
 PACKAGE = str(pathlib.Path(attnlib.__file__).parent)
 NAMES = tuple(signatures.signature(attnlib.attention).parameters)
@@ -149,7 +149,7 @@ def test_masks_say_what_their_definition_says(examples):
             got = np.asarray(mask.as_array(sizes.query, sizes.key))
             assert np.array_equal(np.broadcast_to(got, dense.shape), dense)
             queries, keys = np.prod(sizes.query), np.prod(sizes.key)
-            for place, kind in np.ndenumerate(tile_kinds(mask, sizes.query, sizes.key, tile)):
+            for place, kind in np.ndenumerate(kinds_of_tiles(mask, sizes.query, sizes.key, tile)):
                 (row, column), pairs = place, dense.reshape(-1, queries, keys)
                 part = pairs[:, row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
                 assert not part.any() if kind == EMPTY else part.all() or kind != FULL

@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import kinds_of_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlib import masks
 from attnlib._core.tile_kinds import EMPTY, FULL, PARTIAL, TileRanges
-from attnlib._engine.blockwise.tile import tile_kinds
 
 lengths = st.integers(1, 23)
 offsets = st.integers(-9, 9)
@@ -87,14 +87,14 @@ def test_tile_is_exact_along_one_axis(mask):
     """For masks along one axis nothing is left to be asked that could be known."""
     dense = np.asarray(mask.as_array(32, 32))
     for tile in ((4, 8), (1, 2), (1, 1)):
-        kinds = tile_kinds(mask, (32,), (32,), tile)
+        kinds = kinds_of_tiles(mask, (32,), (32,), tile)
         for place, block in blocks(dense, tile):
             expected = EMPTY if not block.any() else FULL if block.all() else PARTIAL
             assert kinds[place] == expected, (place, block)
 
 
 def test_neighborhood_of_an_image_skips_most_tiles():
-    kinds = tile_kinds(masks.Neighborhood(7), (64, 64), (64, 64), (256, 256))
+    kinds = kinds_of_tiles(masks.Neighborhood(7), (64, 64), (64, 64), (256, 256))
     assert (kinds != EMPTY).sum() <= 16 * 5  # four rows of the image a tile: itself and two neighbours on each side
 
 
@@ -110,9 +110,9 @@ TRACED = [
 
 @pytest.mark.parametrize("mask", TRACED, ids=lambda mask: type(mask).__name__)
 def test_traced_values_decide_nothing(mask):
-    assert (tile_kinds(mask, (32,), (32,), (8, 8)) == PARTIAL).all()
+    assert (kinds_of_tiles(mask, (32,), (32,), (8, 8)) == PARTIAL).all()
 
 
 def test_a_short_last_tile_is_never_full():
-    kinds = tile_kinds(None, (10,), (12,), (4, 4))
+    kinds = kinds_of_tiles(None, (10,), (12,), (4, 4))
     np.testing.assert_array_equal(kinds, [[FULL] * 3, [FULL] * 3, [PARTIAL] * 3])

@@ -23,10 +23,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from attnlib._autodiff.linear_map import unbroadcast
 from attnlib._core.problem import AttentionProblem
-from attnlib._core.tile_kinds import EMPTY
+from attnlib._core.tile_kinds import EMPTY, tile_kinds
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
-from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, tile_kinds
+from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, whole
 from attnlib._engine.nonfinite import finite_rows
 from attnlib._engine.softmax import SoftmaxState
 from attnlib.scores import Score
@@ -38,7 +38,7 @@ def numbers(problem: AttentionProblem, strategy: BlockwiseStrategy) -> int:
     """About how many numbers the temporaries of a forward pass hold."""
     features = problem.key.shape[-1] + problem.value.shape[-1]
     pairs_and_rows = problem.rows * (2 * problem.key_length + problem.kv_heads * features)
-    moved = math.prod(problem.batch) * problem.kv_heads * min(strategy.keys_again, problem.key_length) * features
+    moved = math.prod(problem.batch) * problem.kv_heads * min(strategy.fallback_keys, problem.key_length) * features
     converted = 0 if problem.key.dtype == problem.dtype else problem.key.size + problem.value.size
     return pairs_and_rows + moved + converted
 
@@ -95,8 +95,8 @@ def _transpose(
     arrays: TileArrays,
     output: jax.Array,
     lse: jax.Array,
-    output_bar: jax.Array,
-    lse_bar: jax.Array,
+    output_ct: jax.Array,
+    lse_ct: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     query, key, value = arrays[:3]
     product = _qk_product(plan, query, key)
@@ -104,23 +104,24 @@ def _transpose(
     tile, _ = _logits(plan, arrays, product)
     logits = jnp.where(tile.mask, logits, -jnp.inf)
     weights = jnp.exp(logits - _softmax.finite_max(lse)[..., None])
-    delta = lse_bar - jnp.sum(output * output_bar, -1)
-    weights_bar = tile.drop(_qk_product(plan, output_bar, value)) + delta[..., None]
-    (product_bar,) = pull(jnp.where(tile.mask, weights * weights_bar, 0))
+    delta = lse_ct - jnp.sum(output * output_ct, -1)
+    weights_ct = tile.drop(_qk_product(plan, output_ct, value)) + delta[..., None]
+    (product_ct,) = pull(jnp.where(tile.mask, weights * weights_ct, 0))
     dropped = tile.drop(weights)
-    query_bar = _pv_product(plan, product_bar, key)
+    query_ct = _pv_product(plan, product_ct, key)
     cotangents = (
-        query_bar,
-        _pt_o_product(plan, product_bar, query, key),
-        _pt_o_product(plan, dropped, output_bar, value),
+        query_ct,
+        _pt_o_product(plan, product_ct, query, key),
+        _pt_o_product(plan, dropped, output_ct, value),
     )
-    finite = jnp.all(jnp.isfinite(product) | ~tile.mask, -1) & finite_rows(query) & finite_rows(output_bar)
-    return cotangents, finite & finite_rows(query_bar) & finite_rows(product_bar) & finite_rows(dropped)
+    finite = jnp.all(jnp.isfinite(product) | ~tile.mask, -1) & finite_rows(query) & finite_rows(output_ct)
+    return cotangents, finite & finite_rows(query_ct) & finite_rows(product_ct) & finite_rows(dropped)
 
 
 def _logits(plan: BlockwisePlan, arrays: TileArrays, product: jax.Array) -> tuple[Tile, jax.Array]:
     """(the tile of all, its logits from those products), not yet masked."""
-    tile = Tile(plan, arrays._replace(score=_PrecomputedLogits(product)), plan.everywhere(asked=False))
+    arrays = arrays._replace(score=_PrecomputedLogits(product))
+    tile = Tile(plan, arrays, whole(arrays, apply_mask=False))
     return tile, tile.terms()[0]
 
 
@@ -166,28 +167,29 @@ def _swap_heads_and_keys(arrays: TileArrays) -> TileArrays:
 
 
 def _kind(plan: BlockwisePlan, arrays: TileArrays) -> int:
-    return int(tile_kinds(arrays.mask, plan.query_shape, plan.key_shape, plan.tile)[0, 0])
+    kinds, _ = tile_kinds(arrays.mask, arrays.query_positions, arrays.key_positions, plan.block_sizes)
+    return int(kinds[0, 0])
 
 
 def _fallback_tiles(
-    plan: BlockwisePlan, arrays: TileArrays, running: SoftmaxState, update_state: UpdateState
+    plan: BlockwisePlan, arrays: TileArrays, state: SoftmaxState, update_state: UpdateState
 ) -> SoftmaxState:
-    """The same as any tiles have it, NaN and all."""
-    length, side = arrays.key.shape[-3], plan.strategy.keys_again
-    whole = length // side * side
-    for size, starts in ((side, range(0, whole, side)), (length - whole, range(whole, length, side))):
-        strategy = dataclasses.replace(plan.strategy, block_sizes=(plan.tile[0], size))
+    """The sums over all keys, computed tile by tile, with NaN where rows attend what is not finite."""
+    length, size = arrays.key.shape[-3], plan.strategy.fallback_keys
+    end = length // size * size
+    for keys, starts in ((size, range(0, end, size)), (length - end, range(end, length, size))):
+        strategy = dataclasses.replace(plan.strategy, block_sizes=(plan.block_sizes[0], keys))
         smaller = dataclasses.replace(plan, strategy=strategy)
 
-        def step(running: SoftmaxState, start: Any, plan: BlockwisePlan = smaller) -> tuple[SoftmaxState, None]:
-            at = plan.place(start, asked=arrays.mask is not None)
-            key, value = (jnp.moveaxis(at.cut(x, (None, -3)), -3, -2) for x in (arrays.key, arrays.value))
-            bias = None if arrays.bias is None else at.cut(arrays.bias, (None, -1))
-            return update_state(running, Tile(plan, arrays._replace(key=key, value=value, bias=bias), at)), None
+        def step(state: SoftmaxState, row: Any, plan: BlockwisePlan = smaller) -> tuple[SoftmaxState, None]:
+            index = plan.index(row, apply_mask=arrays.mask is not None)
+            key, value = (jnp.moveaxis(index.cut(x, (None, -3)), -3, -2) for x in (arrays.key, arrays.value))
+            bias = None if arrays.bias is None else index.cut(arrays.bias, (None, -1))
+            return update_state(state, Tile(plan, arrays._replace(key=key, value=value, bias=bias), index)), None
 
         if starts:
-            running, _ = jax.lax.scan(step, running, jnp.asarray([(0, start) for start in starts], jnp.int32))
-    return running
+            state, _ = jax.lax.scan(step, state, jnp.asarray([(0, start) for start in starts], jnp.int32))
+    return state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

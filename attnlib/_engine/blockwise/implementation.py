@@ -30,35 +30,30 @@ from attnlib._autodiff.matmul import pt_o_product, pv_product, qk_product
 from attnlib._autodiff.zeros import zeros_like_varying
 from attnlib._core import axes as _axes
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
-from attnlib._core.tile_kinds import EMPTY
+from attnlib._core.tile_kinds import EMPTY, tile_kinds
 from attnlib._engine import softmax as _softmax
-from attnlib._engine.blockwise import decode as _side_by_side
-from attnlib._engine.blockwise.plan import Kind, plan_blocks, rows_at_once, unsupported
-from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, tile_kinds
+from attnlib._engine.blockwise import decode as _decode
+from attnlib._engine.blockwise.plan import BlockwiseStrategy, Kind, plan_blocks, rows_per_query, unsupported
+from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, whole
 from attnlib._engine.cost import operations
 from attnlib._engine.softmax import SoftmaxState
 
 Leaves = Sequence[jax.Array]
 
-# The axes of queries and of keys, as `TileIndex.cut` takes them: of numbers a row, of the output, of a `SoftmaxState`.
-_OF_ROWS, _OUTPUT = (-1, None), (-2, None)
-_RUNNING = _OF_ROWS, _OF_ROWS, _OUTPUT
+# The axes of queries and keys, as `TileIndex.cut` takes them: of one number a row, of the output, of a `SoftmaxState`.
+_ROWS, _OUTPUT = (-1, None), (-2, None)
+_STATE = _ROWS, _ROWS, _OUTPUT
 # Query, key and value among the leaves.
 _OPERANDS = 0, 1, 2
 
-
 _SUPPORTS = frozenset(
-    (
-        "mask", "bias", "dropout_rate", "logits_soft_cap", "score_mod", "sink", "return_weights", "return_lse",
-        "block_sizes", "precision",
-    )
-)  # fmt: skip
+    "mask bias dropout_rate logits_soft_cap score_mod sink return_weights return_lse block_sizes precision".split()
+)
 
 
 @functools.cache
-def blockwise(kind: Kind | None = None) -> Implementation:
-    """The implementation, by a strategy of that kind, or of the one likely fastest."""
-    name = "blockwise" if kind is None else f"blockwise, {kind}"
+def blockwise(kind: Kind | None = None, name: str = "blockwise") -> Implementation:
+    """The implementation, by a strategy of that kind, or of the kind that is likely fastest on this machine."""
     return Implementation(
         name, _SUPPORTS, partial(unsupported, kind=kind), partial(_run, kind=kind), partial(_estimate, kind=kind)
     )
@@ -67,8 +62,11 @@ def blockwise(kind: Kind | None = None) -> Implementation:
 def _run(problem: AttentionProblem, kind: Kind | None) -> AttentionResult:
     if problem.query_length == 0 or problem.key_length == 0:
         return _nothing(problem)
+    return _run_blocks(problem, plan_blocks(problem, kind))
+
+
+def _run_blocks(problem: AttentionProblem, strategy: BlockwiseStrategy) -> AttentionResult:
     problem = _prepared(problem)
-    strategy = plan_blocks(problem, kind)
     arrays = _padded(problem, strategy.block_sizes)
     plan = BlockwisePlan.of(problem, strategy, arrays)
     leaves = jax.tree.leaves(arrays)
@@ -86,19 +84,26 @@ def _prepared(problem: AttentionProblem) -> AttentionProblem:
     return dataclasses.replace(problem, query=query, key=key, value=value, score=score, bias=bias)
 
 
-def _padded(problem: AttentionProblem, tile: tuple[int, int]) -> TileArrays:
+def _padded(problem: AttentionProblem, block_sizes: tuple[int, int]) -> TileArrays:
     """The arrays up to whole tiles."""
-    sizes = -(-problem.query_length // tile[0]) * tile[0], -(-problem.key_length // tile[1]) * tile[1]
+    lengths = problem.query_length, problem.key_length
+    queries, keys = (-(-length // size) * size for length, size in zip(lengths, block_sizes, strict=True))
+    positions = problem.query_positions, problem.key_positions
+    mask = problem.mask
+    if mask is not None:
+        mask = mask.pad_to(*problem.positions, (positions[0].padded_length(queries), positions[1].padded_length(keys)))
     # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
     return TileArrays(
-        query=_axes.pad_axis(problem.query, -2, sizes[0]),
-        key=_axes.pad_axis(problem.key, -2, sizes[1]),
-        value=_axes.pad_axis(problem.value, -2, sizes[1]),
-        bias=None if problem.bias is None else _axes.pad_pairs(problem.bias, sizes),
+        query=_axes.pad_axis(problem.query, -2, queries),
+        key=_axes.pad_axis(problem.key, -2, keys),
+        value=_axes.pad_axis(problem.value, -2, keys),
+        bias=None if problem.bias is None else _axes.pad_pairs(problem.bias, (queries, keys)),
         score=problem.score,
-        score_mod=problem.score_mod,
-        mask=None if problem.mask is None else problem.mask.pad_to(*problem.positions, sizes),
-        seeds=problem.dropout_seeds,
+        modifiers=problem.modifiers,
+        mask=mask,
+        dropout_seeds=problem.dropout_seeds,
+        query_positions=positions[0],
+        key_positions=positions[1],
     )
 
 
@@ -112,7 +117,8 @@ def _nothing(problem: AttentionProblem) -> AttentionResult:
 
 def _weights(plan: BlockwisePlan, leaves: Leaves, lse: jax.Array) -> jax.Array:
     """All weights, which the user asked for: square by nature, so made at once, from the tiles' lse."""
-    tile = plan.tile_at(plan.everywhere(asked=plan.structure.unflatten(leaves).mask is not None), leaves)
+    arrays = plan.structure.unflatten(leaves)
+    tile = plan.tile(whole(arrays, apply_mask=arrays.mask is not None), leaves)
     logits, _ = tile.terms()
     return tile.drop(tile.softmax(logits, lse))
 
@@ -126,31 +132,31 @@ def _attend(plan: BlockwisePlan, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
     return output, lse
 
 
-def _rule(plan: BlockwisePlan, perturbed: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
+def _rule(plan: BlockwisePlan, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> Any:
     output, lse = _attend(plan, leaves)
     forward, transpose = HashablePartial(_tangent, (plan,)), HashablePartial(_transpose, (plan,))
-    return (output, lse), linear_tangent(forward, transpose, (*leaves, output, lse), perturbed, changes)
+    return (output, lse), linear_tangent(forward, transpose, (*leaves, output, lse), perturbed, tangents)
 
 
 class _TileLoop:
-    """Runs a body over all active tiles, those that ask the mask last."""
+    """Runs a body over all tiles of the schedule."""
 
     def __init__(self, plan: BlockwisePlan, leaves: Leaves):
         self.plan, self.leaves = plan, leaves
-        self.schedule = plan.schedule(plan.structure.unflatten(leaves).mask)
+        self.schedule = plan.schedule(plan.structure.unflatten(leaves))
 
     def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
-        for asked, starts in self.schedule:
+        for apply_mask, rows in self.schedule:
 
-            def step(carry: Any, start: jax.Array, asked: bool = asked) -> tuple[Any, None]:
-                return body(carry, self.plan.tile_at(self.plan.place(start, asked), self.leaves)), None
+            def step(carry: Any, row: jax.Array, apply_mask: bool = apply_mask) -> tuple[Any, None]:
+                return body(carry, self.plan.tile(self.plan.index(row, apply_mask), self.leaves)), None
 
             if checkpoint:  # derivatives of the loop recompute a tile rather than keep it
-                step = jax.checkpoint(step, prevent_cse=len(starts) == 1)
-            if len(starts) == 1:
-                carry, _ = step(carry, jnp.asarray(starts[0]))
+                step = jax.checkpoint(step, prevent_cse=len(rows) == 1)
+            if len(rows) == 1:
+                carry, _ = step(carry, jnp.asarray(rows[0]))
             else:
-                carry, _ = jax.lax.scan(step, carry, jnp.asarray(starts))
+                carry, _ = jax.lax.scan(step, carry, jnp.asarray(rows))
         return carry
 
 
@@ -158,47 +164,47 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
     loop = _TileLoop(plan, leaves)
     arrays = plan.structure.unflatten(leaves)
 
-    def body(running: SoftmaxState, tile: Tile) -> SoftmaxState:
+    def body(state: SoftmaxState, tile: Tile) -> SoftmaxState:
         logits, value = tile.terms()
-        old = SoftmaxState(*(tile.at.cut(x, axes) for x, axes in zip(running, _RUNNING, strict=True)))
-        highest = jnp.maximum(old.row_max, jnp.max(logits, -1))
-        shift = _softmax.finite_max(highest)
+        old = SoftmaxState(*(tile.index.cut(x, axes) for x, axes in zip(state, _STATE, strict=True)))
+        row_max = jnp.maximum(old.row_max, jnp.max(logits, -1))
+        shift = _softmax.finite_max(row_max)
         rescale, weights = jnp.exp(old.row_max - shift), jnp.exp(logits - shift[..., None])
-        total = old.row_sum * rescale + jnp.sum(weights, -1)
+        row_sum = old.row_sum * rescale + jnp.sum(weights, -1)
         output = old.output * rescale[..., None] + pv_product(plan.precision, tile.drop(weights), value)
-        new = SoftmaxState(highest, total, output)
-        return SoftmaxState(*(tile.at.put(x, y, axes) for x, y, axes in zip(running, new, _RUNNING, strict=True)))
+        new = SoftmaxState(row_max, row_sum, output)
+        return SoftmaxState(*(tile.index.put(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
 
     rows = jnp.sum(zeros_like_varying(arrays.query[..., :1]), -1)
     start = SoftmaxState(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
     if plan.strategy.kind == "decode":
-        return _softmax.normalize(_side_by_side.attend(plan, arrays, start, body))
+        return _softmax.normalize(_decode.attend(plan, arrays, start, body))
     return _softmax.normalize(loop.run(body, start, checkpoint=False))
 
 
 def _tangent(plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
-    """(output', lse') from the tangents of the active leaves."""
+    """(output', lse') from the tangents of the perturbed leaves."""
     *leaves, output, lse = residuals
     loop = _TileLoop(plan, leaves)
 
     def body(carry: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
-        changes = [tile.at.cut(change, plan.axes[n]) for change, n in zip(tangents, perturbed, strict=True)]
+        parts = [tile.index.cut(tangent, plan.axes[n]) for tangent, n in zip(tangents, perturbed, strict=True)]
         terms, values = tile.terms_of(perturbed)
-        (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, changes)
-        weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
-        moved = weights * logits_dot
-        average_dot = pv_product(plan.precision, tile.drop(moved), value)
-        average_dot += pv_product(plan.precision, tile.drop(weights), value_dot)
-        return tile.at.add(carry[0], average_dot, _OUTPUT), tile.at.add(carry[1], jnp.sum(moved, -1), _OF_ROWS)
+        (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, parts)
+        weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
+        weighted_dot = weights * logits_dot
+        sum_dot = pv_product(plan.precision, tile.drop(weighted_dot), value)
+        sum_dot += pv_product(plan.precision, tile.drop(weights), value_dot)
+        return tile.index.add(carry[0], sum_dot, _OUTPUT), tile.index.add(carry[1], jnp.sum(weighted_dot, -1), _ROWS)
 
-    a, c = loop.run(body, (zeros_like_varying(output), zeros_like_varying(lse)), checkpoint=True)
-    return [a - output * c[..., None], c]
+    weighted_dot, lse_dot = loop.run(body, (zeros_like_varying(output), zeros_like_varying(lse)), checkpoint=True)
+    return [weighted_dot - output * lse_dot[..., None], lse_dot]
 
 
 def _transpose(
     plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, cotangents: Leaves
 ) -> list[jax.Array]:
-    """Cotangents of the active leaves from those of (output, lse)."""
+    """Cotangents of the perturbed leaves from those of (output, lse)."""
     if plan.strategy.kind != "decode" or not set(perturbed) <= set(_OPERANDS):
         return _transpose_tiles(plan, perturbed, residuals, cotangents)
     bound = plan, perturbed, len(residuals)
@@ -216,19 +222,19 @@ def _transpose_at_once(
         return _transpose_tiles(plan, _OPERANDS, (*jax.tree.leaves(arrays), output, lse), args[count:])
 
     arrays = plan.structure.unflatten(leaves)
-    cotangents = _side_by_side.transpose(plan, arrays, output, lse, args[count:], tiled)
+    cotangents = _decode.transpose(plan, arrays, output, lse, args[count:], tiled)
     return [cotangents[n] for n in perturbed]
 
 
 def _transpose_rule(
-    plan: BlockwisePlan, perturbed: tuple[int, ...], count: int, differentiable: Any, args: Any, changes: Any
+    plan: BlockwisePlan, perturbed: tuple[int, ...], count: int, differentiable: Any, args: Any, tangents: Any
 ) -> Any:
-    """The tangents of the same by tiles."""
+    """The cotangents, and their tangents by tiles."""
 
     def tiled(args: Leaves) -> list[jax.Array]:
         return _transpose_tiles(plan, perturbed, args[:count], args[count:])
 
-    _, tangents = jax.jvp(*partial_in(tiled, differentiable, args), list(changes))
+    _, tangents = jax.jvp(*partial_in(tiled, differentiable, args), list(tangents))
     return _transpose(plan, perturbed, args[:count], args[count:]), tangents
 
 
@@ -237,38 +243,39 @@ def _transpose_tiles(
 ) -> list[jax.Array]:
     *leaves, output, lse = residuals
     loop = _TileLoop(plan, leaves)
-    output_bar, lse_bar = cotangents
-    if any(asked for asked, _ in loop.schedule):
+    output_ct, lse_ct = cotangents
+    if any(apply_mask for apply_mask, _ in loop.schedule):
         # A row that attends NaN is NaN; its cotangent must not meet the zero weights of what it does not attend.
-        output_bar = jnp.where(jnp.isnan(lse)[..., None], 0, output_bar)
-    delta = lse_bar - jnp.sum(output * output_bar, -1)
+        output_ct = jnp.where(jnp.isnan(lse)[..., None], 0, output_ct)
+    delta = lse_ct - jnp.sum(output * output_ct, -1)
 
     def body(totals: list[jax.Array], tile: Tile) -> list[jax.Array]:
         terms, values = tile.terms_of(perturbed)
         (logits, value), pull = jax.vjp(terms, *values)
-        weights = tile.softmax(logits, tile.at.cut(lse, _OF_ROWS))
-        rows_bar = tile.at.cut(output_bar, _OUTPUT)
-        value_bar = unbroadcast(pt_o_product(plan.precision, tile.drop(weights), rows_bar), value.shape)
-        weights_bar = qk_product(plan.precision, rows_bar, value)
-        logits_bar = weights * (tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None])
-        parts = pull((logits_bar, value_bar))
-        return [tile.at.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, perturbed, strict=True)]
+        weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
+        rows_ct = tile.index.cut(output_ct, _OUTPUT)
+        value_ct = unbroadcast(pt_o_product(plan.precision, tile.drop(weights), rows_ct), value.shape)
+        weights_ct = qk_product(plan.precision, rows_ct, value)
+        logits_ct = weights * (tile.drop(weights_ct) + tile.index.cut(delta, _ROWS)[..., None])
+        parts = pull((logits_ct, value_ct))
+        return [
+            tile.index.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, perturbed, strict=True)
+        ]
 
     return loop.run(body, [zeros_like_varying(leaves[n]) for n in perturbed], checkpoint=True)
 
 
 def _estimate(problem: AttentionProblem, kind: Kind | None) -> Estimate:
-    """The operands, prepared, and the running sums, both whole; and of one tile the logits and the weights."""
+    """What the prepared operands and the running sums of all rows take, and the logits and weights of one tile."""
     if problem.query_length == 0 or problem.key_length == 0:
         return Estimate(memory=0, flops=0)
     strategy = plan_blocks(problem, kind)
     tile = strategy.block_sizes
-    kinds = tile_kinds(problem.mask, problem.query_shape, problem.key_shape, tile)
-    whole = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
-    whole += problem.key.size + problem.value.size
-    itemsize = jnp.dtype(problem.dtype).itemsize
-    memory = (whole + 2 * rows_at_once(problem, strategy.kind) * tile[0] * tile[1]) * itemsize
+    kinds, _ = tile_kinds(problem.mask, problem.query_positions, problem.key_positions, tile)
+    numbers = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
+    numbers += problem.key.size + problem.value.size + 2 * rows_per_query(problem, strategy.kind) * tile[0] * tile[1]
     if strategy.kind == "decode":
-        memory = _side_by_side.numbers(problem, strategy) * itemsize
-    flops = operations(partial(_run, kind=kind), problem)
+        numbers = _decode.numbers(problem, strategy)
+    flops = operations(partial(_run_blocks, strategy=strategy), problem)
+    memory = numbers * jnp.dtype(problem.dtype).itemsize
     return Estimate(memory, flops, tile, (int((kinds != EMPTY).sum()), kinds.size))

@@ -12,8 +12,6 @@ from typing import Literal
 import jax
 
 from attnlib._core.problem import AttentionProblem
-from attnlib.scores import Bilinear, Dot
-from attnlib.scores._inner_product import InnerProduct
 
 # Numbers in the largest array of a tile, and how long and wide one is at most. Measured on 2 CPU cores, 64 features of
 # 2048 positions: of 8 heads 512 x 256 was fastest forward and in training, of one head 2048 x 512. Of scores whose
@@ -43,13 +41,13 @@ class BlockwiseStrategy:
       kind: `"all_heads"` at once; `"loop_over_heads"`, one batch index and key head after another; or `"decode"`, the
         forward pass has all heads in one product, with keys and values as they lie, and one tile.
       block_sizes: (queries, keys) of a tile.
-      keys_again: of `"decode"`, the keys of a tile where it has to compute again what was not finite; few, so that what
-        moves is small.
+      fallback_keys: of `"decode"`, the keys of a tile where results were not finite and are computed again; few, so
+        that little is moved.
     """
 
     kind: Kind
     block_sizes: tuple[int, int]
-    keys_again: int = 512
+    fallback_keys: int = 512
 
 
 def plan_blocks(problem: AttentionProblem, kind: Kind | None = None) -> BlockwiseStrategy:
@@ -60,7 +58,7 @@ def plan_blocks(problem: AttentionProblem, kind: Kind | None = None) -> Blockwis
     whole = BlockwiseStrategy(kind, (problem.query_length, problem.key_length))
     if problem.block_sizes is None:
         return whole
-    return dataclasses.replace(whole, keys_again=min(whole.keys_again, problem.block_sizes[1]))
+    return dataclasses.replace(whole, fallback_keys=min(whole.fallback_keys, problem.block_sizes[1]))
 
 
 def choose_kind(problem: AttentionProblem) -> Kind:
@@ -78,9 +76,11 @@ def choose_kind(problem: AttentionProblem) -> Kind:
 
 def unsupported(problem: AttentionProblem, kind: Kind | None) -> str | None:
     """Why a kind cannot compute a problem; None where it can."""
+    if problem.score.is_inner_product:
+        return None
     if kind == "loop_over_heads" and jax.tree.leaves(problem.score):
         return "the score has arrays, which are not cut"
-    if kind == "decode" and not isinstance(problem.score, (Dot, Bilinear, InnerProduct)):
+    if kind == "decode":
         return "the score is not a product"
     return None
 
@@ -100,8 +100,8 @@ def _few_queries(problem: AttentionProblem) -> bool:
     return problem.mask is None or 2 * problem.pairs_computed(lengths[0], 128) > lengths[0] * lengths[1]
 
 
-def rows_at_once(problem: AttentionProblem, kind: Kind) -> int:
-    """How many rows a tile has for each of its queries."""
+def rows_per_query(problem: AttentionProblem, kind: Kind) -> int:
+    """How many rows of softmax a tile has for each of its queries."""
     return problem.groups if kind == "loop_over_heads" else problem.rows // problem.query_length
 
 
@@ -111,7 +111,7 @@ def _tile_sizes(problem: AttentionProblem, kind: Kind) -> tuple[int, int]:
         return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
     features_per_pair = problem.score.prepared_features_per_pair(problem.query.shape[-1])
     numbers = (_NUMBERS if features_per_pair == 1 else _NUMBERS_WITH_FEATURES) / max(
-        rows_at_once(problem, kind) * features_per_pair, 1
+        rows_per_query(problem, kind) * features_per_pair, 1
     )
     keys = min(_power_of_two(math.sqrt(numbers)), _LONGEST[1])
     queries = min(_power_of_two(numbers / keys), _LONGEST[0])
@@ -135,15 +135,15 @@ def _shrink_for_mask(problem: AttentionProblem, queries: int, keys: int) -> tupl
 
     All sizes are looked at: scattered blocks leave nothing out until tiles are as small as they are.
     """
-    best, price = (queries, keys), 1.0
+    best, penalty = (queries, keys), 1.0
     if problem.mask is None or max(best) < 256:
         return best
-    least: float = problem.pairs_computed(queries, keys)
+    min_cost: float = problem.pairs_computed(queries, keys)
     while max(queries, keys) >= 256:
         queries, keys = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
-        price /= 0.85  # a halving has to pay
-        if (cost := price * problem.pairs_computed(queries, keys)) < least:
-            best, least = (queries, keys), cost
+        penalty /= 0.85  # a halving has to pay
+        if (cost := penalty * problem.pairs_computed(queries, keys)) < min_cost:
+            best, min_cost = (queries, keys), cost
     return best
 
 

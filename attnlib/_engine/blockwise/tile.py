@@ -1,4 +1,4 @@
-"""What is static of a tiled computation, where a tile is, and what is computed on one tile."""
+"""The static plan of a tiled computation, the index of a tile, and what is computed on one tile."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ import numpy as np
 
 from attnlib._autodiff.leaves import TreeStructure, partial_in
 from attnlib._core import axes as _axes
-from attnlib._core.block_positions import BlockPositions
+from attnlib._core.block_positions import OperandPositions
 from attnlib._core.problem import AttentionProblem
-from attnlib._core.tile_kinds import FULL, PARTIAL, TileRanges
+from attnlib._core.tile_kinds import FULL, PARTIAL, tile_kinds
 from attnlib._engine import dropout as _dropout
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
 from attnlib._engine.nonfinite import sanitize
 from attnlib.masks._base import Mask
-from attnlib.modifiers._base import TracedScoreMod
+from attnlib.modifiers._base import LogitModifier
 from attnlib.scores import Score
 
 
 class TileArrays(NamedTuple):
-    """The arrays of a call, prepared by the score: whole, or those of one tile."""
+    """The arrays of a call, prepared by the score and padded to whole tiles, or those of one tile."""
 
     query: jax.Array  # (*batch, K, G, T, D)
     key: jax.Array  # (*batch, K, S, D)
     value: jax.Array  # (*batch, K, S, E)
     bias: jax.Array | None  # (..., T | 1, S | 1)
+    # Never sliced: these are evaluated at the tile's positions.
     score: Score
-    score_mod: TracedScoreMod | None
-    mask: Mask | None  # never cut: it answers from positions
-    seeds: jax.Array | None
+    modifiers: tuple[LogitModifier, ...]
+    mask: Mask | None
+    dropout_seeds: jax.Array | None
+    query_positions: OperandPositions
+    key_positions: OperandPositions
 
 
-Cut = tuple[int | None, int | None] | None
-# Along which axis each array is cut by the query tile and by the key tile; None: along none. What is not named here is
-# not cut by batch index and head either.
-_CUTS: dict[str, Cut] = {
+Axes = tuple[int | None, int | None] | None
+# The axis of queries and the axis of keys along which a tile is cut from each array; None: it is not cut.
+_AXES: dict[str, Axes] = {
     "query": (-2, None),
     "key": (None, -2),
     "value": (None, -2),
@@ -50,35 +52,35 @@ _CUTS: dict[str, Cut] = {
 
 
 class TileIndex(NamedTuple):
-    """Where a tile is, and whether the mask is to be asked there."""
+    """Where a tile lies in the arrays, and whether the mask has to be applied to it."""
 
-    lead: tuple[jax.Array, ...]  # index along each batch axis and of the key head; empty: the tile has them all
-    query: BlockPositions
-    key: BlockPositions
-    asked: bool
+    batch_and_head: tuple[jax.Array, ...]  # index along each batch axis and of the key head; empty: all of them
+    starts: tuple[int | jax.Array, int | jax.Array]  # of queries and of keys
+    sizes: tuple[int, int]
+    apply_mask: bool
 
-    def cut(self, array: jax.Array, axes: Cut) -> jax.Array:
-        """The tile's part of an array whose axes of queries and keys are these; an axis of one broadcasts and stays."""
+    def cut(self, array: jax.Array, axes: Axes) -> jax.Array:
+        """The tile's part of an array with these axes of queries and keys; an axis of one broadcasts and stays."""
         if axes is None:
             return array
         starts, sizes = self._window(array.shape, axes)
         return array if sizes == array.shape else jax.lax.dynamic_slice(array, starts, sizes)
 
-    def put(self, total: jax.Array, part: jax.Array, axes: Cut) -> jax.Array:
-        """Replaces the tile's part."""
+    def put(self, array: jax.Array, part: jax.Array, axes: Axes) -> jax.Array:
+        """The array with the tile's part replaced."""
         if axes is None:
             return part
-        starts, sizes = self._window(total.shape, axes)
-        return part if sizes == total.shape else jax.lax.dynamic_update_slice(total, part, starts)
+        starts, sizes = self._window(array.shape, axes)
+        return part if sizes == array.shape else jax.lax.dynamic_update_slice(array, part, starts)
 
-    def add(self, total: jax.Array, part: jax.Array, axes: Cut) -> jax.Array:
+    def add(self, total: jax.Array, part: jax.Array, axes: Axes) -> jax.Array:
         """The transpose of `cut`, added to a total."""
         return self.put(total, self.cut(total, axes) + part, axes)
 
     def cut_mask(self, block: jax.Array, groups: int) -> jax.Array:
-        """The tile's part of a block `(*batch, N, T, S)`, of which leading axes may be missing."""
-        for n, index in enumerate(self.lead):
-            axis = n - len(self.lead) - 2
+        """The part of the tile's batch indices and head in a block `(*batch, N, T, S)` or in its last axes."""
+        for n, index in enumerate(self.batch_and_head):
+            axis = n - len(self.batch_and_head) - 2
             size = groups if axis == -3 else 1
             if block.ndim >= -axis and block.shape[axis] > size:
                 block = jax.lax.dynamic_slice_in_dim(block, index * size, size, axis)
@@ -89,144 +91,133 @@ class TileIndex(NamedTuple):
     ) -> tuple[list[jax.Array], tuple[int, ...]]:
         """(starts, sizes) of the tile's part."""
         starts, sizes = [jnp.int32(0)] * len(shape), list(shape)
-        if len(shape) >= len(self.lead) + 2:  # else of pairs alone
-            for axis, index in enumerate(self.lead):
+        if len(shape) >= len(self.batch_and_head) + 2:  # a bias of pairs alone has no batch axes
+            for axis, index in enumerate(self.batch_and_head):
                 if shape[axis] > 1:
                     starts[axis], sizes[axis] = index, 1
-        for positions, of in zip((self.query, self.key), axes, strict=True):
-            if of is not None and shape[of] not in (1, positions.length):
-                starts[of], sizes[of] = jnp.asarray(positions.start, jnp.int32), positions.length
+        for start, size, side in zip(self.starts, self.sizes, axes, strict=True):
+            if side is not None and shape[side] not in (1, size):
+                starts[side], sizes[side] = jnp.asarray(start, jnp.int32), size
         return starts, tuple(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockwisePlan:
-    """All that is static of a call; equal plans are equal programs."""
+    """The static part of a call: equal plans are equal programs."""
 
-    structure: TreeStructure  # of the arrays
-    axes: tuple[Cut, ...]  # how its leaves are cut
+    structure: TreeStructure  # of the `TileArrays`
+    axes: tuple[Axes, ...]  # of their leaves
     strategy: BlockwiseStrategy
     heads: tuple[int, ...]  # (*batch, K, G)
-    query_shape: tuple[int, ...]
-    key_shape: tuple[int, ...]
     dropout_rate: float
-    logits_soft_cap: float | None
     precision: Any
 
     @classmethod
     def of(cls, problem: AttentionProblem, strategy: BlockwiseStrategy, arrays: TileArrays) -> BlockwisePlan:
-        axes = tuple(_CUTS.get(path[0].name) for path, _ in jax.tree_util.tree_leaves_with_path(arrays))
-        return cls(
-            TreeStructure.of(arrays), axes, strategy, problem.heads, problem.query_shape, problem.key_shape,
-            problem.dropout_rate, problem.logits_soft_cap, problem.precision,
-        )  # fmt: skip
+        axes = tuple(_AXES.get(path[0].name) for path, _ in jax.tree_util.tree_leaves_with_path(arrays))
+        structure = TreeStructure.of(arrays)
+        return cls(structure, axes, strategy, problem.heads, problem.dropout_rate, problem.precision)
 
     @property
-    def tile(self) -> tuple[int, int]:
+    def block_sizes(self) -> tuple[int, int]:
         return self.strategy.block_sizes
 
-    def schedule(self, mask: Mask | None) -> list[tuple[bool, np.ndarray]]:
-        """(whether to ask the mask, starts `(tiles, leads + 2)`): the tiles that it fills, then those it may cut."""
-        kinds = tile_kinds(mask, self.query_shape, self.key_shape, self.tile)
-        looped = self.strategy.kind == "loop_over_heads"
-        leads = np.argwhere(np.ones(self.heads[:-1])) if looped else np.zeros((1, 0), int)
-        runs = []
+    def schedule(self, arrays: TileArrays) -> list[tuple[bool, np.ndarray]]:
+        """Up to two lists of tiles: (False, those without a mask), (True, those to apply the mask to).
+
+        A list has a row for each tile: the indices along the batch axes and of the key head where the tiles have one
+        each, the first query and the first key. Tiles that the mask empties are left out.
+        """
+        kinds, _ = tile_kinds(arrays.mask, arrays.query_positions, arrays.key_positions, self.block_sizes)
+        one_head = self.strategy.kind == "loop_over_heads"
+        batch_and_head = np.argwhere(np.ones(self.heads[:-1])) if one_head else np.zeros((1, 0), int)
+        lists = []
         for kind in (FULL, PARTIAL):
-            tiles = np.argwhere(kinds == kind) * np.array(self.tile)
-            starts = np.hstack([np.repeat(leads, len(tiles), 0), np.tile(tiles, (len(leads), 1))])
-            runs.append((kind == PARTIAL, starts.astype(np.int32)))
-        return [(asked, starts) for asked, starts in runs if len(starts)]
+            tiles = np.argwhere(kinds == kind) * np.array(self.block_sizes)
+            rows = [np.repeat(batch_and_head, len(tiles), 0), np.tile(tiles, (len(batch_and_head), 1))]
+            lists.append((kind == PARTIAL, np.hstack(rows).astype(np.int32)))
+        return [(apply_mask, rows) for apply_mask, rows in lists if len(rows)]
 
-    def place(self, start: jax.Array, asked: bool) -> TileIndex:
-        *lead, query_start, key_start = start
-        query = BlockPositions(self.query_shape, "query", query_start, self.tile[0])
-        return TileIndex(tuple(lead), query, BlockPositions(self.key_shape, "key", key_start, self.tile[1]), asked)
+    def index(self, row: jax.Array, apply_mask: bool) -> TileIndex:
+        """The index of the tile in a row of the schedule."""
+        *batch_and_head, query_start, key_start = row
+        return TileIndex(tuple(batch_and_head), (query_start, key_start), self.block_sizes, apply_mask)
 
-    def everywhere(self, asked: bool) -> TileIndex:
-        return TileIndex((), BlockPositions(self.query_shape, "query"), BlockPositions(self.key_shape, "key"), asked)
-
-    def tile_at(self, at: TileIndex, leaves: Sequence[Any]) -> Tile:
-        """The tile there, of the leaves of the whole."""
-        own = [at.cut(leaf, axes) for leaf, axes in zip(leaves, self.axes, strict=True)]
-        return Tile(self, self.structure.unflatten(own), at)
+    def tile(self, index: TileIndex, leaves: Sequence[Any]) -> Tile:
+        """The tile of the arrays with these leaves."""
+        parts = [index.cut(leaf, axes) for leaf, axes in zip(leaves, self.axes, strict=True)]
+        return Tile(self, self.structure.unflatten(parts), index)
 
 
-def tile_kinds(
-    mask: Mask | None, query_shape: tuple[int, ...], key_shape: tuple[int, ...], tile: tuple[int, int]
-) -> np.ndarray:
-    """EMPTY, PARTIAL or FULL for each tile `(query tiles, key tiles)`; one reaching beyond the end is never FULL."""
-    query, key = TileRanges.of(query_shape, tile[0], "query"), TileRanges.of(key_shape, tile[1], "key")
-    kinds = np.full((query.first.size, key.first.size), FULL)
-    if mask is not None:
-        kinds = np.minimum(kinds, mask.classify_tiles(query, key))
-    short = (query.last - query.first + 1 < tile[0]) | (key.last - key.first + 1 < tile[1])
-    return np.where(short, np.minimum(kinds, PARTIAL), kinds)
+def whole(arrays: TileArrays, apply_mask: bool) -> TileIndex:
+    """The index of one tile of all queries and all keys."""
+    return TileIndex((), (0, 0), (arrays.query_positions.length, arrays.key_positions.length), apply_mask)
 
 
 class Tile:
     """One tile: its arrays, and what is computed of them."""
 
-    def __init__(self, plan: BlockwisePlan, arrays: TileArrays, at: TileIndex):
-        self.plan, self.arrays, self.at = plan, arrays, at
+    def __init__(self, plan: BlockwisePlan, arrays: TileArrays, index: TileIndex):
+        self.plan, self.arrays, self.index = plan, arrays, index
+        sides = zip((arrays.query_positions, arrays.key_positions), index.starts, index.sizes, strict=True)
+        self.query_positions, self.key_positions = (side.block(start, size) for side, start, size in sides)
 
     def terms(self) -> tuple[jax.Array, jax.Array]:
-        """(logits, values); what the mask leaves out is -inf, and cannot matter, NaN or not."""
-        query, key, value, bias, score, score_mod, *_ = self.arrays
-        if self.at.asked:
+        """(logits, values). Masked logits are -inf; masked content cannot matter, NaN or not."""
+        query, key, value, bias, score, modifiers, *_ = self.arrays
+        if self.index.apply_mask:
             query, key, value, bad_queries, bad_keys = sanitize(query, key, value)
         logits = score.block(query, key, self.plan.precision)
         if bias is not None:
             logits = logits + bias
-        if self.plan.logits_soft_cap is not None:
-            if self.at.asked:
-                logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so the cap's derivative
-            logits = self.plan.logits_soft_cap * jnp.tanh(logits / self.plan.logits_soft_cap)
-        if score_mod is not None:
-            if self.at.asked:
-                logits = jnp.where(self.mask, logits, 0)
-            cut = partial(self.at.cut, axes=(None, None))
-            logits = score_mod.apply(logits, self.plan.heads, self.at.query, self.at.key, cut)
-        if self.at.asked:
-            poison = bad_queries[..., None] | bad_keys[..., None, None, :]
-            logits = jnp.where(self.mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
+        for modifier in modifiers:
+            if self.index.apply_mask:
+                logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so the modifier's derivative
+            cut = partial(self.index.cut, axes=(None, None))
+            logits = modifier.apply(logits, self.plan.heads, self.query_positions, self.key_positions, cut)
+        if self.index.apply_mask:
+            non_finite = bad_queries[..., None] | bad_keys[..., None, None, :]
+            logits = jnp.where(self.mask, jnp.where(non_finite, jnp.nan, logits), -jnp.inf)
         return logits, value
 
     def terms_of(
         self, perturbed: tuple[int, ...]
     ) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], list[jax.Array]]:
-        """(`terms` as a function of the active leaves, their values)."""
+        """(`terms` as a function of the perturbed leaves, the values of these leaves)."""
 
         def terms(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-            return Tile(self.plan, self.plan.structure.unflatten(leaves), self.at).terms()
+            return Tile(self.plan, self.plan.structure.unflatten(leaves), self.index).terms()
 
         return partial_in(terms, perturbed, jax.tree.leaves(self.arrays))
 
     @cached_property
     def mask(self) -> jax.Array:
-        query, key = self.at.query, self.at.key
-        inside = jnp.ones((1, 1), bool)
-        if query.total % query.length or key.total % key.length:  # the last tiles reach beyond the end
-            inside = (query.array_index < query.total) & (key.array_index < key.total)
+        query, key = self.arrays.query_positions, self.arrays.key_positions
+        mask = jnp.ones((1, 1), bool)
+        if query.length % self.index.sizes[0] or key.length % self.index.sizes[1]:  # the last tiles have padding
+            mask = query.contains(self.query_positions) & key.contains(self.key_positions)
         if self.arrays.mask is None:
-            return inside
+            return mask
         kv_heads, groups = self.arrays.query.shape[-4:-2]
-        block = self.at.cut_mask(self.arrays.mask.evaluate(query, key), groups)
-        return inside & _axes.split_heads(block, kv_heads)
+        block = self.index.cut_mask(self.arrays.mask.evaluate(self.query_positions, self.key_positions), groups)
+        return mask & _axes.split_heads(block, kv_heads)
 
     def softmax(self, logits: jax.Array, lse: jax.Array) -> jax.Array:
         weights = jnp.exp(logits - _softmax.finite_max(lse)[..., None])
         # A row that attends NaN is NaN, but not where it does not attend.
-        return jnp.where(logits == -jnp.inf, 0, weights) if self.at.asked else weights
+        return jnp.where(logits == -jnp.inf, 0, weights) if self.index.apply_mask else weights
 
     @cached_property
     def keep(self) -> jax.Array:
-        assert self.arrays.seeds is not None
-        lead = self.at.cut(_dropout.batch_head_index(self.plan.heads[:-2], *self.plan.heads[-2:]), (None, None))
-        query, key = self.at.query.array_index, self.at.key.array_index
-        return _dropout.keep_mask(self.arrays.seeds, self.plan.dropout_rate, lead, query, key)
+        """Which weights dropout keeps."""
+        seeds = self.arrays.dropout_seeds
+        assert seeds is not None
+        heads = self.index.cut(_dropout.batch_head_index(self.plan.heads[:-2], *self.plan.heads[-2:]), (None, None))
+        query, key = self.query_positions.array_index, self.key_positions.array_index
+        return _dropout.keep_mask(seeds, self.plan.dropout_rate, heads, query, key)
 
     def drop(self, weights: jax.Array) -> jax.Array:
-        """Weights after dropout; linear."""
-        if self.arrays.seeds is None:
+        """The weights after dropout; linear."""
+        if self.arrays.dropout_seeds is None:
             return weights
         return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)

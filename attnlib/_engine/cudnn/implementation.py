@@ -163,6 +163,8 @@ class CudnnMask(NamedTuple):
 
 def _native(problem: AttentionProblem) -> CudnnMask | str:
     """The problem's mask, peeled across `&`; or why the kernel cannot have it."""
+    if not (problem.query_positions.is_implicit and problem.key_positions.is_implicit):
+        return "it counts positions from 0; leave query_positions=None and key_positions=None"
     causal = False
     lefts, rights = [problem.query_length], [problem.key_length]  # bounds so wide are none
     queries: list[Mask] = []
