@@ -19,9 +19,9 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
-from attnlib._core.operand_checks import check_arrays, check_rank, is_array, is_concrete
+from attnlib._core.operand_checks import check_arrays, check_rank, compute_dtype, is_array, is_concrete
 from attnlib._core.options import InspectionOptions, Options, takes_options
-from attnlib._core.problem import AttentionProblem, compute_dtype
+from attnlib._core.problem import AttentionProblem
 from attnlib._core.pytree import jit, register
 from attnlib._core.validation import check_bool, check_size
 from attnlib._engine import call as _call

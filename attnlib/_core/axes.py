@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,64 +129,57 @@ def split_heads(array: jax.Array, kv_heads: int) -> jax.Array:
     return array.reshape(*array.shape[:-3], *groups, *array.shape[-2:])
 
 
-def check_pairs(
-    shape: tuple[int, ...],
-    name: str,
-    batch: tuple[int, ...],
-    heads: int,
-    query_shape: tuple[int, ...],
-    key_shape: tuple[int, ...],
-) -> None:
+class AttentionShape(NamedTuple):
+    """The sizes of an attention call, and the dtype of its logits."""
+
+    batch: tuple[int, ...]
+    heads: int
+    query: tuple[int, ...]  # lengths of the attention axes
+    key: tuple[int, ...]
+    features: tuple[int, int]  # of query and key
+    dtype: Any
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """The shape of the weights, (*batch, heads, *query axes, *key axes)."""
+        return (*self.batch, self.heads, *self.query, *self.key)
+
+
+def check_pairs(shape: tuple[int, ...], name: str, attention: AttentionShape) -> None:
     """Raises ValueError unless the `shape` of a mask or bias fits the weights (docs/concepts/shapes-and-axes.md)."""
-    whole = (*batch, heads, *query_shape, *key_shape)
-    spread = len(query_shape) + len(key_shape)
-    if spread < len(shape) < len(whole):
+    weights = attention.weights
+    num_pair_axes = len(attention.query) + len(attention.key)
+    if num_pair_axes < len(shape) < len(weights):
         raise ValueError(
-            f"{name} of rank {len(shape)} is ambiguous: it must have the rank of the weights, {len(whole)} "
-            f"(*batch, heads, *query axes, *key axes) = {whole}, or at most {spread} (*query axes, *key axes); got "
-            f"shape {shape}. A (batch, query, key) {name} needs an axis for heads: {name}[:, None]; a (heads, query, "
-            f"key) one needs an axis for the batch: {name}[None]."
+            f"{name} of rank {len(shape)} is ambiguous: it must have the rank of the weights, {len(weights)} "
+            f"(*batch, heads, *query axes, *key axes) = {weights}, or at most {num_pair_axes} (*query axes, *key "
+            f"axes); got shape {shape}. A (batch, query, key) {name} needs an axis for heads: {name}[:, None]; a "
+            f"(heads, query, key) one needs an axis for the batch: {name}[None]."
         )
-    aligned = whole[len(whole) - len(shape) :] if len(shape) <= len(whole) else ()
-    if len(shape) > len(whole) or any(size not in (1, full) for size, full in zip(shape, aligned, strict=True)):
+    aligned = weights[len(weights) - len(shape) :] if len(shape) <= len(weights) else ()
+    if len(shape) > len(weights) or any(size not in (1, full) for size, full in zip(shape, aligned, strict=True)):
         raise ValueError(
-            f"{name} must broadcast to the weights (*batch, heads, *query axes, *key axes) = {whole}; got shape "
-            f"{shape}. Use 1 for an axis along which it does not vary."
-            f"{_pairs_hint(shape, name, batch, heads, query_shape, key_shape)}"
+            f"{name} must broadcast to the weights (*batch, heads, *query axes, *key axes) = {weights}; got shape "
+            f"{shape}. Use 1 for an axis along which it does not vary.{_pairs_hint(shape, name, attention)}"
         )
 
 
-def _pairs_hint(
-    shape: tuple[int, ...],
-    name: str,
-    batch: tuple[int, ...],
-    heads: int,
-    query_shape: tuple[int, ...],
-    key_shape: tuple[int, ...],
-) -> str:
+def _pairs_hint(shape: tuple[int, ...], name: str, attention: AttentionShape) -> str:
     """What a shape that does not broadcast was likely meant to be."""
-    spread = len(query_shape) + len(key_shape)
-    if name == "mask" and batch and shape == (*batch, *key_shape):
+    batch, heads, query, key, *_ = attention
+    num_pair_axes = len(query) + len(key)
+    if name == "mask" and batch and shape == (*batch, *key):
         return " One of (batch, keys) is a Mask: attnlib.masks.KeyPadding(mask); in a layer, key_mask=mask."
-    if len(shape) == spread + len(batch) + 1 and shape[-spread:] == (*query_shape, *key_shape):
-        groups, rest = divmod(heads, shape[-spread - 1] or heads + 1)
+    if len(shape) == num_pair_axes + len(batch) + 1 and shape[-num_pair_axes:] == (*query, *key):
+        groups, rest = divmod(heads, shape[-num_pair_axes - 1] or heads + 1)
         if not rest:
             return (
                 f" One for each key head is for {groups} query heads each: jnp.repeat({name}, {groups}, {len(batch)})."
             )
-    if shape[-spread:] == (*key_shape, *query_shape):
+    if shape[-num_pair_axes:] == (*key, *query):
         return " Query axes come before key axes: swap them."
-    if len(query_shape) == 1 and shape[-2:-1] == (heads,):
+    if len(query) == 1 and shape[-2:-1] == (heads,):
         return (
             " If query is (batch, heads, positions, features), swap its axes and key's and value's: x.swapaxes(-3, -2)."
         )
     return ""
-
-
-class AttentionShape(NamedTuple):
-    """What a mask is checked against: sizes of the batch axes, of heads, and of the attention axes on each side."""
-
-    batch: tuple[int, ...]
-    heads: int
-    query: tuple[int, ...]
-    key: tuple[int, ...]

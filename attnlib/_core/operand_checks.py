@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core import axes as _axes
+from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape, Axes
 from attnlib._core.problem import Asked, Implementation
 from attnlib._core.suggestions import require_static
@@ -192,8 +193,13 @@ def check_precision(value: Any) -> Any:
     return value
 
 
-def check_operands(query: Any, key: Any, value: Any, axes: Axes) -> tuple[int, ...]:
-    """Checks ranks, heads, positions and batch of the operands; gives the batch shape they broadcast to."""
+def check_operands(
+    query: Any, key: Any, value: Any, attention_axes: int | Sequence[int] | None
+) -> tuple[Axes, AttentionShape]:
+    """(what the axes are, the sizes) of operands whose ranks, heads, positions and batch axes fit together."""
+    check_rank(query, "query")
+    dtype = compute_dtype(query, key, value)
+    axes = _axes.normalize(attention_axes, query.ndim, trailing=2)
     for name, operand in (("key", key), ("value", value)):
         if operand.ndim != axes.rank:
             raise ValueError(
@@ -214,7 +220,23 @@ def check_operands(query: Any, key: Any, value: Any, axes: Axes) -> tuple[int, .
             f"key and value must have the same attention axes {axes.attention}; got key {key.shape} and value "
             f"{value.shape}."
         )
-    return tuple(_batch_size(axis, query, key, value) for axis in axes.batch)
+    batch = []
+    for axis in axes.batch:
+        size, *others = sorted({operand.shape[axis] for operand in (query, key, value)} - {1}) or [1]
+        if others:
+            raise ValueError(
+                f"batch axis {axis} must be equal in query, key and value, or 1; got query {query.shape}, key "
+                f"{key.shape} and value {value.shape}. Name it in attention_axes if it is to be attended over."
+            )
+        batch.append(size)
+    lengths = axes.attention_shape(query.shape), axes.attention_shape(key.shape)
+    return axes, AttentionShape(tuple(batch), heads, *lengths, (query.shape[-1], key.shape[-1]), dtype)
+
+
+def compute_dtype(*arrays: Array) -> Any:
+    """float64 if any array is float64 (and JAX has it: NumPy's may come where it does not), else float32."""
+    wide = any(array.dtype == jnp.float64 for array in arrays)
+    return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.float32
 
 
 def _layout(query: Any, key: Any) -> str:
@@ -223,16 +245,6 @@ def _layout(query: Any, key: Any) -> str:
         return "Arrays of rank 3 are (positions, heads, features): add an axis of one head, query[..., None, :]."
     text = "The layout is (batch, positions, heads, features): if heads come first, swap axes, query.swapaxes(-3, -2)."
     return text if query.shape[-3] != key.shape[-3] else f"{text} Axis -3 is equal in both, as heads would be."
-
-
-def _batch_size(axis: int, query: Any, key: Any, value: Any) -> int:
-    sizes = {operand.shape[axis] for operand in (query, key, value)} - {1}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"batch axis {axis} must be equal in query, key and value, or 1; got query {query.shape}, key {key.shape} "
-            f"and value {value.shape}. Name it in attention_axes if it is to be attended over."
-        )
-    return sizes.pop() if sizes else 1
 
 
 def check_rank(operand: Any, name: str) -> None:
@@ -257,4 +269,4 @@ def check_bias(value: Any) -> None:
 
 def check_bias_shape(value: Any, shapes: AttentionShape) -> None:
     if value is not None:
-        _axes.check_pairs(value.shape, "bias", *shapes)
+        _axes.check_pairs(value.shape, "bias", shapes)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from attnlib._core.array_types import Array
 from attnlib._core.block_positions import BlockPositions, OperandPositions
 from attnlib._core.options import FIELDS
 from attnlib._core.pytree import register
@@ -40,6 +39,7 @@ class AttentionProblem:
       dropout_seeds: `(4,)` words for `dropout.keep_mask`, or None for no dropout.
       batch: sizes of the batch axes after broadcasting.
       query_positions, key_positions: the positions of the T queries and of the S keys.
+      dtype: of the logits and of the softmax statistics: float32, or float64 if an operand is.
       to_support: names of the options that are set, which an implementation has to support.
       sink: `()` or `(N,)`, or None; `softmax.add_sink` adds the sink to the result of an implementation.
     """
@@ -55,6 +55,7 @@ class AttentionProblem:
     query_positions: OperandPositions
     key_positions: OperandPositions
     batch: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
+    dtype: Any = dataclasses.field(metadata=_STATIC)
     dropout_rate: float = dataclasses.field(metadata=_STATIC)
     return_weights: bool = dataclasses.field(metadata=_STATIC)
     block_sizes: tuple[int, int] | None = dataclasses.field(metadata=_STATIC)
@@ -106,11 +107,6 @@ class AttentionProblem:
     def positions(self) -> tuple[BlockPositions, BlockPositions]:
         """All query positions and all key positions."""
         return self.query_positions.block(), self.key_positions.block()
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of logits and softmax statistics: float32 at least."""
-        return compute_dtype(self.query, self.key, self.value)
 
     @property
     def bytes_accessed(self) -> int:
@@ -178,9 +174,3 @@ class Implementation:
 
 # What a user may ask for: one by name or itself, or several to try in order; None: the library chooses.
 Asked: TypeAlias = str | Implementation | Sequence[str | Implementation] | None
-
-
-def compute_dtype(*arrays: Array) -> Any:
-    """float64 if any array is float64 (and JAX has it: NumPy's may come where it does not), else float32."""
-    wide = any(array.dtype == jnp.float64 for array in arrays)
-    return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.float32

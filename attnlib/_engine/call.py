@@ -1,4 +1,4 @@
-"""One call: check the arguments, fold them into a Problem, choose an implementation and run it, unfold the results."""
+"""One call: check the arguments, bring them into canonical form, run an implementation, unfold the results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import OperandPositions
 from attnlib._core.operand_checks import (
     check_arrays,
@@ -23,13 +22,12 @@ from attnlib._core.operand_checks import (
     check_integers,
     check_operands,
     check_precision,
-    check_rank,
     check_sink,
     check_sink_shape,
     check_soft_cap,
 )
 from attnlib._core.options import Options
-from attnlib._core.problem import Asked, AttentionProblem, AttentionResult, compute_dtype
+from attnlib._core.problem import Asked, AttentionProblem, AttentionResult
 from attnlib._core.pytree import jit
 from attnlib._core.validation import check_bool
 from attnlib._engine import dispatch as _choose
@@ -82,14 +80,10 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
     check_integers(options.key_positions, "key_positions")
     score_mod = options.score_mod
     if score.may_close_over_arrays or score_mod is not None:
-        check_rank(query, "query")
-        check_rank(key, "key")
-        split = _axes.normalize(axes, query.ndim, trailing=2)
-        dtype = compute_dtype(query, key, value)
-        score = score.closure_converted(query.shape[-1], key.shape[-1], dtype)
+        _, shapes = check_operands(query, key, value, axes)
+        score = score.closure_converted(*shapes.features, shapes.dtype)
         if score_mod is not None:
-            lead, along, heads = len(split.batch), len(split.attention), query.shape[-2]
-            checked["score_mod"] = TracedScoreMod.of(score_mod, lead, along, heads, dtype)
+            checked["score_mod"] = TracedScoreMod.of(score_mod, shapes)
     checked["sink"] = check_sink(options.sink)
     return Arguments(query, key, value, score, options.replace(**checked))
 
@@ -101,14 +95,14 @@ def attend(arguments: Arguments) -> Any:
     problem, axes = canonicalize(arguments)
     output, lse, weights = run_problem(problem, arguments.options.implementation)
 
-    lead = (*problem.batch, problem.kv_heads * problem.groups)
-    output = output.reshape(*lead, *output.shape[-2:]).astype(arguments.value.dtype)
+    batch_and_head = (*problem.batch, problem.kv_heads * problem.groups)
+    output = output.reshape(*batch_and_head, *output.shape[-2:]).astype(arguments.value.dtype)
     results = [_axes.unfold_output(output, axes, problem.query_shape)]
     if weights is not None:
-        results.append(weights.reshape(*lead, *problem.query_shape, *problem.key_shape))
+        results.append(weights.reshape(*batch_and_head, *problem.query_shape, *problem.key_shape))
     if problem.return_lse:
         assert lse is not None
-        results.append(lse.reshape(*lead, *problem.query_shape))
+        results.append(lse.reshape(*batch_and_head, *problem.query_shape))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -128,12 +122,9 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     if options.score_mod is not None:
         assert isinstance(options.score_mod, TracedScoreMod)
         modifiers.append(options.score_mod)
-    check_rank(query, "query")
-    axes = _axes.normalize(options.attention_axes, query.ndim, trailing=2)
-    batch = check_operands(query, key, value, axes)
-    heads, kv_heads = query.shape[-2], key.shape[-2]
-    score.check(heads, query.shape[-1], key.shape[-1])
-    shapes = AttentionShape(batch, heads, axes.attention_shape(query.shape), axes.attention_shape(key.shape))
+    axes, shapes = check_operands(query, key, value, options.attention_axes)
+    heads, kv_heads = shapes.heads, key.shape[-2]
+    score.check(heads, *shapes.features)
     if mask is not None:
         mask.check(shapes)
     check_bias_shape(bias, shapes)
@@ -144,12 +135,11 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         check_explicit_positions(options.query_positions, options.key_positions, shapes)
         mask = ExplicitPositions() if mask is None else mask & ExplicitPositions()
 
-    folded_query = _axes.fold_operand(jnp.asarray(query), axes)  # (*batch, N, T, D)
-    lead, tail = folded_query.shape[:-3], folded_query.shape[-2:]
+    query, key, value = (_axes.fold_operand(jnp.asarray(x), axes) for x in (query, key, value))  # (*batch, N, T, D)
     problem = AttentionProblem(
-        query=folded_query.reshape(*lead, kv_heads, heads // kv_heads, *tail),
-        key=_axes.fold_operand(jnp.asarray(key), axes),
-        value=_axes.fold_operand(jnp.asarray(value), axes),
+        query=query.reshape(*query.shape[:-3], kv_heads, heads // kv_heads, *query.shape[-2:]),
+        key=key,
+        value=value,
         score=score,
         modifiers=tuple(modifiers),
         mask=mask,
@@ -157,7 +147,8 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         dropout_seeds=None if options.dropout_rng is None else _dropout.hash_seeds(options.dropout_rng),
         query_positions=OperandPositions(shapes.query, "query", explicit=options.query_positions),
         key_positions=OperandPositions(shapes.key, "key", explicit=options.key_positions),
-        batch=batch,
+        batch=shapes.batch,
+        dtype=shapes.dtype,
         dropout_rate=options.dropout_rate,
         return_weights=options.return_weights,
         block_sizes=options.block_sizes,

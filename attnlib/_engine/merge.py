@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.operand_checks import check_arrays, check_axes, check_rank
-from attnlib._core.problem import compute_dtype
+from attnlib._core.operand_checks import check_arrays, check_axes, check_rank, compute_dtype
 from attnlib._engine.softmax import merge
 
 

@@ -18,9 +18,8 @@ import numpy as np
 
 from attnlib._api import attention
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
-from attnlib._core.operand_checks import check_integers, is_concrete
+from attnlib._core.operand_checks import check_integers, compute_dtype, is_concrete
 from attnlib._core.options import CacheOptions, takes_options
-from attnlib._core.problem import compute_dtype
 from attnlib._core.pytree import register, serializable
 from attnlib._core.validation import check_bool, check_size
 from attnlib.cache import _storage as _held

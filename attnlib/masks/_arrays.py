@@ -115,7 +115,7 @@ class Dense(Mask):
         return PaddedDenseMask(_axes.pad_pairs(_axes.fold_pairs(self.array, query.shape, key.shape), sizes))
 
     def check(self, shapes: AttentionShape) -> None:
-        _axes.check_pairs(self.array.shape, "mask", *shapes)
+        _axes.check_pairs(self.array.shape, "mask", shapes)
 
 
 def as_mask(value: Any) -> Mask | None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
+from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.closures import closure_convert
 from attnlib._core.pytree import register
@@ -61,20 +62,21 @@ class TracedScoreMod:
     function: Any
 
     @classmethod
-    def of(cls, function: Any, batch_axes: int, axes: int, heads: int, dtype: Any) -> TracedScoreMod:
-        """Traces the function for operands with so many batch and attention axes and heads."""
+    def of(cls, function: Any, shapes: AttentionShape) -> TracedScoreMod:
+        """Traces the function for a call of such sizes."""
         if not callable(function) or isinstance(function, type):
             raise TypeError(
                 "score_mod must be a function (logit, batch, head, query_position, key_position) -> logit, such as "
                 f"attnlib.modifiers.ALiBi(...); got {function!r}."
             )
         if isinstance(function, ValidatedScoreMod):
-            function.check(heads, axes)
+            function.check(shapes.heads, len(shapes.query))
+        batch_axes, axes = len(shapes.batch), len(shapes.query)
         index = jax.ShapeDtypeStruct((), jnp.int32)
         with explains_callback("score_mod"):
             program, result = closure_convert(
                 _flat(function, batch_axes, axes),
-                jax.ShapeDtypeStruct((), dtype), *[index] * batch_axes, index, *[index] * axes, *[index] * axes,
+                jax.ShapeDtypeStruct((), shapes.dtype), *[index] * batch_axes, index, *[index] * axes, *[index] * axes,
             )  # fmt: skip
         if not isinstance(result, jax.ShapeDtypeStruct) or result.shape != ():
             raise ValueError(

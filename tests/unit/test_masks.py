@@ -319,7 +319,7 @@ def test_a_mask_is_its_array(implementation, make, keys):
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
     array = mask.as_array(5, 7)
-    masks.Dense(array).check(AttentionShape((2,), 4, (5,), (7,)))
+    masks.Dense(array).check(AttentionShape((2,), 4, (5,), (7,), (3, 3), jnp.float32))
     results = [
         attnlib.dot_product_attention(query, key, value, mask=m, return_lse=True, **by_name(implementation))
         for m in (mask, array)
