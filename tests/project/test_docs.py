@@ -133,6 +133,27 @@ def test_files_that_the_documents_name_exist():
             assert (ROOT / name).exists(), (path, name)
 
 
+def test_the_trees_of_the_architecture_name_what_exists():
+    trees = blocks(read("docs/architecture.md"), "text")
+    assert [tree.splitlines()[0] for tree in trees] == ["attnlib/", "tests/"]
+    for tree in trees:
+        root, *lines = tree.splitlines()
+        outer = root
+        found = set()
+        for line in lines:
+            entry = re.match(r"(│   )?[├└]── (\S+)", line)
+            if entry is None:
+                continue
+            inside, name = entry.groups()
+            outer = outer if inside else name
+            path = f"{root}{outer}{name if inside else ''}"
+            assert (ROOT / path).exists(), path
+            found.add(path)
+        for path in (ROOT / root).iterdir():
+            if not path.name.startswith("__") or path.name == "__init__.py":
+                assert f"{root}{path.name}{'/' * path.is_dir()}" in found | {f"{root}py.typed"}, path
+
+
 def test_commands_name_extras_that_exist():
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     for path in DOCUMENTS:
@@ -160,17 +181,28 @@ def keras_arguments():
 
 def flax_arguments():
     from flax import linen as nn
+    from flax import nnx
 
-    layer = nn.MultiHeadDotProductAttention
-    return arguments_of(layer.__init__, layer.__call__)
+    layers = (nn.MultiHeadDotProductAttention, nnx.MultiHeadAttention)
+    return arguments_of(*(function for layer in layers for function in (layer.__init__, layer.__call__)))
 
 
 def jax_arguments():
     return arguments_of(jax.nn.dot_product_attention)
 
 
+def torch_arguments():
+    """Those of PyTorch 2.13, read off its documentation: it need not be installed."""
+    function = "query key value attn_mask dropout_p is_causal scale enable_gqa"
+    layer = "embed_dim num_heads dropout bias add_bias_kv add_zero_attn kdim vdim batch_first device dtype"
+    call = "query key value key_padding_mask need_weights attn_mask average_attn_weights is_causal"
+    flex = "query key value block_mask scale enable_gqa return_lse kernel_options return_aux"
+    return {*function.split(), *layer.split(), *call.split(), *flex.split()}
+
+
 @pytest.mark.parametrize(
-    ("page", "arguments"), [("keras", keras_arguments), ("flax", flax_arguments), ("jax-nn", jax_arguments)]
+    ("page", "arguments"),
+    [("keras", keras_arguments), ("flax", flax_arguments), ("jax-nn", jax_arguments), ("pytorch", torch_arguments)],
 )
 def test_tables_have_every_argument_of_the_other_library(page, arguments):
     listed = {name for theirs, *_ in rows(read(f"docs/migration/{page}.md")) for name in names_in(theirs)}
