@@ -21,22 +21,39 @@ TABLES = ("Args", "Attributes", "Raises")
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites each docstring when its object is loaded."""
+    """Rewrites each docstring, and the signatures of functions with options, when its object is loaded."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         del kwargs
         if obj.docstring is not None:
             text = obj.docstring.value
             if "{options}" in text or "{names}" in text:
-                text = at_run_time(obj)
+                function = at_run_time(obj)
+                text = inspect.getdoc(function) or ""
+                obj.parameters = parameters(function)
             obj.docstring.value = markdown(text)
 
 
-def at_run_time(obj: griffe.Object) -> str:
-    """The docstring of an object as `help` shows it: options are written into it when the package is imported."""
+def at_run_time(obj: griffe.Object) -> Any:
+    """The object as a user gets it: options are written into it when the package is imported."""
     module = importlib.import_module(obj.module.path)
     names = obj.path.removeprefix(f"{obj.module.path}.")
-    return inspect.getdoc(operator.attrgetter(names)(module)) or ""
+    return operator.attrgetter(names)(module)
+
+
+def parameters(function: Any) -> griffe.Parameters:
+    """The parameters that `inspect.signature` shows."""
+    return griffe.Parameters(
+        *(
+            griffe.Parameter(
+                found.name,
+                annotation=None if found.annotation is found.empty else str(found.annotation),
+                kind=getattr(griffe.ParameterKind, found.kind.name.lower()),
+                default=None if found.default is found.empty else repr(found.default),
+            )
+            for found in inspect.signature(function).parameters.values()
+        )
+    )
 
 
 def markdown(docstring: str) -> str:
