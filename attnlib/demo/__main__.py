@@ -42,7 +42,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("task", nargs="?", choices=tuple(TASKS), default="dates", help="default: %(default)s")
     parser.add_argument("--steps", type=_positive, metavar="N", help="training steps; default: the task's own number")
-    parser.add_argument("--seed", type=_not_negative, default=0, metavar="S", help="default: 0; same seed, same result")
+    repeats = "default: 0; the same seed gives the same result on the same machine"
+    parser.add_argument("--seed", type=_not_negative, default=0, metavar="S", help=repeats)
     parser.add_argument("--out", type=_folder, default=Path(), metavar="DIR", help="where the picture goes; default: .")
     return parser.parse_args(arguments)
 
