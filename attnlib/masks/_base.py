@@ -21,8 +21,8 @@ from attnlib._core.validation import check_static_int
 class Mask(Pytree):
     """Which query positions may attend which key positions; abstract.
 
-    A kind of mask implements `at(query, key)`, `tile(query, key)` where it knows whole tiles, and `check(shapes)` where
-    it holds arrays. It is a pytree: arrays and masks in its fields are traced, plain values static.
+    A subclass implements `evaluate(query, key)`; `classify_tiles(query, key)`, to skip tiles; and `check(shapes)`, if
+    it holds arrays. It is a pytree: arrays and masks in its fields are traced, plain values are static.
     """
 
     static_types = (bool, int, type(None))

@@ -10,8 +10,8 @@ What the kernel does otherwise than attnlib is set right around it, in linear me
                 is not finite is replaced before the call, and rows that do attend it are NaN after it, without gradient
   scale         a traced scale, or one a head, is multiplied into the query; see `_scaled`
 
-cuDNN has a backward pass but neither forward mode nor second derivatives, which are borrowed (`_borrowed.py`) from
-another implementation. The backward pass runs the forward kernel again; where both are in one program and not in a
+cuDNN has a backward pass but neither forward mode nor second derivatives. Another implementation gives these
+(`fallback_derivatives.py`). The backward pass runs the forward kernel again; where both are in one program and not in a
 loop, XLA merges the two. It may add gradients up in any order: two runs are then equal bit by bit only with XLA's own
 option for that, `--xla_gpu_deterministic_ops=true` in XLA_FLAGS.
 
