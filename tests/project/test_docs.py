@@ -265,7 +265,7 @@ def test_the_reference_reads_docstrings(site):
     assert "<code>query_positions</code>: ints <code>(*batch, length)</code>" in page
     assert "&gt;&gt;&gt; attnlib.dot_product_attention(query, key, value, is_causal=True).shape" in text
     assert "Args:" not in text
-    assert "logits_soft_cap: float | None = None" in text and "**options" not in text  # signatures show options
+    assert "logits_soft_cap: float | None = None" in text and "Unpack" not in text  # signatures show options
     causal = re.sub(r"<[^>]+>", "", (site / "api" / "masks" / "index.html").read_text(encoding="utf-8"))
     assert "Key position &lt;= query position + offset" in causal
 
