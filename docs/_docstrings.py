@@ -28,9 +28,10 @@ class Docstrings(griffe.Extension):
         if obj.docstring is not None:
             text = obj.docstring.value
             if "{options}" in text or "{names}" in text:
-                function = at_run_time(obj)
-                text = inspect.getdoc(function) or ""
-                obj.parameters = parameters(function)
+                found = at_run_time(obj)
+                text = inspect.getdoc(found) or ""
+                if isinstance(obj, griffe.Function):
+                    obj.parameters = parameters(found)
             obj.docstring.value = markdown(text)
 
 

@@ -14,7 +14,7 @@ import pytest
 from documents import PAGES, ROOT, anchors, blocks, fences, links, names_in, read, rows
 
 import attnlib
-from attnlib import plot
+from attnlib import implementations, plot
 
 DOCUMENTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 PROGRAMS = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
@@ -246,6 +246,7 @@ def test_the_reference_describes_every_public_name(site):
     modules = {name: getattr(attnlib, name) for name in attnlib.__all__ if inspect.ismodule(getattr(attnlib, name))}
     for name in set(attnlib.__all__) - modules.keys():
         assert f'id="attnlib.{name}"' in pages, name
+    modules["implementations"] = implementations
     for module, names in {**{name: module.__all__ for name, module in modules.items()}, "plot": pictures()}.items():
         for name in names:
             assert f'id="attnlib.{module}.{name}"' in pages, f"{module}.{name}"
