@@ -1,8 +1,8 @@
-"""Attention looked into without the square matrix of its weights: chosen rows, sums over rows, the largest, the spread.
+"""Summaries of attention weights in linear memory: chosen rows, sums over queries, the largest weights, the entropy.
 
-Every function takes the operands, score and options of `attnlib.attention` but the value and dropout, gives what
-could be read off `return_weights=True`, and takes memory linear in the lengths. Each is a use of attention itself:
-a transpose of it, a tangent of it, or attention of a few queries.
+Every function takes the operands, score and options of `attnlib.attention`, except the value and dropout. The result is
+what could be computed from the weights of `return_weights=True`. Each function uses attention itself: its transpose,
+its tangent, or attention of a few queries.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ Rows = int | Array | Sequence[int]
 _takes_options = takes_options(
     without=dict.fromkeys(("dropout_rate", "dropout_rng", "return_weights", "return_lse"), ""), listed=("score",)
 )
-# Weights that `top_keys` holds at once, and the fewest queries that they are of. Measured on 2 shared CPU cores, 4
-# heads x 64 features, 4096 positions: 0.86 s with 2**18, 0.59 s with 2**20, 0.53 s with 2**22; all at once, 0.59 s
-# unsorted.
-_NUMBERS, _FEWEST = 2**20, 8
+# The number of weights that `top_keys` computes at a time (docs/performance/tuning.md), and of queries at least.
+_NUMBERS, _MIN_QUERIES = 2**20, 8
 
 
 @_takes_options
@@ -51,20 +49,20 @@ def attention_rows(
     score: Score | None = None,
     **options: Unpack[InspectionOptions],
 ) -> jax.Array:
-    """The weights of chosen queries, at the cost of attention of these queries alone.
+    """The weights of chosen queries, at the cost of attention of these queries.
 
     Args:
       query: `(*batch and attention axes, N, D)`.
       key: `(..., K, D)`.
-      rows: the queries: ints of any shape, positions along the flattened (row-major) query axes; or a tuple of them,
-        one for each attention axis, which broadcast. Negative ones count from the end; they may be traced.
+      rows: ints of any shape: positions along the flattened (row-major) query axes, or a tuple of such ints, one entry
+        for each attention axis, which broadcast. Negative positions count from the end. Positions may be traced.
       score: default `scores.Dot()`.
-      {names}: as in `attnlib.attention`. Masks, biases, modifiers and positions are of all queries; `block_sizes` are
-        of the chosen ones, side by side.
+      {names}: as in `attnlib.attention`. Masks, biases, modifiers and positions are those of all queries; `block_sizes`
+        are those of the chosen queries.
 
     Returns:
-      Weights `(*batch, N, *shape of rows, *key axes)`, float32 at least. With a sink they add up to less than one. A
-      row beyond the end is refused, or all NaN where it is traced.
+      Weights `(*batch, N, *shape of rows, *key axes)`, float32 at least. With a sink, the weights of a row add up to
+      less than one. A row beyond the end raises ValueError; if `rows` is traced, its weights are NaN.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -86,21 +84,20 @@ def attention_rows(
 def attention_received(
     query: Query, key: Key, *, mean: bool = False, score: Score | None = None, **options: Unpack[InspectionOptions]
 ) -> jax.Array:
-    """How much attention each key receives: the sum of its weights over all queries, in two passes over tiles.
+    """The attention that each key receives: the sum over t of its weights w_ts, in two passes over tiles.
 
-    Where w_ts are the weights, sum_t w_ts. It is the transpose of attention as a linear map of the values, applied to
-    ones, and differentiable.
+    The sum is the transpose of attention, as a linear map of the values, applied to ones. It is differentiable.
 
     Args:
       query: `(*batch and attention axes, N, D)`.
       key: `(..., K, D)`.
-      mean: divide by the number of queries that attend anything (in that batch entry and head). Default: the sum.
+      mean: divide by the number of queries that attend a key, for each batch entry and head. Default: False.
       score: default `scores.Dot()`.
       {names}: as in `attnlib.attention`.
 
     Returns:
-      `(*batch, N, *key axes)`, float32 at least. Its sum over the keys is the number of queries that attend anything
-      (1 for the mean), or with a sink what that leaves of it.
+      `(*batch, N, *key axes)`, float32 at least. The sum over the keys is the number of queries that attend a key (1
+      with `mean`), and less with a sink.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -123,22 +120,22 @@ def attention_received(
 def top_keys(
     query: Query, key: Key, *, k: int, score: Score | None = None, **options: Unpack[InspectionOptions]
 ) -> tuple[jax.Array, jax.Array]:
-    """The k largest weights of each query, and of which keys they are.
+    """The k largest weights of each query, and the keys that have them.
 
-    All weights are computed, a few queries at a time: the time is that of attention with `return_weights=True` and of
-    looking through the weights, masked ones too; the memory is that of a few rows. The weights are differentiable.
+    All weights are computed, for a few queries at a time. The time is that of `return_weights=True` and of a search
+    through all weights; the memory is that of a few rows. The weights are differentiable.
 
     Args:
       query: `(*batch and attention axes, N, D)`.
       key: `(..., K, D)`.
-      k: how many, from 1 to the number of keys; static.
+      k: the number of weights, from 1 to the number of keys; static.
       score: default `scores.Dot()`.
-      {names}: as in `attnlib.attention`; `block_sizes` are of the few queries.
+      {names}: as in `attnlib.attention`; `block_sizes` are those of the few queries.
 
     Returns:
-      (weights, indices), both `(*batch, N, *query axes, k)`, the largest first. Indices, int32, are of the flattened
-      (row-major) key axes (`jnp.unravel_index` gives places along several), and -1 where the weight is 0, be it
-      that of a masked key or too small a number.
+      (weights, indices), both `(*batch, N, *query axes, k)`, the largest weight first. The int32 indices are positions
+      along the flattened (row-major) key axes; `jnp.unravel_index` converts them. An index is -1 if the weight is 0,
+      because the key is masked or because the weight is too small for its dtype.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -161,10 +158,11 @@ def top_keys(
 def attention_entropy(
     query: Query, key: Key, *, score: Score | None = None, **options: Unpack[InspectionOptions]
 ) -> jax.Array:
-    """How widely each query spreads its attention: the entropy of its weights, from a derivative of the lse.
+    """The entropy of the weights of each query, from a derivative of the lse.
 
-    With logits x_s and weights w_s = exp(x_s - lse): -sum_s w_s log w_s = lse - sum_s w_s x_s, and that mean logit is
-    the derivative of log sum_s exp(t x_s) by t at t = 1. In two passes over tiles: attention and a tangent of it.
+    With logits x_s and weights w_s = exp(x_s - lse), the entropy is -sum_s w_s log w_s = lse - sum_s w_s x_s. The mean
+    logit sum_s w_s x_s is the derivative of log sum_s exp(t x_s) by t at t = 1. This takes two passes over tiles:
+    attention and its tangent.
 
     Args:
       query: `(*batch and attention axes, N, D)`.
@@ -173,9 +171,9 @@ def attention_entropy(
       {names}: as in `attnlib.attention`. A sink counts as one more key.
 
     Returns:
-      `(*batch, N, *query axes)` in nats, float32 at least: from 0, where all is on one key, to log S, where it is on
-      all S keys alike. 0 where a query attends nothing. It is a difference of numbers as large as the logits, and
-      rounded as they are: it may come out a little below 0. Differentiable.
+      `(*batch, N, *query axes)` in nats, float32 at least, differentiable: 0 if one key has all the weight, log S if
+      all S keys have the same weight, and 0 if the query attends nothing. The entropy is a difference of numbers as
+      large as the logits. Rounding may make it a little less than 0.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -195,7 +193,7 @@ def attention_entropy(
 
 
 def _arguments(query: Any, key: Any, score: Score | None, options: InspectionOptions) -> Arguments:
-    """The arguments of attention to values that nobody looks at."""
+    """The arguments of attention with values of one feature, whose output is not used."""
     check_arrays(query=query, key=key)
     value = jnp.ones((*key.shape[:-1], 1), compute_dtype(query, key))
     return _call.arguments(query, key, value, Dot() if score is None else score, Options(**options))
@@ -210,13 +208,13 @@ def _attention_received(arguments: Arguments, *, mean: bool) -> jax.Array:
     shape = list(arguments.key.shape)
     for axis, size in zip(axes.batch, problem.batch, strict=True):
         shape[axis] = size
-    # A feature of the values for each query head of a key head, and ones for it where that head is.
+    # The values have one feature for each query head of a key head; its cotangent is one for that head, and else zero.
     ones = jnp.ones((*shape[:-1], problem.groups), problem.dtype)
-    own = jnp.tile(jnp.eye(problem.groups, dtype=problem.dtype), (problem.kv_heads, 1))
+    cotangents = jnp.tile(jnp.eye(problem.groups, dtype=problem.dtype), (problem.kv_heads, 1))
     output, pullback = jax.vjp(lambda value: _call.attend(arguments._replace(value=value)), ones)
-    (received,) = pullback(jnp.broadcast_to(own, output.shape))
+    (received,) = pullback(jnp.broadcast_to(cotangents, output.shape))
     received = jnp.swapaxes(_axes.fold_operand(received, axes), -1, -2)  # (*batch, K, G, S)
-    received = received.reshape(*_lead(problem), problem.key_length)
+    received = received.reshape(*_batch_and_head(problem), problem.key_length)
     if mean:
         attending = _axes.fold_operand(output[..., :1], axes)[..., 0] > 0  # (*batch, N, T), weights adding up to that
         received /= jnp.maximum(jnp.sum(attending, -1, dtype=problem.dtype), 1)[..., None]
@@ -233,18 +231,18 @@ def _attention_entropy(arguments: Arguments) -> jax.Array:
     sink = None if problem.sink is None else jnp.asarray(problem.sink, dtype)
 
     def hot(temperature: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(output, lse) with all logits, the sink's too, times a number."""
+        """(output, lse) with all logits, the sink's too, times the temperature."""
         score_mod = arguments.options.score_mod
         assert score_mod is None or isinstance(score_mod, TracedScoreMod)
         function = _ScaledScoreMod(None if score_mod is None else score_mod.function, temperature)
         scaled = None if sink is None else temperature * sink
-        moved = arguments.change(score_mod=TracedScoreMod(function), sink=scaled, return_lse=True)
-        return _call.attend(moved._replace(value=value))
+        changed = arguments.change(score_mod=TracedScoreMod(function), sink=scaled, return_lse=True)
+        return _call.attend(changed._replace(value=value))
 
-    # The change of values from 0 to 1 is felt as the sum of the weights: 1, but for the rounding of the lse, which
-    # the logits would multiply, were they not divided by that sum.
-    at = jnp.ones((), dtype), jnp.zeros_like(arguments.value)
-    (_, total), (weight, weighed) = jax.jvp(hot, at, (at[0], jnp.ones_like(arguments.value)))
+    # The tangent of the values, from 0 to 1, gives the sum of the weights, which is 1 up to the rounding of the lse.
+    # The mean logit is divided by this sum, since the logits would multiply the rounding error.
+    primals = jnp.ones((), dtype), jnp.zeros_like(arguments.value)
+    (_, total), (weight, weighed) = jax.jvp(hot, primals, (primals[0], jnp.ones_like(arguments.value)))
     weight = _axes.fold_operand(weight, axes)[..., 0].reshape(total.shape)
     if sink is not None:
         weight += jnp.exp(sink.reshape(-1, *(1,) * len(axes.attention)) - total)
@@ -255,22 +253,22 @@ def _attention_entropy(arguments: Arguments) -> jax.Array:
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
 class _ScaledScoreMod:
-    """A function of one logit and its place (None: the logit itself), times a number."""
+    """A score_mod (None: the logit itself), times a number."""
 
     function: Callable[..., jax.Array] | None
     factor: jax.Array
 
     def __call__(self, logit: jax.Array, *where: jax.Array) -> jax.Array:
         logit = logit if self.function is None else self.function(logit, *where)
-        none = logit == -jnp.inf  # as a bias may have it: of no weight at any temperature
-        return jnp.where(none, logit, self.factor * jnp.where(none, 0, logit))
+        masked = logit == -jnp.inf  # by a bias: no weight at any temperature
+        return jnp.where(masked, logit, self.factor * jnp.where(masked, 0, logit))
 
 
 # Rows
 
 
 def _weights(problem: AttentionProblem, implementation: Any, start: jax.Array, size: int) -> jax.Array:
-    """`(*batch, N, size, S)`: the weights of a run of the queries."""
+    """`(*batch, N, size, S)`: the weights of `size` consecutive queries."""
     block = problem.query_positions.block(start, size)
     few = dataclasses.replace(
         problem,
@@ -282,7 +280,7 @@ def _weights(problem: AttentionProblem, implementation: Any, start: jax.Array, s
     )
     weights = _call.run_problem(few, implementation).weights
     assert weights is not None
-    return weights.reshape(*_lead(problem), size, problem.key_length)
+    return weights.reshape(*_batch_and_head(problem), size, problem.key_length)
 
 
 @jit
@@ -294,14 +292,14 @@ def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
         inside &= (-size <= part) & (part < size)
         flat = flat * size + jnp.where(part < 0, part + size, part)
     if flat.size == 0:
-        return jnp.zeros((*_lead(problem), *flat.shape, *problem.key_shape), problem.dtype)
+        return jnp.zeros((*_batch_and_head(problem), *flat.shape, *problem.key_shape), problem.dtype)
 
     def one(row: jax.Array) -> jax.Array:
         return _weights(problem, arguments.options.implementation, row, 1)[..., 0, :]
 
     weights = jax.vmap(one, out_axes=-2)(flat.reshape(-1))
     weights = jnp.where(inside.reshape(-1, 1), weights, jnp.nan)
-    return weights.reshape(*_lead(problem), *flat.shape, *problem.key_shape)
+    return weights.reshape(*_batch_and_head(problem), *flat.shape, *problem.key_shape)
 
 
 @partial(jit, static_argnames=("k",))
@@ -310,9 +308,9 @@ def _top_keys(arguments: Arguments, *, k: int) -> tuple[jax.Array, jax.Array]:
     total = problem.query_length
     if k > problem.key_length:
         raise ValueError(f"k must be at most the number of keys, {problem.key_length}; got {k}.")
-    rows = math.prod(_lead(problem))
+    rows = math.prod(_batch_and_head(problem))
     numbers = rows * problem.key_length * problem.score.prepared_features_per_pair(problem.query.shape[-1])
-    size = min(max(_NUMBERS // max(numbers, 1), _FEWEST), total)
+    size = min(max(_NUMBERS // max(numbers, 1), _MIN_QUERIES), total)
 
     @jax.checkpoint  # derivatives compute the weights again rather than keep them
     def few(start: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -321,17 +319,17 @@ def _top_keys(arguments: Arguments, *, k: int) -> tuple[jax.Array, jax.Array]:
         return largest, jnp.where(largest == 0, -1, keys)
 
     if total == 0:
-        empty = jnp.zeros((*_lead(problem), *problem.query_shape, k), problem.dtype)
+        empty = jnp.zeros((*_batch_and_head(problem), *problem.query_shape, k), problem.dtype)
         return empty, empty.astype(jnp.int32)
-    # The last run ends where the queries do, and begins with some of the run before.
+    # The last chunk ends with the last query, and repeats queries of the chunk before.
     starts = np.minimum(np.arange(0, total, size), total - size)
     runs = jax.lax.map(few, jnp.asarray(starts, jnp.int32))
     whole = (len(starts) - 1) * size
 
     def joined(run: jax.Array) -> jax.Array:
-        run = jnp.moveaxis(run, 0, -3).reshape(*_lead(problem), len(starts) * size, k)
+        run = jnp.moveaxis(run, 0, -3).reshape(*_batch_and_head(problem), len(starts) * size, k)
         run = jnp.concatenate([run[..., :whole, :], run[..., len(starts) * size - (total - whole) :, :]], -2)
-        return run.reshape(*_lead(problem), *problem.query_shape, k)
+        return run.reshape(*_batch_and_head(problem), *problem.query_shape, k)
 
     return joined(runs[0]), joined(runs[1])
 
@@ -339,7 +337,7 @@ def _top_keys(arguments: Arguments, *, k: int) -> tuple[jax.Array, jax.Array]:
 # What they share
 
 
-def _lead(problem: AttentionProblem) -> tuple[int, ...]:
+def _batch_and_head(problem: AttentionProblem) -> tuple[int, ...]:
     """(*batch, N)."""
     return (*problem.batch, problem.kv_heads * problem.groups)
 
@@ -351,7 +349,7 @@ def _query_shape(arguments: Arguments) -> tuple[int, ...]:
 
 
 def _indices(rows: Any, shape: tuple[int, ...]) -> Any:
-    """`rows` as int32 arrays, checked against the sizes of the query axes where their values are known."""
+    """`rows` as int32 arrays, checked against the sizes of the query axes if the values are concrete."""
     if isinstance(rows, tuple) and len(rows) != len(shape):
         raise ValueError(
             f"rows as a tuple must have one entry for each of the {len(shape)} attention axes; got {len(rows)}. For "

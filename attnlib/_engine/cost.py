@@ -1,9 +1,8 @@
-"""How many operations a function computes, read off its jaxpr: nothing is compiled and nothing is run.
+"""The number of operations of a function, counted in its jaxpr without compiling or running it.
 
-XLA counts likewise (`jax.jit(f).lower(...).cost_analysis()`), but the body of a loop once; here it counts as often as
-it runs. Each number that an operation makes is one operation, be it a sum, a comparison, a choice, a conversion, a
-division or an exponential; a matrix product is two, a multiplication and an addition, for each pair of numbers that
-meet; what only moves numbers is none.
+The count follows XLA's (`jax.jit(f).lower(...).cost_analysis()`), except that XLA counts the body of a loop once, and
+here it counts as often as it runs. Each number that an elementwise operation computes is one operation. A matrix
+product has two for each pair of numbers that it multiplies and adds. Operations that only move numbers have none.
 """
 
 from __future__ import annotations
@@ -22,17 +21,16 @@ _MOVES = frozenset(
     "gather split rev iota copy copy_p bitcast_convert_type optimization_barrier stop_gradient platform_index "
     "sharding_constraint reshard mesh_cast pvary pcast".split()
 )
-# Each takes all numbers but the first into its result with one operation.
+# Each reduces n numbers to one by n - 1 operations.
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
 )
 
 
 def operations(function: Callable[..., Any], *args: Any) -> int:
-    """How many operations `function(*args)` takes; arguments may be `jax.ShapeDtypeStruct`s.
+    """The number of operations of `function(*args)`; arguments may be `jax.ShapeDtypeStruct`s.
 
-    A loop whose number of steps the program decides as it runs counts as one step, and a choice between programs as
-    the longest of them.
+    A while loop counts as one step, and a choice between programs counts as the longest of them.
 
     >>> import jax, jax.numpy as jnp
     >>> from attnlib._engine.cost import operations
@@ -44,7 +42,7 @@ def operations(function: Callable[..., Any], *args: Any) -> int:
 
 
 def _of_program(program: Any, results: Iterable[Any]) -> int:
-    """Of what these results of the program take; compilers leave out the rest."""
+    """The operations that these results need; compilers leave out all others."""
     total, wanted = 0, set(_variables(results))
     for equation in reversed(program.eqns):
         if not wanted.isdisjoint(equation.outvars):
@@ -59,39 +57,39 @@ def _variables(atoms: Iterable[Any]) -> Iterator[Any]:
 
 def _of_equation(equation: Any, wanted: Container[Any]) -> int:
     name, params = equation.primitive.name, equation.params
-    made = sum(_size(variable) for variable in equation.outvars)
+    outputs = sum(_size(variable) for variable in equation.outvars)
     if name in _MOVES or _keeps_type(equation):
         return 0
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return 2 * made * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * outputs * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
     if name in _REDUCTIONS:
-        return max(_size(equation.invars[0]) - made, 0)
+        return max(_size(equation.invars[0]) - outputs, 0)
 
     if name == "scan":
         body = params["jaxpr"].jaxpr
         return int(params["length"]) * _of_program(body, body.outvars)
     if name == "while":
         return sum(_of_program(inside, inside.outvars) for inside in _programs(params))
-    call_with_rule = inner_jaxpr(equation)
-    inside = list(_programs(params)) if call_with_rule is None else [call_with_rule]
+    ruled = inner_jaxpr(equation)
+    programs = list(_programs(params)) if ruled is None else [ruled]
     costs = [
-        _of_program(one, [own for own, outer in zip(one.outvars, equation.outvars, strict=True) if outer in wanted])
-        for one in inside
+        _of_program(one, [inner for inner, outer in zip(one.outvars, equation.outvars, strict=True) if outer in wanted])
+        for one in programs
         if len(one.outvars) == len(equation.outvars)
     ]
-    return max(costs, default=made)  # the branches of a choice, or one program; else an operation of numbers
+    return max(costs, default=outputs)  # the branches of a choice, or one program, or else an elementwise operation
 
 
 def _keeps_type(equation: Any) -> bool:
-    """Whether it is a conversion to the type that the numbers have: from a weak one, which is of tracing alone."""
+    """Whether it converts numbers to the type that they have, as from a weak type while tracing."""
     return equation.primitive.name == "convert_element_type" and (
         equation.invars[0].aval.dtype == equation.outvars[0].aval.dtype
     )
 
 
 def _programs(params: dict[str, Any]) -> Iterator[Any]:
-    """The programs inside an equation: of a loop, of a call, or the branches of a choice."""
+    """The programs inside an equation: the body of a loop or call, or the branches of a choice."""
     for value in params.values():
         for one in value if isinstance(value, tuple) else (value,):
             inside = getattr(one, "jaxpr", one)  # closed, or open

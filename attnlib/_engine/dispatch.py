@@ -22,12 +22,10 @@ NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 # Used where the default backend is a GPU. A program that is later lowered for another platform runs blockwise.
 _CUDNN_OR_BLOCKWISE = cudnn(blockwise(), off_platform=True)
 
-# Up to this many numbers in the largest array of all pairs at once, tiles cost more than they save. Measured on 2 CPU
-# cores, time dense / tiled, forward and training. Dot, 8 heads x 64 features, in turn: 1.03, 0.79 at 1 M numbers
-# (8 x 128 positions); 1.74, 1.00 at 4 M (8 x 256); 2.1, 1.7 at 8 M (4 x 512); all heads at once: 0.91, 0.84;
-# 1.33, 0.60; 1.06, 0.79. Scores whose arrays hold the features too (64, a plain tanh): 0.64, 0.52 at 8 M numbers
-# (32 x 64 positions); 0.36, 1.15 at 16 M. Again with `python tests/benchmarks/crossover.py`.
-DENSE_NUMBERS_IN_TURN, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23, 2**24
+# Numbers in the largest array of all pairs up to which computing all pairs at once is faster than tiles: if tiles loop
+# over heads, if tiles have all heads, and for scores with an axis of features for each pair. Measured on 2 CPU cores
+# (docs/performance/tuning.md) by `python tests/benchmarks/crossover.py`.
+DENSE_NUMBERS_LOOP_OVER_HEADS, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23, 2**24
 
 
 def choose(problem: AttentionProblem, asked: Asked) -> Implementation:
@@ -58,12 +56,12 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
     if problem.score.prepared_features_per_pair(features) < features_per_pair:
         return blockwise(), reference  # additive scores: tiles are faster at every size
     kind = choose_kind(problem)
-    # In half precision, keys and values have to be converted first, which the dense path does while it moves them:
-    # dense / decode path 0.33 of a query against 4096 keys, with lengths 0.82, training 0.61, 0.80.
+    # In half precision, keys and values have to be converted first. `reference` does so while it moves them, which is
+    # faster than the decode path (docs/performance/tuning.md).
     full_precision = problem.key.dtype == problem.value.dtype == problem.dtype
     if kind == "decode" and full_precision and not problem.return_weights:
         return blockwise(kind), reference
-    limit = DENSE_NUMBERS_IN_TURN if kind == "loop_over_heads" else DENSE_NUMBERS
+    limit = DENSE_NUMBERS_LOOP_OVER_HEADS if kind == "loop_over_heads" else DENSE_NUMBERS
     limit = limit if features_per_pair == 1 else DENSE_NUMBERS_WITH_FEATURES
     dense = problem.return_weights or problem.rows * problem.key_length * features_per_pair <= limit
     anywhere = (reference, blockwise(kind)) if dense else (blockwise(kind), reference)
@@ -78,21 +76,22 @@ def _named(asked: str | Implementation | Sequence[str | Implementation]) -> tupl
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a call would run, and why not the others; print it.
+    """What a call would run, and why not the other implementations; print it.
 
     Attributes:
       implementation: the name of the implementation that would run.
-      axes: what the axes of query and key were taken for.
-      block_sizes: (queries, keys) of its tiles; None where it has none.
-      tiles: (tiles it computes, all tiles), those that the mask empties being left out; None where it has none.
+      axes: the role of each axis of query and key.
+      block_sizes: (queries, keys) of a tile; None if the implementation has no tiles.
+      tiles: (number of tiles that are computed, number of all tiles); None if the implementation has no tiles. Tiles
+        that the mask empties are not computed.
       memory: estimated bytes of temporaries of a forward pass.
-      flops: operations of a forward pass, as XLA counts them: two for each multiplication of a product, which is added
-        up, and one for each number that anything else computes, be it a comparison or a `tanh`. Whole tiles count where
-        the mask leaves out a part of them, nothing where it leaves out all. It is no measure of time: a `tanh` takes
-        many times longer than a sum.
-      bytes: of the arrays that are passed, each read once, and of the results, each written once: the least that any
-        implementation must move. Tiles read some again, and temporaries are written and read.
-      refusals: for each other implementation, why it would not run.
+      flops: operations of a forward pass, counted as XLA counts them: two for each multiplication and addition of a
+        matrix product, and one for each number that any other operation computes, be it a comparison or a `tanh`. A
+        tile that is masked in part counts whole. The number is no measure of time: a `tanh` takes many times as long
+        as a sum.
+      bytes: the size of all arguments and of all results, which is the least that any implementation has to read and
+        write.
+      refusals: the reason why each other implementation would not run.
     """
 
     implementation: str

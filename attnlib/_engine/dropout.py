@@ -1,8 +1,8 @@
-"""Dropout by counter: whether an entry is kept is a hash of (key, batch index, head, query position, key position).
+"""Dropout by hashing: an entry is kept or dropped by a hash of (random key, batch index, head, query and key position).
 
-Nothing is drawn in sequence, so any block of the weights can be asked for alone and gives the same entries whatever
-the implementation, the block sizes, the sharding or the pass. Row and column each get a well mixed 32-bit word, and
-the entry is the finaliser of their exclusive or: one cheap integer hash an entry, all in registers.
+Nothing is drawn in sequence, so each block of the weights can be computed alone, and every implementation, block size,
+sharding and pass drops the same entries. Each row and each column gets a well mixed 32-bit word. The hash of an entry
+is the finaliser of the exclusive or of both words, which costs a few integer operations in registers.
 """
 
 from __future__ import annotations
@@ -18,31 +18,33 @@ def hash_seeds(rng: jax.Array) -> jax.Array:
 
 
 def keep_mask(
-    seeds: jax.Array, rate: float, lead: jax.Array, query_index: jax.Array, key_index: jax.Array
+    seeds: jax.Array, rate: float, batch_head: jax.Array, query_index: jax.Array, key_index: jax.Array
 ) -> jax.Array:
     """Which entries of a block are kept.
 
     Args:
       seeds: `(4,)` words of `hash_seeds`.
       rate: the fraction to drop, in [0, 1).
-      lead: the index of (batch, head), broadcastable against the two position indices.
+      batch_head: the index of (batch, head), broadcastable against the two position indices.
       query_index: positions of the block's queries, e.g. `(T, 1)`.
       key_index: positions of the block's keys, e.g. `(1, S)`.
 
     Returns:
       bool of the broadcast shape, True with probability `1 - rate` (to within 2**-32).
     """
-    lead, query_index, key_index = (jnp.asarray(x).astype(jnp.uint32) for x in (lead, query_index, key_index))
-    row = _hash32(_hash32(lead ^ seeds[0]) + _hash32(query_index ^ seeds[1]))
-    column = _hash32(_hash32(lead ^ seeds[2]) + _hash32(key_index ^ seeds[3]))
-    # Made once a row and once a column: fused into the block, XLA would make them again for every entry.
+    batch_head, query_index, key_index = (
+        jnp.asarray(x).astype(jnp.uint32) for x in (batch_head, query_index, key_index)
+    )
+    row = _hash32(_hash32(batch_head ^ seeds[0]) + _hash32(query_index ^ seeds[1]))
+    column = _hash32(_hash32(batch_head ^ seeds[2]) + _hash32(key_index ^ seeds[3]))
+    # Without the barrier, XLA would fuse the words into the block and compute them for every entry.
     row, column = jax.lax.optimization_barrier((row, column))
     threshold = np.uint32(min(round((1.0 - rate) * 2**32), 2**32 - 1))
     return _hash32(row ^ column) < threshold
 
 
 def batch_head_index(batch: tuple[int, ...], kv_heads: int, groups: int) -> jax.Array:
-    """The index of (batch, head) at every place of `(*batch, K, G, 1, 1)`, in row-major order, heads last."""
+    """The index of (batch, head), `(*batch, K, G, 1, 1)`, in row-major order, heads last."""
     shape = (*batch, kv_heads, groups)
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1

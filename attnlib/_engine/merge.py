@@ -1,4 +1,4 @@
-"""Attention over a union of key sets from the attention over each."""
+"""Attention over a union of sets of keys, from attention over each set."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def merge_attention(
                 f"{expected}; got outputs[{i}] {part.shape} and lses[{i}] {lse.shape}."
             )
 
-    shares, merged_lse = merge(jnp.stack([lse.astype(compute_dtype(lse)) for lse in lses], -1))
+    fractions, merged_lse = merge(jnp.stack([lse.astype(compute_dtype(lse)) for lse in lses], -1))
     flat = (*lse_shape[: len(axes.batch) + 1], math.prod(axes.attention_shape(shape)), 1)
-    merged = jnp.zeros((), shares.dtype)
-    for share, part in zip(jnp.moveaxis(shares, -1, 0), outputs, strict=True):
-        share = _axes.unfold_output(share.reshape(flat), axes, axes.attention_shape(shape))
-        merged = merged + share * part.astype(shares.dtype)
+    merged = jnp.zeros((), fractions.dtype)
+    for fraction, part in zip(jnp.moveaxis(fractions, -1, 0), outputs, strict=True):
+        fraction = _axes.unfold_output(fraction.reshape(flat), axes, axes.attention_shape(shape))
+        merged = merged + fraction * part.astype(fractions.dtype)
     return merged.astype(outputs[0].dtype), merged_lse

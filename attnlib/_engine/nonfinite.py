@@ -1,8 +1,8 @@
-"""What is not finite reaches the rows that attend it, and no others.
+"""Non-finite content of queries, keys and values: rows that attend it become NaN, and no others.
 
-What a mask leaves out has weights of zero, and cotangents of zero, but 0 * NaN is NaN: in products with it, one bad key
-would be in every row, and in every gradient. So where there is a mask, what is not finite is replaced before anything
-is computed of it, and the rows that do attend it are made NaN after. The reference does so too, in its own words.
+A masked pair has a weight of 0 and a cotangent of 0, but 0 * NaN is NaN: in a matrix product, one bad key would reach
+every row and every gradient. So if there is a mask, non-finite numbers are replaced first, and rows that attend them
+are made NaN afterwards. The reference does the same in its own code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 class SanitizedOperands(NamedTuple):
-    """Operands without what is not finite, and where it was."""
+    """Finite operands, and where they were not finite."""
 
     query: jax.Array
     key: jax.Array
@@ -24,7 +24,7 @@ class SanitizedOperands(NamedTuple):
 
 
 def sanitize(query: jax.Array, key: jax.Array, value: jax.Array) -> SanitizedOperands:
-    """With ones in place of what is not finite, and not zeros, since a score may divide by a norm."""
+    """The operands with ones in place of non-finite numbers; not zeros, since a score may divide by a norm."""
     finite = [jnp.isfinite(x) for x in (query, key, value)]
     query, key, value = (jnp.where(f, x, 1) for f, x in zip(finite, (query, key, value), strict=True))
     bad_query, bad_key, bad_value = (~jnp.all(f, -1) for f in finite)

@@ -1,13 +1,14 @@
-"""Few queries against many keys on a CPU, as in decoding: all heads in one product, keys and values as they lie.
+"""Few queries against many keys on a CPU, as in decoding: one product for all heads, without moving keys and values.
 
-The batched products of attention want keys (K, S, D), and where they lie as (S, K, D) XLA moves them all first, which
-takes longer than to attend. Here the keys of all heads are one matrix (S, K * D); the queries stand block-diagonally in
-another, (N * T, K * D), a head's features beside zeros for the other heads. Likewise for the values, of whose product
-only each head's own block is kept. That multiplies K times more, and moves nothing.
+The batched products of attention take keys (K, S, D). If keys lie in memory as (S, K, D), XLA moves all of them first,
+which takes longer than attention itself. Here the keys of all heads are one matrix (S, K * D). The queries form a
+block- diagonal matrix (N * T, K * D): the features of a head, and zeros for the other heads. Values are multiplied
+likewise, and each head keeps its own block of the product. This takes K times as many multiplications, and moves
+nothing.
 
-Nor is anything cleared of what is not finite. A zero makes NaN of it, in every head, and so it cannot go unseen: then
-all is computed again, tile by tile, as ever: slower, and where it was a masked key, the same but for rounding. So it is
-with the gradients by query, key and value; those by others, and tangents, run over tiles.
+Non-finite inputs are not replaced beforehand. They show up as NaN in the product (0 * inf), so the result is checked
+once, and recomputed tile by tile if it is not finite. That path is slower and agrees with the fast one up to rounding.
+The gradients by query, key and value are computed likewise; other gradients and tangents are computed tile by tile.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ UpdateState = Callable[[SoftmaxState, Tile], SoftmaxState]
 
 
 def numbers(problem: AttentionProblem, strategy: BlockwiseStrategy) -> int:
-    """About how many numbers the temporaries of a forward pass hold."""
+    """The approximate number of numbers in the temporaries of a forward pass."""
     features = problem.key.shape[-1] + problem.value.shape[-1]
     pairs_and_rows = problem.rows * (2 * problem.key_length + problem.kv_heads * features)
     moved = math.prod(problem.batch) * problem.kv_heads * min(strategy.fallback_keys, problem.key_length) * features
@@ -44,14 +45,14 @@ def numbers(problem: AttentionProblem, strategy: BlockwiseStrategy) -> int:
 
 
 def attend(plan: BlockwisePlan, arrays: TileArrays, start: SoftmaxState, update_state: UpdateState) -> SoftmaxState:
-    """The sums over all keys, the plan's tile being all queries and all keys; `update_state` adds one tile to them."""
+    """The state after all keys; the plan has one tile. `update_state` adds one tile to a state."""
     if _kind(plan, arrays) == EMPTY:
         return start
-    # As they lie, before the branches: else XLA moves them for both.
+    # The layout is pinned before the branches, or XLA would move keys and values for both.
     arrays = _swap_heads_and_keys(arrays)
     arrays = arrays._replace(key=_pin_layout(arrays.key), value=_pin_layout(arrays.value))
-    running, finite = _attend(plan, arrays)
-    return jax.lax.cond(_all(finite), lambda: running, lambda: _fallback_tiles(plan, arrays, start, update_state))
+    state, finite = _attend(plan, arrays)
+    return jax.lax.cond(_all(finite), lambda: state, lambda: _fallback_tiles(plan, arrays, start, update_state))
 
 
 def transpose(
@@ -62,9 +63,9 @@ def transpose(
     cotangents: Any,
     tiled: Callable[[TileArrays], Any],
 ) -> list[jax.Array]:
-    """Cotangents of query, key and value from those of output and lse; `tiled` gives them of any arrays.
+    """Cotangents of query, key and value from those of output and lse; `tiled` computes them tile by tile.
 
-    Written out beside the loop of tiles in blockwise.py, and not differentiable itself.
+    JAX does not differentiate this function; `implementation.py` gives its rule.
     """
     if _kind(plan, arrays) == EMPTY:
         return tiled(arrays)
@@ -80,14 +81,14 @@ def transpose(
 
 
 def _attend(plan: BlockwisePlan, arrays: TileArrays) -> tuple[SoftmaxState, jax.Array]:
-    """(the sums, which rows are finite wherever they attend), of keys and values `(*batch, S, K, D)`."""
+    """(state, which rows are finite wherever they attend), for keys and values `(*batch, S, K, D)`."""
     product = _qk_product(plan, arrays.query, arrays.key)
     tile, logits = _logits(plan, arrays, product)
     logits, finite = jnp.where(tile.mask, logits, -jnp.inf), jnp.isfinite(product) | ~tile.mask
-    highest = jnp.max(logits, -1)
-    weights = jnp.exp(logits - _softmax.finite_max(highest)[..., None])
+    row_max = jnp.max(logits, -1)
+    weights = jnp.exp(logits - _softmax.finite_max(row_max)[..., None])
     output = _pv_product(plan, tile.drop(weights), arrays.value)
-    return SoftmaxState(highest, jnp.sum(weights, -1), output), finite_rows(output) & jnp.all(finite, -1)
+    return SoftmaxState(row_max, jnp.sum(weights, -1), output), finite_rows(output) & jnp.all(finite, -1)
 
 
 def _transpose(
@@ -119,14 +120,14 @@ def _transpose(
 
 
 def _logits(plan: BlockwisePlan, arrays: TileArrays, product: jax.Array) -> tuple[Tile, jax.Array]:
-    """(the tile of all, its logits from those products), not yet masked."""
+    """(the tile of all pairs, its logits from these products, not yet masked)."""
     arrays = arrays._replace(score=_PrecomputedLogits(product))
     tile = Tile(plan, arrays, whole(arrays, apply_mask=False))
     return tile, tile.terms()[0]
 
 
-# The products of _product.py, of keys and values as they lie. Pairs of one key stand side by side, (*batch, S, N * T),
-# with which all three run fastest.
+# The products of _autodiff/matmul.py for keys and values `(*batch, S, K, D)`. All three are fastest when the pairs of a
+# key are adjacent in memory, `(*batch, S, N * T)`.
 
 
 def _qk_product(plan: BlockwisePlan, query: jax.Array, key: jax.Array) -> jax.Array:
@@ -145,15 +146,15 @@ def _pv_product(plan: BlockwisePlan, pairs: jax.Array, value: jax.Array) -> jax.
 
 
 def _pt_o_product(plan: BlockwisePlan, pairs: jax.Array, query: jax.Array, like: jax.Array) -> jax.Array:
-    """(*batch, K, G, T, S), (*batch, K, G, T, D) -> (*batch, S, K, D), the sum over what batch axes are one of."""
+    """(*batch, K, G, T, S), (*batch, K, G, T, D) -> (*batch, S, K, D), summed over batch axes of size one in `like`."""
     total = jnp.einsum("...sr,...rc->...sc", _pairs_as_columns(pairs), _block_diagonal(query), precision=plan.precision)
     return unbroadcast(total.reshape(*total.shape[:-1], *like.shape[-2:]), like.shape)
 
 
 def _block_diagonal(query: jax.Array) -> jax.Array:
-    """(*batch, K, G, T, D) -> (*batch, N * T, K * D), zero but for each head's own features."""
-    own = jnp.eye(query.shape[-4], dtype=bool)[:, None, None, :, None]
-    return _merge_axes(_merge_axes(jnp.where(own, query[..., None, :], 0), -2, -1), -4, -2)
+    """(*batch, K, G, T, D) -> (*batch, N * T, K * D), zero except for each head's own features."""
+    diagonal = jnp.eye(query.shape[-4], dtype=bool)[:, None, None, :, None]
+    return _merge_axes(_merge_axes(jnp.where(diagonal, query[..., None, :], 0), -2, -1), -4, -2)
 
 
 def _pairs_as_columns(pairs: jax.Array) -> jax.Array:
@@ -162,7 +163,7 @@ def _pairs_as_columns(pairs: jax.Array) -> jax.Array:
 
 
 def _swap_heads_and_keys(arrays: TileArrays) -> TileArrays:
-    """Keys and values from (*batch, K, S, D) to how they lie, (*batch, S, K, D), or back."""
+    """The arrays with keys and values (*batch, S, K, D) in place of (*batch, K, S, D), or the reverse."""
     return arrays._replace(key=jnp.swapaxes(arrays.key, -3, -2), value=jnp.swapaxes(arrays.value, -3, -2))
 
 
@@ -194,7 +195,7 @@ def _fallback_tiles(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _PrecomputedLogits(Score):
-    """Logits that were computed before."""
+    """A score whose logits are already computed."""
 
     logits: jax.Array
 
@@ -203,13 +204,13 @@ class _PrecomputedLogits(Score):
 
 
 def _pin_layout(array: jax.Array) -> jax.Array:
-    """The array, its last axis innermost in memory: else XLA may lay out the results of both branches another way."""
+    """The array in row-major layout; otherwise XLA may choose another layout for the results of both branches."""
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 @jax.custom_batching.custom_vmap
 def _all(array: jax.Array) -> jax.Array:
-    """Whether all are true; in a batch too one answer for all of it, since a branch for each would compute both."""
+    """Whether all are true. Under vmap one answer serves the whole batch, since `cond` would compute both branches."""
     return jnp.all(array)
 
 
@@ -219,6 +220,6 @@ def _all_of_batch(axis_size: int, in_batched: Any, array: jax.Array) -> tuple[ja
 
 
 def _merge_axes(array: jax.Array, first: int, last: int) -> jax.Array:
-    """With the axes from `first` to `last`, both counted from the end, merged into one."""
+    """The array with the axes from `first` to `last`, both counted from the end, merged into one."""
     shape, stop = array.shape, last + array.ndim + 1
     return array.reshape(*shape[:first], -1, *shape[stop:])

@@ -1,15 +1,15 @@
-"""Attention tile by tile: memory linear in the lengths, for every score, mask, bias and dropout, and every derivative.
+"""Attention tile by tile, with memory linear in the lengths, for every score, mask, modifier and derivative.
 
-Forward: online softmax over a static list of the tiles that the mask does not empty (Rabe and Staats 2021; Dao et al.
-2022); it gives the output o and the log-sum-exp of each row. Nothing square is kept. With s the logits of a tile,
-p = exp(s - lse) its softmax, d its dropout factors (0 or 1 / (1 - rate)), v its values:
+The forward pass is an online softmax over the tiles that the mask does not empty (Rabe and Staats 2021; Dao et al.
+2022). It gives the output o and the log-sum-exp of each row, and keeps no array of all pairs. With s the logits of a
+tile, p = exp(s - lse) its softmax, d its dropout factors (0 or 1 / (1 - rate)) and v its values:
 
   tangent     a = sum_tiles (d p s') v + (d p) v',  c = sum_tiles p s';   o' = a - o c,  lse' = c
   transpose   with delta = lse~ - <o, o~>:   s~ = p (d <o~, v> + delta),  v~ = (d p)^T o~
 
-The score's own derivatives take s' from (query', key', ...) and (query~, key~, ...) from s~. Both loops are plain
-scans over checkpointed bodies, so JAX differentiates them again for higher orders, in linear memory too. A tile has all
-batch indices and heads, or on a CPU one head after another: then the scans run over these as well.
+JAX's derivatives of the score give s' from (query', key', ...), and (query~, key~, ...) from s~. Both loops are scans
+over checkpointed bodies, so JAX differentiates them again for higher orders, in linear memory too. A tile has all batch
+indices and heads, or one of each; then the scans also run over batch indices and heads.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _run_blocks(problem: AttentionProblem, strategy: BlockwiseStrategy) -> Atten
 
 
 def _prepared(problem: AttentionProblem) -> AttentionProblem:
-    """The same with the score's work on single positions done, in the dtype to compute in."""
+    """The problem in its dtype, after the score's work on single positions."""
     query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
     query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
     query, key, score = problem.score.prepare(query, key, problem.precision)
@@ -85,14 +85,14 @@ def _prepared(problem: AttentionProblem) -> AttentionProblem:
 
 
 def _padded(problem: AttentionProblem, block_sizes: tuple[int, int]) -> TileArrays:
-    """The arrays up to whole tiles."""
+    """The arrays, padded to whole tiles."""
     lengths = problem.query_length, problem.key_length
     queries, keys = (-(-length // size) * size for length, size in zip(lengths, block_sizes, strict=True))
     positions = problem.query_positions, problem.key_positions
     mask = problem.mask
     if mask is not None:
         mask = mask.pad_to(*problem.positions, (positions[0].padded_length(queries), positions[1].padded_length(keys)))
-    # Padding repeats real entries, so that no score meets a value it was not made for; the mask leaves it out.
+    # Padding repeats real entries, so that a score gets no value outside of its domain. The mask leaves padding out.
     return TileArrays(
         query=_axes.pad_axis(problem.query, -2, queries),
         key=_axes.pad_axis(problem.key, -2, keys),
@@ -108,7 +108,7 @@ def _padded(problem: AttentionProblem, block_sizes: tuple[int, int]) -> TileArra
 
 
 def _nothing(problem: AttentionProblem) -> AttentionResult:
-    """The result where there are no queries or no keys."""
+    """The result if there are no queries or no keys."""
     rows = (*problem.batch, problem.kv_heads, problem.groups, problem.query_length)
     weights = jnp.zeros((*rows, problem.key_length), problem.dtype) if problem.return_weights else None
     output = jnp.zeros((*rows, problem.value.shape[-1]), problem.dtype)
@@ -116,14 +116,14 @@ def _nothing(problem: AttentionProblem) -> AttentionResult:
 
 
 def _weights(plan: BlockwisePlan, leaves: Leaves, lse: jax.Array) -> jax.Array:
-    """All weights, which the user asked for: square by nature, so made at once, from the tiles' lse."""
+    """The weights of all pairs, from the lse; they take quadratic memory anyway, so they are one tile."""
     arrays = plan.structure.unflatten(leaves)
     tile = plan.tile(whole(arrays, apply_mask=arrays.mask is not None), leaves)
     logits, _ = tile.terms()
     return tile.drop(tile.softmax(logits, lse))
 
 
-# Derivatives: (output, lse) has the tangent loop as its derivative, and that the transpose loop as its transpose.
+# Derivatives: the tangent loop is the derivative of (output, lse), and the transpose loop is its transpose.
 
 
 def _attend(plan: BlockwisePlan, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
@@ -245,7 +245,7 @@ def _transpose_tiles(
     loop = _TileLoop(plan, leaves)
     output_ct, lse_ct = cotangents
     if any(apply_mask for apply_mask, _ in loop.schedule):
-        # A row that attends NaN is NaN; its cotangent must not meet the zero weights of what it does not attend.
+        # A row that attends NaN is NaN. Its cotangent must not be multiplied by the zero weights of masked keys.
         output_ct = jnp.where(jnp.isnan(lse)[..., None], 0, output_ct)
     delta = lse_ct - jnp.sum(output * output_ct, -1)
 

@@ -1,8 +1,8 @@
-"""Derivatives for an implementation that has a backward pass of its own and no others, borrowed from another one.
+"""All derivatives of an implementation that has only a backward pass, by another implementation.
 
-The output of `native_fn` has a linear map for its tangent: the tangent of `fallback_fn`, another implementation of the
-same function, with the backward pass of `native_fn` as its transpose. What is derived further, by either mode, is
-derived from `fallback_fn`; so training runs `native_fn` alone, and every other derivative exists.
+`native_fn` and `fallback_fn` compute the same function. The tangent of the output is a linear map: its forward pass is
+the tangent of `fallback_fn`, and its transpose is the backward pass of `native_fn`. All further derivatives are those
+of `fallback_fn`. So training runs `native_fn` alone, and every other derivative exists.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def with_fallback_derivatives(
       off_platform: whether a program that is lowered for another platform than CUDA is to run `fallback_fn`.
     """
     problem = jax.tree.map(jnp.asarray, problem)
-    call = _Call(TreeStructure.of(problem), native_fn, fallback_fn, off_platform)
-    return _output(call, False, jax.tree.leaves(problem))
+    split = _SplitProblem(TreeStructure.of(problem), native_fn, fallback_fn, off_platform)
+    return _output(split, False, jax.tree.leaves(problem))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """All that is static of a problem and how it is computed."""
+class _SplitProblem:
+    """The static part of a problem, and the functions that compute it."""
 
     structure: TreeStructure  # of the problem
     native_fn: Callable[[AttentionProblem, bool], jax.Array]
@@ -63,49 +63,49 @@ class _Call:
         return jax.lax.platform_dependent(*args, cuda=native, default=general)
 
 
-def _output(call: _Call, training: bool, leaves: Leaves) -> jax.Array:
-    run = HashablePartial(_run, (call, training), exposes_jaxpr=True)
-    return call_with_rule(run, HashablePartial(_output_rule, (call,)), leaves)[0]
+def _output(split: _SplitProblem, training: bool, leaves: Leaves) -> jax.Array:
+    run = HashablePartial(_run, (split, training), exposes_jaxpr=True)
+    return call_with_rule(run, HashablePartial(_output_rule, (split,)), leaves)[0]
 
 
-def _run(call: _Call, training: bool, *leaves: jax.Array) -> list[jax.Array]:
-    return [call.choose(partial(call.native, training), call.general, leaves)]
+def _run(split: _SplitProblem, training: bool, *leaves: jax.Array) -> list[jax.Array]:
+    return [split.choose(partial(split.native, training), split.general, leaves)]
 
 
-def _output_rule(call: _Call, perturbed: tuple[int, ...], leaves: Leaves, changes: Leaves) -> Any:
-    output = _output(call, True, leaves)
-    forward, transpose = HashablePartial(_tangent, (call,)), HashablePartial(_transpose, (call,), exposes_jaxpr=True)
-    return [output], linear_tangent(forward, transpose, leaves, perturbed, changes)
+def _output_rule(split: _SplitProblem, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> Any:
+    output = _output(split, True, leaves)
+    forward, transpose = HashablePartial(_tangent, (split,)), HashablePartial(_transpose, (split,), exposes_jaxpr=True)
+    return [output], linear_tangent(forward, transpose, leaves, perturbed, tangents)
 
 
-def _tangent(call: _Call, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> list[jax.Array]:
-    return [jax.jvp(*partial_in(call.general, perturbed, leaves), list(tangents))[1]]
+def _tangent(split: _SplitProblem, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> list[jax.Array]:
+    return [jax.jvp(*partial_in(split.general, perturbed, leaves), list(tangents))[1]]
 
 
-def _transpose(call: _Call, perturbed: tuple[int, ...], leaves: Leaves, cotangents: Leaves) -> list[jax.Array]:
-    """Cotangents of the active leaves from that of the output."""
-    run = HashablePartial(_vjp, (call, perturbed), exposes_jaxpr=True)
-    return call_with_rule(run, HashablePartial(_vjp_rule, (call, perturbed)), (cotangents[0], *leaves))
+def _transpose(split: _SplitProblem, perturbed: tuple[int, ...], leaves: Leaves, cotangents: Leaves) -> list[jax.Array]:
+    """Cotangents of the perturbed leaves from that of the output."""
+    run = HashablePartial(_vjp, (split, perturbed), exposes_jaxpr=True)
+    return call_with_rule(run, HashablePartial(_vjp_rule, (split, perturbed)), (cotangents[0], *leaves))
 
 
-def _vjp(call: _Call, perturbed: tuple[int, ...], cotangent: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
-    native = partial(_vjp_of, partial(call.native, True), perturbed)
-    return call.choose(native, partial(_vjp_of, call.general, perturbed), cotangent, leaves)
+def _vjp(split: _SplitProblem, perturbed: tuple[int, ...], cotangent: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
+    native = partial(_vjp_of, partial(split.native, True), perturbed)
+    return split.choose(native, partial(_vjp_of, split.general, perturbed), cotangent, leaves)
 
 
 def _vjp_of(
     function: Callable[[Leaves], jax.Array], perturbed: tuple[int, ...], cotangent: jax.Array, leaves: Leaves
 ) -> list[jax.Array]:
-    of_active, values = partial_in(function, perturbed, leaves)
-    _, pullback = jax.vjp(of_active, *values)
+    restricted, values = partial_in(function, perturbed, leaves)
+    _, pullback = jax.vjp(restricted, *values)
     return list(pullback(cotangent))
 
 
 def _vjp_rule(
-    call: _Call, perturbed: tuple[int, ...], perturbed_args: tuple[int, ...], args: Leaves, changes: Leaves
+    split: _SplitProblem, perturbed: tuple[int, ...], perturbed_args: tuple[int, ...], args: Leaves, tangents: Leaves
 ) -> Any:
     def general(args: Leaves) -> list[jax.Array]:
-        return _vjp_of(call.general, perturbed, args[0], args[1:])
+        return _vjp_of(split.general, perturbed, args[0], args[1:])
 
-    results = _transpose(call, perturbed, args[1:], args[:1])
-    return results, jax.jvp(*partial_in(general, perturbed_args, args), list(changes))[1]
+    results = _transpose(split, perturbed, args[1:], args[:1])
+    return results, jax.jvp(*partial_in(general, perturbed_args, args), list(tangents))[1]

@@ -1,21 +1,22 @@
-"""cuDNN's fused attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`: what maps on it, and what is refused.
+"""cuDNN's fused attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-It takes dot scores of half-precision operands under the masks that the kernel itself knows: causal, a causal window,
-lengths. The rest would change a meaning, so it is refused (`_REASONS`, `_unsupported`, `_native` give each reason).
+The kernel computes dot products of half-precision operands under the masks that it knows: causal, a causal window,
+lengths. Every other problem is refused (`_REASONS`, `_unsupported` and `_native` give the reasons).
 
-What the kernel does otherwise than attnlib is set right around it, in linear memory:
+The adapter corrects three things around the kernel, in linear memory:
 
-  padded rows   a row that may attend nothing is computed with one key, and its output replaced by 0
-  NaN           the kernel multiplies masked values by weights of zero, and 0 * NaN is NaN: where there is a mask, what
-                is not finite is replaced before the call, and rows that do attend it are NaN after it, without gradient
-  scale         a traced scale, or one a head, is multiplied into the query; see `_scaled`
+  padded rows   the kernel computes a row without keys as if it had one key; its output is replaced by 0
+  NaN           the kernel multiplies masked values by weights of 0, and 0 * NaN is NaN. If there is a mask, non-finite
+                numbers are replaced before the call, and rows that attend them are made NaN, without gradient, after it
+  scale         a traced scale, or one for each head, is multiplied into the query; see `_scaled`
 
-cuDNN has a backward pass but neither forward mode nor second derivatives. Another implementation gives these
-(`fallback_derivatives.py`). The backward pass runs the forward kernel again; where both are in one program and not in a
-loop, XLA merges the two. It may add gradients up in any order: two runs are then equal bit by bit only with XLA's own
-option for that, `--xla_gpu_deterministic_ops=true` in XLA_FLAGS.
+cuDNN has a backward pass, and neither forward mode nor second derivatives: these are computed by another implementation
+(`fallback_derivatives.py`). The backward pass runs the forward kernel again; XLA merges both if they are in one program
+and not in a loop. cuDNN may add gradients up in any order: two runs agree bit for bit only with
+`XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
 
-Known at run time alone, hence not refused here: XLA needs one sharding for query, key and value, and none of positions.
+XLA needs the same sharding of query, key and value, and none of positions. This is known only at run time, so it is not
+refused here.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from attnlib.masks import Causal, Lengths, Prefix, SlidingWindow
 from attnlib.masks._base import And, Mask
 from attnlib.scores import Dot
 
-# (queries, keys) of what its kernels compute at once, or near it: they choose among several, out of our sight.
+# (queries, keys) of a tile of its kernels, approximately: cuDNN chooses among several kernels itself.
 _TILE = 128, 128
 
 
 def cudnn(general: Implementation, off_platform: bool) -> Implementation:
-    """The implementation; `general` gives the derivatives that cuDNN lacks.
+    """The implementation; `general` computes the derivatives that cuDNN lacks.
 
-    Which device a program is for is not known when it is traced. Lowered for another than CUDA, `general` runs it if
-    `off_platform`, as fits an automatic choice; else lowering fails, as fits a name that the user asked for.
+    The device of a program is not known while it is traced. If it is lowered for another platform than CUDA, `general`
+    runs it if `off_platform` is set, as for an automatic choice. Otherwise lowering fails, as for a choice by name.
     """
 
     def fallback_fn(problem: AttentionProblem) -> jax.Array:
@@ -56,17 +57,17 @@ def cudnn(general: Implementation, off_platform: bool) -> Implementation:
 
 
 def _estimate(problem: AttentionProblem) -> Estimate:
-    """The output, and cleaned copies of the operands where there is a mask."""
+    """The output, and finite copies of the operands if there is a mask."""
     operands = (problem.query, problem.key, problem.value) if problem.mask is not None else ()
     numbers = sum(operand.size for operand in operands) + problem.rows * problem.value.shape[-1]
-    # Of a pair two products, and for the softmax a maximum, a difference, an exponential, a sum and a rounding.
-    of_a_pair = 2 * problem.query.shape[-1] + 2 * problem.value.shape[-1] + 5
+    # Two products, and for the softmax a maximum, a difference, an exponential, a sum and a rounding.
+    flops_per_pair = 2 * problem.query.shape[-1] + 2 * problem.value.shape[-1] + 5
     heads = math.prod(problem.batch) * problem.kv_heads * problem.groups
-    return Estimate(numbers * problem.value.dtype.itemsize, heads * problem.pairs_computed(*_TILE) * of_a_pair)
+    return Estimate(numbers * problem.value.dtype.itemsize, heads * problem.pairs_computed(*_TILE) * flops_per_pair)
 
 
-# What is refused. Facts of the call come first, so that the reason is the same on every machine; jax.nn has the last
-# word, which depends on the GPU and the cuDNN at hand (head sizes over 128 need Hopper or later).
+# What is refused. Facts of the call are checked first, so that the reason is the same on every machine. jax.nn is asked
+# last, since its answer depends on the GPU and on the version of cuDNN (head sizes over 128 need Hopper or later).
 
 
 _SUPPORTS = frozenset(("mask", "precision"))
@@ -132,7 +133,7 @@ def _unsupported_mask(problem: AttentionProblem) -> str | None:
 
 
 def _unsupported_here(problem: AttentionProblem) -> str | None:
-    """What jax.nn says of it on this machine."""
+    """The reason why jax.nn refuses the problem on this machine, or None if it does not."""
     native = _native(problem)
     assert isinstance(native, CudnnMask)
     heads, kv_heads, features = problem.kv_heads * problem.groups, problem.kv_heads, problem.query.shape[-1]
@@ -154,7 +155,7 @@ def _unsupported_here(problem: AttentionProblem) -> str | None:
 
 
 class CudnnMask(NamedTuple):
-    """A mask in the kernel's terms; the masks of queries and of keys are of the form `position < length`."""
+    """A mask in terms of the kernel; the masks of queries and of keys have the form `position < length`."""
 
     static: CudnnConfig
     queries: list[Mask]
@@ -162,7 +163,7 @@ class CudnnMask(NamedTuple):
 
 
 def _native(problem: AttentionProblem) -> CudnnMask | str:
-    """The problem's mask, peeled across `&`; or why the kernel cannot have it."""
+    """The problem's mask, split at `&`; or the reason why the kernel does not support it."""
     if not (problem.query_positions.is_implicit and problem.key_positions.is_implicit):
         return "it counts positions from 0; leave query_positions=None and key_positions=None"
     causal = False
@@ -185,8 +186,8 @@ def _native(problem: AttentionProblem) -> CudnnMask | str:
         elif isinstance(part, Prefix):
             keys.append(part)
         else:
-            # jax.nn adds it to the logits as numbers of one size for all pairs: quadratic memory, through which larger
-            # logits of masked keys leak, and an average of masked values in rows that attend nothing.
+            # jax.nn would add a finite number to all masked logits: that takes quadratic memory, larger logits of
+            # masked keys exceed the number, and rows that attend nothing would average masked values.
             return (
                 f"it knows causal masks, windows and lengths joined by `&`, not {type(part).__name__}; use "
                 "masks.Lengths where padding is at the end"
@@ -206,7 +207,7 @@ def _conjuncts(mask: Mask | None) -> list[Mask]:
     return [] if mask is None else [mask]
 
 
-# The call: a Problem that is not refused -> output (*batch, K, G, T, E)
+# The call: a problem that is not refused -> output (*batch, K, G, T, E)
 
 
 def _output(problem: AttentionProblem, training: bool) -> jax.Array:
@@ -220,15 +221,15 @@ def _output(problem: AttentionProblem, training: bool) -> jax.Array:
     rows = real_queries[..., None, None, :] if native.queries else jnp.bool_(True)  # (*batch, 1, 1, T)
     if native.keys:
         rows = rows & real_keys[..., None, None, :1]  # some key is real if the first is
-    poisoned = None
+    non_finite = None
     if problem.mask is not None:
         query, key, value, bad_queries, bad_keys = sanitize(query, key, value)
-        poisoned = rows & (bad_queries | _attends(native.static, bad_keys & real_keys[..., None, :], query.shape[-2]))
+        non_finite = rows & (bad_queries | _attends(native.static, bad_keys & real_keys[..., None, :], query.shape[-2]))
         query = jnp.where(real_queries[..., None, None, :, None], query, 1)
         key, value = (jnp.where(real_keys[..., None, :, None], x, 1) for x in (key, value))
 
     lengths = [
-        # At least one, as the softmax of no key is not defined there; `rows` says which ones this adds.
+        # At least one, since the kernel's softmax of no keys is undefined; `rows` masks what this adds.
         jnp.maximum(jnp.sum(real, -1, dtype=jnp.int32), 1).reshape(-1)
         for real, given in zip((real_queries, real_keys), native.static.lengths, strict=True)
         if given
@@ -236,14 +237,14 @@ def _output(problem: AttentionProblem, training: bool) -> jax.Array:
     static = native.static._replace(training=training)
     output = kernel(static, _laid_out(_scaled(problem, query), 3), _laid_out(key, 2), _laid_out(value, 2), lengths)
     output = jnp.swapaxes(output, 1, 2).reshape(query.shape).astype(problem.dtype)
-    if poisoned is not None:
-        # Chosen, not multiplied, so that no derivative passes through the rows that are replaced.
-        output = jnp.where(rows[..., None], jnp.where(poisoned[..., None], jnp.nan, output), 0)
+    if non_finite is not None:
+        # By `where`, so that no derivative passes through the rows that are replaced.
+        output = jnp.where(rows[..., None], jnp.where(non_finite[..., None], jnp.nan, output), 0)
     return output
 
 
 def _real(problem: AttentionProblem, masks: list[Mask], axis: int) -> jax.Array:
-    """`(*batch, positions)`: which positions of one side are not padding; the masks leave the other side at one."""
+    """`(*batch, positions)`: which positions of one side are not padding; the masks do not depend on the other side."""
     length = problem.query_length if axis == -2 else problem.key_length
     real = jnp.ones(length, bool)
     for mask in masks:
@@ -254,28 +255,27 @@ def _real(problem: AttentionProblem, masks: list[Mask], axis: int) -> jax.Array:
 
 
 def _attends(static: CudnnConfig, bad: jax.Array, queries: int) -> jax.Array:
-    """`(*batch, K, 1, T | 1)`: which of so many rows attend a bad one of the keys `(*batch, K, S)`.
+    """`(*batch, K, 1, T | 1)`: which rows attend a bad key, for bad keys `(*batch, K, S)`.
 
-    A row attends a run of keys, so that two numbers of a running count say whether one of them is bad.
+    A row attends consecutive keys, so the difference of two cumulative counts says whether one of them is bad.
     """
     if not static.causal:
         return jnp.any(bad, -1)[..., None, None]
     keys = bad.shape[-1]
     count = jnp.cumsum(bad, -1, dtype=jnp.int32)
-    before = jnp.concatenate([jnp.zeros_like(count[..., :1]), count], -1)  # bad ones among the first n keys
-    place = jnp.arange(queries)
-    attended = before[..., jnp.minimum(place + 1, keys)]
+    count = jnp.concatenate([jnp.zeros_like(count[..., :1]), count], -1)  # of bad keys among the first n
+    query = jnp.arange(queries)
+    attended = count[..., jnp.minimum(query + 1, keys)]
     if static.left is not None:
-        attended = attended - before[..., jnp.maximum(place - static.left, 0)]
+        attended = attended - count[..., jnp.maximum(query - static.left, 0)]
     return (attended > 0)[..., None, :]
 
 
 def _scaled(problem: AttentionProblem, query: jax.Array) -> jax.Array:
-    """The query, times what the scale is beyond the kernel's own 1 / sqrt(D), which alone is static.
+    """The query times the ratio of the scale to the kernel's own scale 1 / sqrt(D), which is static.
 
-    scale <q, k> = <ratio q, k> / sqrt(D), of which only `ratio q` is rounded once more, by half a unit of the type the
-    query came in; it is exact where the ratio is a power of two, and 1 for the usual scale. JAX differentiates it, so
-    a scale has its gradient.
+    scale <q, k> = <ratio q, k> / sqrt(D). Only `ratio q` is rounded once more; the product is exact if the ratio is a
+    power of two. JAX differentiates the product, so a scale has a gradient.
     """
     assert isinstance(problem.score, Dot)
     if problem.score.scale is None:
@@ -289,7 +289,7 @@ def _scaled(problem: AttentionProblem, query: jax.Array) -> jax.Array:
 def _laid_out(array: jax.Array, lead: int) -> jax.Array:
     """(*batch, [K, G] or K, positions, features) -> (B, positions, heads, features): jax.nn's layout, one batch axis.
 
-    More batch axes than one have to be merged, which gathers them where another than the first is sharded.
+    Several batch axes are merged, which gathers operands that are sharded along another axis than the first.
     """
     heads = math.prod(array.shape[-1 - lead : -2])
     return jnp.swapaxes(array.reshape(-1, heads, *array.shape[-2:]), 1, 2)
