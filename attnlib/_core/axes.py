@@ -120,13 +120,17 @@ def _whole_or_one(part: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, .
     return part if all(size == 1 for size in part) else whole
 
 
-def split_heads(array: jax.Array, kv_heads: int) -> jax.Array:
-    """(..., N, T, S) -> (..., K, N // K, T, S); a head axis of one becomes two of one; rank 2 is left alone."""
-    if array.ndim < 3:
-        return array
-    heads = array.shape[-3]
+def split_heads(array: jax.Array, kv_heads: int, rank: int) -> jax.Array:
+    """(..., N, T, S) or (T, S) -> (..., K, N // K, T, S) of this rank, with axes of one where the array had none."""
+    *batch, heads = array.shape[:-2] or (1,)
     groups = (1, 1) if heads == 1 else (kv_heads, heads // kv_heads)
-    return array.reshape(*array.shape[:-3], *groups, *array.shape[-2:])
+    return array.reshape(*(1,) * (rank - len(batch) - 4), *batch, *groups, *array.shape[-2:])
+
+
+def align_ranks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays with leading axes of one, so that all have the same rank and broadcast without rank promotion."""
+    rank = max(array.ndim for array in arrays)
+    return tuple(jnp.expand_dims(array, tuple(range(rank - array.ndim))) for array in arrays)
 
 
 class AttentionShape(NamedTuple):

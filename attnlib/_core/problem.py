@@ -35,7 +35,7 @@ class AttentionProblem:
       score: turns blocks of query and key into logits.
       mask: which pairs may attend, or None for all.
       modifiers: applied to the logits after the bias, one after another: the soft cap, the user's score_mod.
-      bias: `(*batch | 1, K | 1, G | 1, T | 1, S | 1)` or `(T | 1, S | 1)`, or None.
+      bias: `(*batch | 1, K | 1, G | 1, T | 1, S | 1)`, or None.
       dropout_seeds: `(4,)` words for `dropout.keep_mask`, or None for no dropout.
       batch: sizes of the batch axes after broadcasting.
       query_positions, key_positions: the positions of the T queries and of the S keys.

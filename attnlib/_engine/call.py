@@ -135,6 +135,8 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         check_explicit_positions(options.query_positions, options.key_positions, shapes)
         mask = ExplicitPositions() if mask is None else mask & ExplicitPositions()
 
+    if bias is not None:
+        bias = _axes.split_heads(_axes.fold_pairs(bias, shapes.query, shapes.key), kv_heads, len(shapes.batch) + 4)
     query, key, value = (_axes.fold_operand(jnp.asarray(x), axes) for x in (query, key, value))  # (*batch, N, T, D)
     problem = AttentionProblem(
         query=query.reshape(*query.shape[:-3], kv_heads, heads // kv_heads, *query.shape[-2:]),
@@ -143,7 +145,7 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         score=score,
         modifiers=tuple(modifiers),
         mask=mask,
-        bias=None if bias is None else _axes.split_heads(_axes.fold_pairs(bias, shapes.query, shapes.key), kv_heads),
+        bias=bias,
         dropout_seeds=None if options.dropout_rng is None else _dropout.hash_seeds(options.dropout_rng),
         query_positions=OperandPositions(shapes.query, "query", explicit=options.query_positions),
         key_positions=OperandPositions(shapes.key, "key", explicit=options.key_positions),

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlib._core.axes import align_ranks
+
 
 def hash_seeds(rng: jax.Array) -> jax.Array:
     """Four 32-bit words from a JAX random key (typed or raw): what `keep_mask` hashes with."""
@@ -32,9 +34,8 @@ def keep_mask(
     Returns:
       bool of the broadcast shape, True with probability `1 - rate` (to within 2**-32).
     """
-    batch_head, query_index, key_index = (
-        jnp.asarray(x).astype(jnp.uint32) for x in (batch_head, query_index, key_index)
-    )
+    words = (jnp.asarray(x).astype(jnp.uint32) for x in (batch_head, query_index, key_index))
+    batch_head, query_index, key_index = align_ranks(*words)
     row = _hash32(_hash32(batch_head ^ seeds[0]) + _hash32(query_index ^ seeds[1]))
     column = _hash32(_hash32(batch_head ^ seeds[2]) + _hash32(key_index ^ seeds[3]))
     # Without the barrier, XLA would fuse the words into the block and compute them for every entry.

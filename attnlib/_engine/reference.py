@@ -81,7 +81,7 @@ def _softmax_jvp(masked: bool, primals: Any, tangents: Any) -> Any:
 def _dense_mask(problem: AttentionProblem) -> jax.Array | None:
     if problem.mask is None:
         return None
-    return _axes.split_heads(problem.mask.evaluate(*problem.positions), problem.kv_heads)
+    return _axes.split_heads(problem.mask.evaluate(*problem.positions), problem.kv_heads, problem.query.ndim)
 
 
 def _non_finite(array: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ class TracedScoreMod:
           query, key: the block's positions.
           cut: takes the block's part along the batch axes and of the key heads.
         """
-        indices = [*_batch_and_head_indices(heads), *_coordinates(query), *_coordinates(key)]
+        indices = [*_batch_and_head_indices(heads), *_coordinates(query, logits.ndim), *_coordinates(key, logits.ndim)]
         return jnp.vectorize(self.function)(logits, *map(cut, indices)).astype(logits.dtype)
 
 
@@ -124,8 +124,8 @@ def _single(indices: Sequence[jax.Array]) -> Any:
     return indices[0] if len(indices) == 1 else tuple(indices)
 
 
-def _coordinates(positions: BlockPositions) -> list[jax.Array]:
-    return [_axes.split_heads(x, 1) for x in positions.coordinates]
+def _coordinates(positions: BlockPositions, rank: int) -> list[jax.Array]:
+    return [_axes.split_heads(x, 1, rank) for x in positions.coordinates]
 
 
 def _batch_and_head_indices(heads: tuple[int, ...]) -> list[jax.Array]:

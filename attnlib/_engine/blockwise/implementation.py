@@ -176,7 +176,8 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
         return SoftmaxState(*(tile.index.put(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
 
     rows = jnp.sum(zeros_like_varying(arrays.query[..., :1]), -1)
-    start = SoftmaxState(rows - jnp.inf, rows, rows[..., None] + jnp.zeros(arrays.value.shape[-1], rows.dtype))
+    output = jnp.broadcast_to(rows[..., None], (*rows.shape, arrays.value.shape[-1]))
+    start = SoftmaxState(rows - jnp.inf, rows, output)
     if plan.strategy.kind == "decode":
         return _softmax.normalize(_decode.attend(plan, arrays, start, body))
     return _softmax.normalize(loop.run(body, start, checkpoint=False))

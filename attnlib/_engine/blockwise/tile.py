@@ -31,7 +31,7 @@ class TileArrays(NamedTuple):
     query: jax.Array  # (*batch, K, G, T, D)
     key: jax.Array  # (*batch, K, S, D)
     value: jax.Array  # (*batch, K, S, E)
-    bias: jax.Array | None  # (..., T | 1, S | 1)
+    bias: jax.Array | None  # (*batch | 1, K | 1, G | 1, T | 1, S | 1)
     # Never sliced: these are evaluated at the tile's positions.
     score: Score
     modifiers: tuple[LogitModifier, ...]
@@ -91,10 +91,9 @@ class TileIndex(NamedTuple):
     ) -> tuple[list[jax.Array], tuple[int, ...]]:
         """(starts, sizes) of the tile's part."""
         starts, sizes = [jnp.int32(0)] * len(shape), list(shape)
-        if len(shape) >= len(self.batch_and_head) + 2:  # a bias of pairs alone has no batch axes
-            for axis, index in enumerate(self.batch_and_head):
-                if shape[axis] > 1:
-                    starts[axis], sizes[axis] = index, 1
+        for axis, index in enumerate(self.batch_and_head):
+            if shape[axis] > 1:
+                starts[axis], sizes[axis] = index, 1
         for start, size, side in zip(self.starts, self.sizes, axes, strict=True):
             if side is not None and shape[side] not in (1, size):
                 starts[side], sizes[side] = jnp.asarray(start, jnp.int32), size
@@ -193,14 +192,15 @@ class Tile:
     @cached_property
     def mask(self) -> jax.Array:
         query, key = self.arrays.query_positions, self.arrays.key_positions
-        mask = jnp.ones((1, 1), bool)
+        rank = self.arrays.query.ndim
+        mask = jnp.ones((1,) * rank, bool)
         if query.length % self.index.sizes[0] or key.length % self.index.sizes[1]:  # the last tiles have padding
-            mask = query.contains(self.query_positions) & key.contains(self.key_positions)
+            mask = _axes.split_heads(query.contains(self.query_positions) & key.contains(self.key_positions), 1, rank)
         if self.arrays.mask is None:
             return mask
         kv_heads, groups = self.arrays.query.shape[-4:-2]
         block = self.index.cut_mask(self.arrays.mask.evaluate(self.query_positions, self.key_positions), groups)
-        return mask & _axes.split_heads(block, kv_heads)
+        return mask & _axes.split_heads(block, kv_heads, rank)
 
     def softmax(self, logits: jax.Array, lse: jax.Array) -> jax.Array:
         weights = jnp.exp(logits - _softmax.finite_max(lse)[..., None])
