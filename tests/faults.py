@@ -355,7 +355,7 @@ FAULTS = [
     ),
     Fault(
         "gate",  # the gate of a layer is left out
-        'attended = attended * made["gate"]',
+        'attended = attended * activations["gate"]',
         "pass",
         ("test_layers.py the_layer_is_its_parts",),
     ),

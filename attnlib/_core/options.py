@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
@@ -27,23 +27,33 @@ F = TypeVar("F", bound=Callable[..., Any])
 # What type checkers see, in the parts that functions take.
 
 
-class PairOptions(TypedDict, total=False):
+class MaskOptions(TypedDict, total=False):
     """Which pairs of positions attend."""
 
     mask: BoolMask | Mask | None
     is_causal: bool
-    attention_axes: int | Sequence[int] | None
     query_positions: Array | None
     key_positions: Array | None
 
 
+class AxesOptions(TypedDict, total=False):
+    """The axes attended over."""
+
+    attention_axes: int | Sequence[int] | None
+
+
 class LogitOptions(TypedDict, total=False):
-    """What becomes of the logits, and how they are computed."""
+    """Changes of the logits."""
 
     bias: Bias | None
     logits_soft_cap: float | None
     score_mod: ScoreMod | None
     sink: float | Array | None
+
+
+class ComputeOptions(TypedDict, total=False):
+    """How attention is computed."""
+
     implementation: str | Sequence[str] | None
     block_sizes: tuple[int, int] | None
     precision: Any
@@ -63,15 +73,28 @@ class ResultOptions(TypedDict, total=False):
     return_lse: bool
 
 
-class InspectionOptions(PairOptions, LogitOptions, total=False):
+class InspectionOptions(MaskOptions, AxesOptions, LogitOptions, ComputeOptions, total=False):
     """The options of `attnlib.inspect`."""
 
 
-class CacheOptions(LogitOptions, DropoutOptions, ResultOptions, total=False):
-    """The options of `KVCache` beside those that it documents itself."""
+class CacheOptions(LogitOptions, ComputeOptions, DropoutOptions, ResultOptions, total=False):
+    """The options of `KVCache`; its methods document the others themselves."""
 
 
-class SharedOptions(PairOptions, LogitOptions, DropoutOptions, total=False):
+class CallOptions(MaskOptions, LogitOptions, total=False):
+    """The options in the call of a Flax module; the others are its fields."""
+
+    dropout_rng: Rng | None
+    return_weights: bool
+
+
+class LayerOptions(CallOptions, ComputeOptions, total=False):
+    """The options of `multi_head_attention`, which documents `attention_axes` itself."""
+
+    dropout_rate: float
+
+
+class SharedOptions(MaskOptions, AxesOptions, LogitOptions, ComputeOptions, DropoutOptions, total=False):
     """The options of attention that do not change what is returned."""
 
 
@@ -212,33 +235,48 @@ def _is_set(value: Any, option: dataclasses.Field[Any]) -> bool:
 # What users see.
 
 
-def takes_options(without: Mapping[str, str] | None = None, listed: Sequence[str] = ()) -> Callable[[F], F]:
-    """A decorator of a function with `**options`: its signature and docstring show them, and it refuses all others.
+def shows_options(without: Collection[str] = ()) -> Callable[[F], F]:
+    """A decorator of a function with `**options`: its signature and its docstring show the options.
 
-    In the docstring, a line `{options}` becomes the documentation of each option, and `{names}` their names, before
-    what it says of them.
+    In the docstring, a line `{options}` becomes the documentation of each option. In a line `{names}: text`, the names
+    of the options replace `{names}`.
 
     Args:
-      without: the options that it does not take, and what the error says of each ("": what it says of any word).
-      listed: the names beside the options, for an error to list these, sorted, rather than all arguments in order.
+      without: the options that the function does not take. Parameters of the function itself need not be named.
     """
-    without = {} if without is None else without
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
-        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-        left_out = {*without, *(parameter.name for parameter in own)}
-        options = [option for option in FIELDS.values() if option.name not in left_out]
-        new = [
+        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        excluded = {*without, *(parameter.name for parameter in parameters)}
+        options = [option for option in FIELDS.values() if option.name not in excluded]
+        parameters += [
             inspect.Parameter(
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
             )
             for option in options
         ]
-        setattr(function, "__signature__", signature.replace(parameters=[*own, *new]))  # noqa: B010
+        setattr(function, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
         function.__doc__ = _with_options(function.__doc__ or "", options)
-        known = sorted({*listed, *(option.name for option in options)}) if listed else ()
-        return cast(F, suggests_arguments(function, listed=known, answers=without))
+        return function
+
+    return decorate
+
+
+def takes_options(without: Mapping[str, str] | None = None, listed: Sequence[str] = ()) -> Callable[[F], F]:
+    """`shows_options`, and the function refuses all other arguments.
+
+    Args:
+      without: the options that the function does not take, with the error for each ("": the usual error).
+      listed: the parameters that an error lists, sorted, together with the options; default: all parameters, in order.
+    """
+    answers = {} if without is None else without
+
+    def decorate(function: F) -> F:
+        function = shows_options(answers)(function)
+        options = FIELDS.keys() & inspect.signature(function).parameters.keys()
+        known = sorted({*listed, *options}) if listed else ()
+        return cast(F, suggests_arguments(function, listed=known, answers=answers))
 
     return decorate
 

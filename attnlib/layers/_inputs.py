@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.operand_checks import check_arrays, check_axes, is_array
+from attnlib._core.options import LayerOptions
 from attnlib._core.validation import check_positive
 from attnlib.masks import KeyPadding, QueryPadding, SlidingWindow
 from attnlib.masks._arrays import as_mask
@@ -32,6 +33,12 @@ def default_operands(query: Array, key: Array | None, value: Array | None) -> tu
                 f"query, key and value must have the same rank; got query {query.shape} and {name} {operand.shape}."
             )
     return key, value
+
+
+def set_key_positions(options: LayerOptions, key: Array | None) -> None:
+    """Gives the keys of self-attention the positions of the queries."""
+    if key is None and options.get("key_positions") is None:
+        options["key_positions"] = options.get("query_positions")
 
 
 def module_axes(attention_axes: int | Sequence[int] | None, query: Array) -> _axes.Axes:

@@ -13,15 +13,16 @@ Parameters are plain nested dicts of arrays, the same tree that the linen module
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from attnlib._api import attention
 from attnlib._core import axes as _axes
-from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
+from attnlib._core.array_types import Array, BoolMask, Rng
 from attnlib._core.operand_checks import is_key
+from attnlib._core.options import LayerOptions, takes_options
 from attnlib._core.suggestions import suggests_arguments
 from attnlib._core.validation import check_bool, check_positive
 from attnlib.layers._inputs import (
@@ -31,6 +32,7 @@ from attnlib.layers._inputs import (
     default_operands,
     module_axes,
     promote_dtypes,
+    set_key_positions,
     zero_padding,
 )
 from attnlib.layers._projections import (
@@ -41,7 +43,6 @@ from attnlib.layers._projections import (
     normalization,
     projection_inits,
 )
-from attnlib.masks._base import Mask
 from attnlib.positions import rotary_embedding
 from attnlib.scores import Additive, Dot, Score
 
@@ -135,7 +136,7 @@ def init_multi_head_attention(
     return params
 
 
-@suggests_arguments
+@takes_options(without={"return_lse": ""})
 def multi_head_attention(
     params: Params,
     query: Array,
@@ -146,56 +147,40 @@ def multi_head_attention(
     attention_axes: int | Sequence[int] | None = None,
     query_mask: BoolMask | None = None,
     key_mask: BoolMask | None = None,
-    mask: BoolMask | Mask | None = None,
-    bias: Bias | None = None,
-    is_causal: bool = False,
     sliding_window: int | None = None,
     rotary: Rotary = False,
     normalize_qk: bool | str = False,
-    score_mod: ScoreMod | None = None,
-    sink: float | Array | None = None,
-    query_positions: Array | None = None,
-    key_positions: Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Rng | None = None,
-    return_weights: bool = False,
     dtype: Any = None,
-    precision: Any = None,
-    logits_soft_cap: float | None = None,
-    implementation: str | Sequence[str] | None = None,
-    block_sizes: tuple[int, int] | None = None,
+    **options: Unpack[LayerOptions],
 ) -> Any:
-    """Multi-head attention with its projections: what `attnlib.MultiHeadAttention` applies, on explicit parameters.
+    """Multi-head attention with query, key, value and output projections, as a function of their parameters.
+
+    `attnlib.MultiHeadAttention` computes this function.
 
     Args:
-      params: from `init_multi_head_attention` (or a module's "params"); heads and features are read off its shapes.
+      params: from `init_multi_head_attention`, or the "params" of a module; their shapes give heads and features.
       query: `(*batch and attention axes, C)`, rank 2 or more; for one sequence axis `(B, T, C)`.
       key: `(..., C_key)`; default: query (self-attention).
       value: `(..., C_value)`, with the key's positions; default: key.
-      score: "dot" (scaled by `params["score"]`, if there, else by 1 / sqrt(key_dim)), "additive" (scale in
+      score: "dot" (scaled by `params["score"]`, or by 1 / sqrt(key_dim) without it), "additive" (scaled by
         `params["score"]`) or a `Score`.
       attention_axes: numbered in query, key and value as passed (the last sequence axis is -2). Default: every axis
         but the first and the features; for rank 2 (no batch axis) the first.
-      query_mask: bool, query's shape without features (or ones to broadcast), True = real; others attend nothing.
-      key_mask: bool, key's shape without features, True = real; others are attended by none.
-      mask: bool array or `Mask` over `(*batch, N, *query axes, *key axes)`, as in `dot_product_attention`.
-      bias: added to the logits, shapes as for mask.
-      is_causal: also mask keys after the query.
+      query_mask: bool, query's shape without features, or ones to broadcast; True = real. Padding attends nothing.
+      key_mask: bool, key's shape without features, or ones to broadcast; True = real. No query attends padding.
       sliding_window: w masks keys w or more positions away on either side (flat row-major positions), as in Keras.
-      rotary: whether query and key get rotary positions: True, or a function called as
-        `attnlib.positions.rotary_embedding` is, such as a `functools.partial` of it with a base and scaling.
-      normalize_qk: what `params` were made with: "layer" or True, "rms", or False. Norms come before rotary positions.
-      score_mod: as in `dot_product_attention`.
-      sink: as in `dot_product_attention`, where `params` hold no learned one.
-      query_positions, key_positions: as in `dot_product_attention`, and what rotary positions turn by; the key's are
-        the query's by default where key is not given.
-      dropout_rate, dropout_rng: as in `dot_product_attention`.
-      return_weights: also return the weights `(*batch, N, *query axes, *key axes)`.
-      dtype: to compute in; default: promoted from inputs and parameters.
-      precision, logits_soft_cap, implementation, block_sizes: as in `dot_product_attention`.
+      rotary: whether query and key get rotary positions: True, or a function with the arguments of
+        `attnlib.positions.rotary_embedding`, such as a `functools.partial` of it with a base and scaling.
+      normalize_qk: the norms of query and key in `params`: "layer" or True, "rms", or False. They precede rotary
+        positions.
+      dtype: dtype of the computation; default: promoted from inputs and parameters.
+      {names}: as in `dot_product_attention`. Rotary positions use query_positions and key_positions too. Without key,
+        key_positions default to query_positions. precision applies to the projections too. sink requires params without
+        a learned sink.
 
     Returns:
-      output `(*query's leading axes, *output_shape)`, or (output, weights).
+      output `(*query's leading axes, *output_shape)`, or (output, weights) with weights
+      `(*batch, N, *query axes, *key axes)`.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -210,13 +195,10 @@ def multi_head_attention(
     """
     output, weights, _ = apply_multi_head(
         params, query, key, value, score=score, attention_axes=attention_axes, query_mask=query_mask,
-        key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=sliding_window, rotary=rotary,
-        normalize_qk=normalize_qk, score_mod=score_mod, sink=sink, query_positions=query_positions,
-        key_positions=key_positions, dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_weights=return_weights,
-        dtype=dtype, precision=precision, logits_soft_cap=logits_soft_cap, implementation=implementation,
-        block_sizes=block_sizes,
+        key_mask=key_mask, sliding_window=sliding_window, rotary=rotary, normalize_qk=normalize_qk, dtype=dtype,
+        **options,
     )  # fmt: skip
-    return (output, weights) if return_weights else output
+    return output if weights is None else (output, weights)
 
 
 @jax.named_scope("attnlib.multi_head_attention")
@@ -230,53 +212,47 @@ def apply_multi_head(
     attention_axes: int | Sequence[int] | None,
     query_mask: Any,
     key_mask: Any,
-    mask: Any,
     sliding_window: int | None,
     rotary: Rotary,
     normalize_qk: bool | str,
-    sink: Any,
-    query_positions: Array | None,
-    key_positions: Array | None,
     dtype: Any,
     attend: Callable[..., Any] = attention,
-    **options: Any,
+    **options: Unpack[LayerOptions],
 ) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
-    """The layer: (output, weights if asked for, what each projection gave, for activity regularisers).
+    """(output, weights or None, outputs of the projections by name, for activity regularizers).
 
-    `attend` is called as `attention` is; decoding puts its cache there.
+    `attend` has the arguments of `attention`; a layer that decodes passes the attention of its cache.
     """
-    if key is None and key_positions is None:
-        key_positions = query_positions
+    set_key_positions(options, key)
     key, value = default_operands(query, key, value)
-    _check_params(params, normalize_qk, sink)
+    _check_params(params, normalize_qk, options.get("sink"))
+    if "sink" in params:
+        options["sink"] = params["sink"]["logit"]
     axes = module_axes(attention_axes, query)
-    joined = combine_masks(mask, query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
+    mask = combine_masks(options.get("mask"), query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
+    options["mask"] = mask
     query, key, value, params = promote_dtypes(query, key, value, params, dtype)
-    # Padding is cleared before it is projected: the gradient of a kernel multiplies it even where it attends nothing.
+    # A projection's gradient multiplies its input: NaN in padding would reach it, though no query attends padding.
     query, key, value = zero_padding(query, query_mask), zero_padding(key, key_mask), zero_padding(value, key_mask)
 
-    precision = options["precision"]
-    made = {
-        "query": apply_projection(query, params["query"], "query", precision),
-        "key": apply_projection(key, params["key"], "key", precision),
-        "value": apply_projection(value, params["value"], "value", precision),
+    precision = options.get("precision")
+    activations = {
+        name: apply_projection(array, params[name], name, precision)
+        for name, array in (("query", query), ("key", key), ("value", value))
     }
-    placed = dict(made)
-    for name, positions in (("query", query_positions), ("key", key_positions)):
+    operands = dict(activations)
+    for name, positions in (("query", options.get("query_positions")), ("key", options.get("key_positions"))):
         if normalization(normalize_qk):
-            placed[name] = _normalize_heads(placed[name], params[f"{name}_norm"]["scale"], normalization(normalize_qk))
-        placed[name] = _apply_rotary(placed[name], rotary, positions, axes)
-    results = attend(
-        *placed.values(), score=_score(score, params), mask=joined, attention_axes=axes.attention,
-        sink=params["sink"]["logit"] if "sink" in params else sink, query_positions=query_positions,
-        key_positions=key_positions, **options,
-    )  # fmt: skip
-    attended, weights = results if options["return_weights"] else (results, None)
+            scale = params[f"{name}_norm"]["scale"]
+            operands[name] = _normalize_heads(operands[name], scale, normalization(normalize_qk))
+        operands[name] = _apply_rotary(operands[name], rotary, positions, axes)
+    results = attend(*operands.values(), score=_score(score, params), attention_axes=axes.attention, **options)
+    attended, weights = results if options.get("return_weights") else (results, None)
     if "gate" in params:
-        made["gate"] = jax.nn.sigmoid(apply_projection(query, params["gate"], "gate", precision))
-        attended = attended * made["gate"]
-    made["out"] = apply_projection(attended, params["out"], "out", precision, contracted=2)
-    return made["out"], weights, made
+        activations["gate"] = jax.nn.sigmoid(apply_projection(query, params["gate"], "gate", precision))
+        attended = attended * activations["gate"]
+    activations["out"] = apply_projection(attended, params["out"], "out", precision, contracted=2)
+    return activations["out"], weights, activations
 
 
 def _normalize_heads(x: jax.Array, scale: jax.Array, kind: str | None) -> jax.Array:
@@ -300,12 +276,6 @@ def _apply_rotary(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _
         positions = jnp.moveaxis(positions, -1, axes.attention[0])
     turn = rotary if callable(rotary) else rotary_embedding
     return turn(x, positions, attention_axes=axes.attention)
-
-
-def _with_head_axis(array: Array, axes: _axes.Axes) -> jax.Array:
-    """Inserts an axis of one head where a mask or bias has batch axes; of lower rank it broadcasts as it is."""
-    pairs = 2 * len(axes.attention)
-    return jnp.expand_dims(jnp.asarray(array), -pairs - 1) if array.ndim > pairs else jnp.asarray(array)
 
 
 def _score(score: str | Score, params: Params) -> Score:

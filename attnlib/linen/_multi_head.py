@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlib._api import attention
-from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
+from attnlib._core.array_types import Array, ScoreMod
 from attnlib.cache import KVCache
-from attnlib.layers._inputs import default_operands, module_axes
+from attnlib.layers._inputs import module_axes
 from attnlib.layers._multi_head import Rotary, apply_multi_head
 from attnlib.layers._projections import (
     HeadDimensions,
@@ -22,21 +22,11 @@ from attnlib.layers._projections import (
     default_kernel_init,
     projection_inits,
 )
-from attnlib.linen._base import AttentionModule, Parameter, Projection
-from attnlib.linen._position_bias import BucketedPositionBias, RelativePositionBias
-from attnlib.linen._single_head import AdditiveAttention, DotProductAttention
-from attnlib.masks._base import Mask
+from attnlib.linen._base import AttentionModule, Parameter, Projection, explains_errors
 from attnlib.scores import Score
 
-__all__ = [
-    "AdditiveAttention",
-    "BucketedPositionBias",
-    "DotProductAttention",
-    "MultiHeadAttention",
-    "RelativePositionBias",
-]
 
-
+@explains_errors
 class MultiHeadAttention(AttentionModule):
     """Multi-head attention with query, key, value and output projections, over any axes.
 
@@ -127,69 +117,6 @@ class MultiHeadAttention(AttentionModule):
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        query: Array,
-        key: Array | None = None,
-        value: Array | None = None,
-        *,
-        query_mask: BoolMask | None = None,
-        key_mask: BoolMask | None = None,
-        mask: BoolMask | Mask | None = None,
-        bias: Bias | None = None,
-        is_causal: bool = False,
-        score_mod: ScoreMod | None = None,
-        sink: float | Array | None = None,
-        query_positions: Array | None = None,
-        key_positions: Array | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Rng | None = None,
-        return_weights: bool = False,
-        sow_weights: bool = False,
-    ) -> Any:
-        """Applies the layer.
-
-        Args:
-          query: `(*batch and attention axes, C)`; for one sequence axis `(B, T, C)`.
-          key: `(..., C_key)`; default: query.
-          value: `(..., C_value)`, with the key's positions; default: key. (Keras' layers take value before key.)
-          query_mask, key_mask: bool, the shape of query / key without features, True = real.
-          mask: bool array or `Mask` over `(*batch, N, *query axes, *key axes)`; a Keras `(B, T, S)` mask is
-            `mask[:, None]`. True = attend: where a mask leaves a query nothing, its weights are zeros.
-          bias: added to the logits, shapes as for mask.
-          is_causal: also mask keys after the query.
-          score_mod: in place of the field's.
-          sink: as in `attnlib.dot_product_attention`, where use_sink is off; 0 gives softmax-off-by-one.
-          query_positions, key_positions: ints `(*batch, length)` or `(length,)`, the positions that rotary, masks of
-            positions and score_mod see; the key's are the query's by default where key is not given.
-          deterministic: whether dropout is off.
-          dropout_rng: a key for dropout; default: from the "dropout" stream.
-          return_weights: also return the weights `(*batch, N, *query axes, *key axes)`.
-          sow_weights: sow them into "intermediates" as "attention_weights".
-
-        Returns:
-          output `(*query's leading axes, *output_shape)`, or (output, weights).
-        """
-        if self.decode:
-            self._check_decoding(key, value, key_mask, query_positions, key_positions)
-        operands = (query, *default_operands(query, key, value))
-        if self.decode:
-            query_positions = self._positions(query)
-        wanted = self.wants_weights(return_weights, sow_weights)
-        params = self._declare(*(operand.shape[-1] for operand in operands))
-        output, weights, activities = apply_multi_head(
-            params, query, key, value, score=self.score, attention_axes=self.attention_axes, query_mask=query_mask,
-            key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=self.sliding_window,
-            rotary=self.rotary, normalize_qk=self.normalize_qk, score_mod=self._modifier(score_mod), sink=sink,
-            query_positions=query_positions, key_positions=key_positions,
-            return_weights=wanted, dtype=self.dtype, precision=self.precision,
-            logits_soft_cap=self.logits_soft_cap, implementation=self.implementation, block_sizes=self.block_sizes,
-            **self.dropout_options(deterministic, dropout_rng), **({"attend": self._decode} if self.decode else {}),
-        )  # fmt: skip
-        self._sow_losses(params, activities)
-        return self.finish((output, weights) if wanted else output, return_weights, sow_weights)
-
     def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
         dimensions = HeadDimensions.resolve(
             query_features, num_heads=self.num_heads, key_dim=self.key_dim, value_dim=self.value_dim,
@@ -220,36 +147,49 @@ class MultiHeadAttention(AttentionModule):
                 "fields they were made with, attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params), ...)."
             )
 
-    def _modifier(self, score_mod: ScoreMod | None) -> ScoreMod | None:
-        if score_mod is not None:
-            return score_mod
-        return self.score_mod(self.num_heads) if isinstance(self.score_mod, nn.Module) else self.score_mod
+    def _attend(
+        self, params: dict[str, Any], query: Array, key: Array | None, value: Array | None, **options: Any
+    ) -> Any:
+        if self.decode:
+            self._check_decoding(key, value, options)
+            options |= {"query_positions": self._positions(query), "attend": self._decode}
+        if options.get("logits_soft_cap") is None:
+            options["logits_soft_cap"] = self.logits_soft_cap
+        if options.get("score_mod") is None:
+            field = self.score_mod
+            options["score_mod"] = field(self.num_heads) if isinstance(field, nn.Module) else field
+        output, weights, activations = apply_multi_head(
+            params, query, key, value, score=self.score, sliding_window=self.sliding_window, rotary=self.rotary,
+            normalize_qk=self.normalize_qk, dtype=self.dtype, **options,
+        )  # fmt: skip
+        self._sow_losses(params, activations)
+        return output, weights
 
-    def _sow_losses(self, params: dict[str, Any], activities: dict[str, jax.Array]) -> None:
+    def _sow_losses(self, params: dict[str, Any], activations: dict[str, jax.Array]) -> None:
         if self.is_initializing():
             return  # so that `init` gives parameters alone
         terms = [(self.kernel_regularizer, p["kernel"]) for p in params.values() if "kernel" in p]
         terms += [(self.bias_regularizer, p["bias"]) for p in params.values() if "bias" in p]
         losses = [regularizer(array) for regularizer, array in terms if regularizer is not None]
         if self.activity_regularizer is not None:  # a mean over the batch, as in Keras
-            losses += [self.activity_regularizer(x) / max(x.shape[0], 1) for x in activities.values()]
+            losses += [self.activity_regularizer(x) / max(x.shape[0], 1) for x in activations.values()]
         if losses:
             self.sow("losses", "regularization", sum(losses), reduce_fn=operator.add, init_fn=lambda: 0.0)
 
     # Decoding
 
-    def _check_decoding(self, key: Any, value: Any, key_mask: Any, query_positions: Any, key_positions: Any) -> None:
+    def _check_decoding(self, key: Any, value: Any, options: dict[str, Any]) -> None:
         if key is not None or value is not None:
             raise ValueError(
                 "decode=True is for self-attention: pass the query alone. Attend to the fixed keys of an encoder with "
                 "a layer that has decode=False."
             )
-        if key_mask is not None:
+        if options["key_mask"] is not None:
             raise ValueError(
                 "decode=True takes no key_mask: the cache has keys that it says nothing of. Pass a mask of the slots "
                 "of the cache, mask=attnlib.masks.KeyPadding(real)."
             )
-        if query_positions is not None or key_positions is not None:
+        if any(options.get(name) is not None for name in ("query_positions", "key_positions")):
             raise ValueError("decode=True takes no positions: they are those of the tokens in the cache.")
 
     def _positions(self, query: Array) -> jax.Array | None:
@@ -268,27 +208,19 @@ class MultiHeadAttention(AttentionModule):
             return None
         return index.value + jnp.arange(query.shape[axes.attention[0]], dtype=jnp.int32)
 
-    def _decode(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        query_positions: Any,
-        key_positions: Any,
-        **options: Any,
-    ) -> Any:
-        """In place of `attention`."""
-        del key_positions  # and the query's, which both are told by the cache
+    def _decode(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> Any:
+        """`attention` over the tokens in the cache, to which it appends the keys and values."""
         (axis,) = options["attention_axes"]
         names = ("cached_key", "cached_value", "cache_index")
         if not self.has_variable("cache", names[0]):
             for name, array in zip(names, (key, value), strict=False):
                 self.put_variable("cache", name, self._empty(array, axis))
-            return attention(query, key, value, query_positions=query_positions, **options)
+            return attention(query, key, value, **options)
         keys, values, length = map(jnp.asarray, (self.get_variable("cache", name) for name in names))
         window = None if self.sliding_window is None else min(self.sliding_window, keys.shape[-3])
         cache = KVCache(keys, values, length, window=window)
+        for name in ("query_positions", "key_positions"):
+            del options[name]
         results, cache = cache.decode(query, key, value, **{**options, "is_causal": True})
         for name, array in zip(names, (cache.key, cache.value, cache.length), strict=True):
             self.put_variable("cache", name, array)
