@@ -1,14 +1,4 @@
-"""Attention layers as pure functions over explicit parameters: projections around attention.
-
-Parameters are plain nested dicts of arrays, the same tree that the linen modules declare:
-
-    query | key | value   kernel (C, N, D), bias (N, D)      N heads; key and value have K heads, value E features
-    out                   kernel (N, E, *O), bias (*O)
-    gate                  kernel (C, N, E), bias (N, E)      with use_gate
-    score                 scale (N, D) or (N,)               with score="additive"; with use_scale
-    query_norm | key_norm scale (D,)                         with normalize_qk
-    sink                  logit (N,)                         with use_sink
-"""
+"""Multi-head attention with projections: the parameters and the function."""
 
 from __future__ import annotations
 
@@ -38,6 +28,7 @@ from attnlib.layers._inputs import (
 from attnlib.layers._projections import (
     HeadDimensions,
     Initializer,
+    check_score_name,
     default_bias_init,
     default_kernel_init,
     normalization,
@@ -74,7 +65,7 @@ def init_multi_head_attention(
     scale_init: Initializer | None = None,
     param_dtype: Any = jnp.float32,
 ) -> dict[str, dict[str, jax.Array]]:
-    """Parameters for `multi_head_attention`, an explicit tree of arrays.
+    """Parameters for `multi_head_attention`, as nested dicts of arrays.
 
     Args:
       rng: a JAX random key.
@@ -83,17 +74,17 @@ def init_multi_head_attention(
       key_dim: features D of a head of query and key; default query_features // num_heads.
       value_dim: features E of a head of value; default key_dim.
       num_kv_heads: key/value heads K, a divisor of N (grouped-query attention; 1: multi-query); default N.
-      key_features, value_features: last axes of key and value; default query_features, and the key's.
-      output_shape: the output's last axis, or several; default query_features.
+      key_features, value_features: last axes of key and value; default query_features and key_features.
+      output_shape: the last axis or axes of the output; default query_features.
       use_bias: whether projections have a bias.
-      use_gate: whether a sigmoid gate computed from the query multiplies the attention output.
+      use_gate: whether a sigmoid gate, computed from the query, multiplies the output of attention.
       score: "dot", "additive" (adds a learned scale `(N, D)`) or a `Score`.
-      use_scale: whether the logits of score="dot" have a learned scale, one a head, that begins at 1 / sqrt(D).
-      normalize_qk: whether query and key have a learned norm each: "layer" or True as in Flax, "rms", or False.
-      use_sink: whether each head has a learned sink, a logit without value, that begins at 0.
-      kernel_init, bias_init: initialisers `(rng, shape, dtype)`; kernels are initialised as matrices.
-      out_kernel_init, out_bias_init: those of the output projection; default kernel_init, bias_init.
-      scale_init: initialiser of the scale of score="additive" or use_scale; default glorot uniform; 1 / sqrt(D).
+      use_scale: whether score="dot" has a learned scale for each head, initially 1 / sqrt(D).
+      normalize_qk: learned norms of query and key: "layer" or True as in Flax, "rms", or False.
+      use_sink: whether each head has a learned sink, a logit without a value, initially 0.
+      kernel_init, bias_init: initialisers `(rng, shape, dtype)`; each kernel is initialised as a matrix.
+      out_kernel_init, out_bias_init: initialisers of the output projection; default kernel_init, bias_init.
+      scale_init: initialiser of the scale; default glorot uniform with score="additive", 1 / sqrt(D) with use_scale.
       param_dtype: dtype of the parameters.
 
     Returns:
@@ -101,7 +92,7 @@ def init_multi_head_attention(
       [, "query_norm": {"scale"}, "key_norm": {"scale"}][, "sink": {"logit"}]}`.
 
     Raises:
-      ValueError, TypeError: a size is not a positive int or does not fit the others.
+      ValueError, TypeError: a size is not a positive int, or does not fit the other sizes.
 
     Example:
       >>> import jax, attnlib
@@ -226,12 +217,12 @@ def apply_multi_head(
     set_key_positions(options, key)
     key, value = default_operands(query, key, value)
     _check_params(params, normalize_qk, options.get("sink"))
-    if "sink" in params:
-        options["sink"] = params["sink"]["logit"]
     axes = module_axes(attention_axes, query)
     mask = combine_masks(options.get("mask"), query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
     options["mask"] = mask
     query, key, value, params = promote_dtypes(query, key, value, params, dtype)
+    if "sink" in params:
+        options["sink"] = params["sink"]["logit"]
     # A projection's gradient multiplies its input: NaN in padding would reach it, though no query attends padding.
     query, key, value = zero_padding(query, query_mask), zero_padding(key, key_mask), zero_padding(value, key_mask)
 
@@ -241,24 +232,27 @@ def apply_multi_head(
         for name, array in (("query", query), ("key", key), ("value", value))
     }
     operands = dict(activations)
+    norm = normalization(normalize_qk)
     for name, positions in (("query", options.get("query_positions")), ("key", options.get("key_positions"))):
-        if normalization(normalize_qk):
-            scale = params[f"{name}_norm"]["scale"]
-            operands[name] = _normalize_heads(operands[name], scale, normalization(normalize_qk))
+        if norm is not None:
+            operands[name] = _normalize_heads(operands[name], params[f"{name}_norm"]["scale"], norm)
         operands[name] = _apply_rotary(operands[name], rotary, positions, axes)
     results = attend(*operands.values(), score=_score(score, params), attention_axes=axes.attention, **options)
     attended, weights = results if options.get("return_weights") else (results, None)
     if "gate" in params:
         activations["gate"] = jax.nn.sigmoid(apply_projection(query, params["gate"], "gate", precision))
         attended = attended * activations["gate"]
-    activations["out"] = apply_projection(attended, params["out"], "out", precision, contracted=2)
+    activations["out"] = apply_projection(attended, params["out"], "out", precision, num_axes=2)
     return activations["out"], weights, activations
 
 
-def _normalize_heads(x: jax.Array, scale: jax.Array, kind: str | None) -> jax.Array:
-    """Over the features of a head, in float32 at least (layer: Ba et al. 2016; rms: Zhang and Sennrich 2019)."""
+def _normalize_heads(x: jax.Array, scale: jax.Array, norm: str) -> jax.Array:
+    """Normalizes each head over its features, in float32 at least.
+
+    Sources: Ba et al. (2016) for "layer"; Zhang and Sennrich (2019) for "rms".
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if kind == "layer":
+    if norm == "layer":
         wide = wide - jnp.mean(wide, -1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
     return (wide * scale.astype(wide.dtype)).astype(x.dtype)
@@ -272,26 +266,22 @@ def _apply_rotary(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _
         )
     if not rotary:
         return x
-    if positions is not None and positions.ndim > 1:  # (*batch, length): the axis goes where x has it
+    if positions is not None and positions.ndim > 1:  # (*batch, length) -> the layout of x
         positions = jnp.moveaxis(positions, -1, axes.attention[0])
-    turn = rotary if callable(rotary) else rotary_embedding
-    return turn(x, positions, attention_axes=axes.attention)
+    embed = rotary if callable(rotary) else rotary_embedding
+    return embed(x, positions, attention_axes=axes.attention)
 
 
 def _score(score: str | Score, params: Params) -> Score:
     if isinstance(score, Score):
         return score
     scale = params["score"]["scale"] if "score" in params else None
-    if score == "dot":
+    if check_score_name(score) == "dot":
         return Dot(scale)
-    if score != "additive":
-        raise ValueError(
-            f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
-        )
     if scale is None:
         raise ValueError(
-            'score="additive" needs params["score"]["scale"] (N, D); make them with '
-            'init_multi_head_attention(..., score="additive").'
+            'score="additive" needs params["score"]["scale"] (N, D), as init_multi_head_attention(..., '
+            'score="additive") returns it.'
         )
     return Additive(scale)
 
@@ -302,19 +292,19 @@ def _check_params(params: Any, normalize_qk: bool | str, sink: Any) -> None:
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         remedy = ' Pass variables["params"].' if isinstance(params, Mapping) and "params" in params else ""
         raise ValueError(
-            f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention makes it; got {got}."
+            f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention returns it; got {got}."
             f"{remedy}"
         )
     if any(hasattr(leaf, "unbox") for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "unbox"))):
         raise TypeError(
-            "params must hold arrays; got some in boxes of partitioning metadata. Pass flax.linen.meta.unbox(params)."
+            "params must hold arrays; got boxes of partitioning metadata. Pass flax.linen.meta.unbox(params)."
         )
     for name in ("query_norm", "key_norm"):
         if (name in params) != bool(normalization(normalize_qk)):
-            held = "hold" if name in params else "lack"
+            verb = "hold" if name in params else "lack"
             raise ValueError(
-                f"params {held} {name}, which does not fit normalize_qk={normalize_qk!r}; give "
-                "init_multi_head_attention and multi_head_attention the same normalize_qk."
+                f"params {verb} {name}, which does not fit normalize_qk={normalize_qk!r}. Pass the same normalize_qk "
+                "to init_multi_head_attention and multi_head_attention."
             )
     if "sink" in params and sink is not None:
-        raise ValueError("params hold a learned sink; leave sink=None, or remove the sink from params.")
+        raise ValueError("params hold a learned sink. Leave sink=None, or remove the sink from params.")

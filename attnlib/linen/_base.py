@@ -1,4 +1,4 @@
-"""What the Flax modules share: parameters of a layer, dropout and its key, weights to return or to sow."""
+"""The base of the Flax modules: their parameters, their call and their errors."""
 
 from __future__ import annotations
 
@@ -21,36 +21,35 @@ from attnlib.layers._projections import Initializer, ParameterSpec, ProjectionSp
 Kind = TypeVar("Kind", bound=Any)
 
 _OTHER_PARAMS = (
-    "The parameters were made with other fields, or for an input of other features: give the layer the fields that "
-    "they were made with; of MultiHeadAttention, attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params))."
+    "The parameters belong to a layer with other fields, or to an input with other features. Use the fields of that "
+    "layer; for MultiHeadAttention: attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params))."
 )
-# What to write where Flax refuses what is asked of a layer.
+# The remedies for errors of Flax.
 NOTES: dict[type[Exception], str] = {
     errors.CallCompactUnboundModuleError: (
-        "A layer holds no parameters: variables = layer.init(jax.random.key(0), x) makes them, and "
-        "layer.apply(variables, x) applies it. In a module of your own, make it in setup or "
-        "in a method with @nn.compact."
+        "A layer holds no parameters. Write variables = layer.init(jax.random.key(0), x), then layer.apply(variables, "
+        "x). In your own module, create the layer in setup or in a method with @nn.compact."
     ),
     errors.ScopeCollectionNotFound: (
-        'apply takes what init returned: layer.apply({"params": params}, x), not layer.apply(params, x).'
+        'apply takes the variables from init: layer.apply({"params": params}, x), not layer.apply(params, x).'
     ),
     errors.ScopeParamNotFoundError: _OTHER_PARAMS,
     errors.ScopeParamShapeError: _OTHER_PARAMS,
     errors.ModifyScopeVariableError: (
-        'Pass mutable=["cache"] and keep the new cache: output, changed = layer.apply(variables, x, '
-        'mutable=["cache"]), then variables |= changed.'
+        'Pass mutable=["cache"] and keep the new cache: output, updates = layer.apply(variables, x, '
+        'mutable=["cache"]), then variables |= updates.'
     ),
     errors.InvalidRngError: (
-        'Pass rngs={"dropout": key} to apply, or dropout_rng=key in the call, a new key each step; or '
-        "deterministic=True when evaluating."
+        'Pass rngs={"dropout": key} to apply, or dropout_rng=key to the call, a new key at each step. '
+        "To evaluate, pass deterministic=True."
     ),
 }
 
 
 class Projection(nn.Module):
-    """Declares the kernel and bias of one projection and gives them as a dict."""
+    """The kernel and the bias of one projection."""
 
-    affine: ProjectionSpec
+    spec: ProjectionSpec
     use_bias: bool
     kernel_init: Initializer
     bias_init: Initializer
@@ -58,21 +57,21 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        params = {"kernel": self.param("kernel", self.affine.init_kernel, self.kernel_init, self.param_dtype)}
+        params = {"kernel": self.param("kernel", self.spec.init_kernel, self.kernel_init, self.param_dtype)}
         if check_bool(self.use_bias, "use_bias"):
-            params["bias"] = self.param("bias", self.affine.init_bias, self.bias_init, self.param_dtype)
+            params["bias"] = self.param("bias", self.spec.init_bias, self.bias_init, self.param_dtype)
         return params
 
 
 class Parameter(nn.Module):
-    """Declares a parameter that is no projection, in a group of its own."""
+    """A parameter that is not part of a projection, in its own group."""
 
-    vector: ParameterSpec
+    spec: ParameterSpec
     param_dtype: Any
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        return {self.vector.name: self.param(self.vector.name, self.vector.init, self.vector.shape, self.param_dtype)}
+        return {self.spec.name: self.param(self.spec.name, self.spec.init, self.spec.shape, self.param_dtype)}
 
 
 # The options that are fields of every module; the others are arguments of the call.
@@ -140,7 +139,7 @@ class AttentionModule(nn.Module):
             count = "neither" if deterministic is None else "both"
             raise ValueError(
                 "with dropout, deterministic must be given once, in the constructor or in the call; it was given in "
-                f"{count}. Write deterministic=False to drop weights in training, deterministic=True when evaluating."
+                f"{count}. Write deterministic=False to train with dropout, deterministic=True to evaluate."
             )
         if rate == 0.0 or check_bool(self.deterministic if deterministic is None else deterministic, "deterministic"):
             return {"dropout_rate": 0.0, "dropout_rng": None}

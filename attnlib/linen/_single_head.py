@@ -1,4 +1,4 @@
-"""The Flax modules without heads or projections: Keras' AdditiveAttention and Attention."""
+"""The Flax modules without heads and projections, as AdditiveAttention and Attention in Keras."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class AdditiveAttention(SingleHeadAttention):
     Parameters: `scale (D,)` with use_scale.
 
     Attributes:
-      use_scale: whether to learn the scale; without it every feature counts 1. Default True.
+      use_scale: whether to learn the scale; otherwise it is 1. Default True.
       scale_init: initialiser of the scale; default: glorot uniform.
-      param_dtype: of the scale; default float32.
+      param_dtype: dtype of the scale; default float32.
       attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes: as in `MultiHeadAttention`.
 
     Example:
@@ -69,9 +69,9 @@ class DotProductAttention(SingleHeadAttention):
     Parameters: `scale ()`, ones, with use_scale; `concat_score_weight ()`, ones, with score_mode="concat".
 
     Attributes:
-      use_scale: whether to learn a scalar scale; without it the scale is 1, as in Keras' Attention. Default False.
+      use_scale: whether to learn a scalar scale; otherwise it is 1, as in Keras' Attention. Default False.
       score_mode: "dot", or "concat": concat_score_weight * sum_d tanh(scale * (query_d + key_d)).
-      param_dtype: of the scalars; default float32.
+      param_dtype: dtype of the scalars; default float32.
       attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes: as in `MultiHeadAttention`.
 
     Example:
