@@ -318,8 +318,8 @@ FAULTS = [
     ),
     Fault(
         "decode-position",  # decode places tokens one late
-        "places = new_positions(self.length, count, new)",
-        "places = new_positions(self.length + 1, count, new)",
+        "query_positions = new_positions(self.length, num_valid, num_new)",
+        "query_positions = new_positions(self.length + 1, num_valid, num_new)",
         ("test_cache.py one_by_one",),
     ),
     Fault(
@@ -330,8 +330,8 @@ FAULTS = [
     ),
     Fault(
         "cache-window",  # the window of a cache sees one more token
-        "near = SlidingWindow(self.window - 1, None)",
-        "near = SlidingWindow(self.window, None)",
+        "window = SlidingWindow(self.window - 1, None)",
+        "window = SlidingWindow(self.window, None)",
         ("test_cache.py any_split_is_the_whole and dot-ring",),
     ),
     Fault(

@@ -230,8 +230,8 @@ LAYERS = [
     ("an initialiser by name", lambda g: MHA(num_heads=N, kernel_init="glorot_uniform").init(RNG, g.x), TypeError,
      "such as jax.nn.initializers.glorot_uniform(); got 'glorot_uniform'."),
     ("a prompt longer than the cache", lambda g: CACHE.append(zeros(B, 5, K, D), zeros(B, 5, K, D)), ValueError,
-     "the cache holds 4 tokens; with those appended it would be 5. Create it with a larger capacity, or with a "
-     "window."),
+     "the capacity of the cache is 4 tokens; appending these tokens needs 5. Create the cache with a larger capacity, "
+     "or with a window."),
     ("a cache of ints", lambda g: attnlib.KVCache.create((B,), 4, K, D, dtype=jnp.int32), ValueError,
      "dtype must be one of float32, bfloat16, float16, int8; got int32."),
     ("heads before tokens, in a cache", lambda g: CACHE.append(zeros(B, K, 1, D), zeros(B, K, 1, D)), ValueError,
