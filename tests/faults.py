@@ -349,7 +349,7 @@ FAULTS = [
     ),
     Fault(
         "key-mask",  # a layer ignores key_mask
-        'parts.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))',
+        'masks.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))',
         "pass",
         ("test_layers.py masks_combine or padding_may_hold",),
     ),
@@ -398,8 +398,8 @@ FAULTS = [
     ),
     Fault(
         "keras-swap",  # key and value of Keras are swapped
-        'return to_jax(nested(_renamed(entries, OUT, "out")))',
-        'made = to_jax(nested(_renamed(entries, OUT, "out")))\n'
+        'return to_jax(unflatten(_rename(entries, OUT, "out")))',
+        'made = to_jax(unflatten(_rename(entries, OUT, "out")))\n'
         '        return made | {"key": made["value"], "value": made["key"]}',
         ("test_convert.py keras_multi_head and bias]",),
     ),

@@ -243,10 +243,10 @@ LAYERS = [
      ValueError, 'decode=True needs a cache, which init creates for an input of the greatest length: cache = '
      'layer.init(rng, longest)["cache"].'),
     ("a state dict of a whole model", lambda g: convert.from_torch({f"attn.{n}": a for n, a in TORCH.items()}, N),
-     ValueError, "unexpected: attn.in_proj_weight", "Pass prefix='attn', a layer of these names."),
+     ValueError, "unexpected: attn.in_proj_weight", "Pass prefix='attn', a layer with these names."),
     ("a state dict of PyTorch for Flax'", lambda g: convert.from_flax(TORCH), ValueError,
      "the entries do not fit a multi-head layer of Flax:", "missing: query/kernel, expected (C, N, D)",
-     "A torch.nn.MultiheadAttention has these names: attnlib.convert.from_torch(state_dict, num_heads)."),
+     "A torch.nn.MultiheadAttention has these names: use attnlib.convert.from_torch(state_dict, num_heads)."),
     ("variables for the parameters of Flax", lambda g: convert.from_flax({"params": GIVEN.params}), ValueError,
      'Pass what is under "params": variables["params"].'),
 ]  # fmt: skip
