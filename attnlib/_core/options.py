@@ -1,7 +1,7 @@
-"""The options of every attention function, stated once: names, types, defaults, documentation.
+"""The options of every attention function: names, types, defaults and documentation.
 
 A new option is a field of `Options`, a key of one of the dictionaries, a check in `_engine/call.py`, and an entry in
-`supports` of each implementation that computes it: all others refuse it by name.
+`supports` of each implementation that computes it. All other implementations refuse it by name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-# What type checkers see, in the parts that functions take.
+# Types of the options for type checkers, grouped by the functions that take them.
 
 
 class MaskOptions(TypedDict, total=False):
@@ -130,7 +130,7 @@ class AttentionOptions(SharedOptions, ResultOptions, total=False):
     """All options."""
 
 
-# What the library passes on.
+# Values of the options.
 
 
 def _option(default: Any, doc: str, *, static: bool = True, resolved: bool = False) -> Any:
@@ -144,79 +144,82 @@ _traced = functools.partial(_option, static=False)
 @register_of_one_kind
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Options:
-    """The options of one call, as given or checked. Static ones decide the program; the others may be traced.
+    """The options of one call.
 
-    Metadata of a field: `static`; `resolved`, which implementations never see, because the engine turns the option
-    into another one or decides by it alone; `doc`.
+    Metadata of a field: `static` options decide the program, the others may be traced; `resolved` options never reach
+    an implementation, because the engine replaces or uses them first; `doc` is the documentation.
     """
 
     mask: BoolMask | Mask | None = _traced(
         None,
-        """bool, True = attend, of the weights' rank `(*batch, N, *query axes, *key axes)` with ones where it
-        broadcasts, or of rank at most the number of query and key axes; or a `masks.Mask`. Default: all attend all. A
-        mask that leaves a query nothing, as one with False = attend may, is no error: its lse is -inf. Of real keys,
-        `(B, S)`, write `masks.KeyPadding(mask)`: where B is T the array itself passes for `(T, S)`.""",
+        """bool, True = attend, of the weights' rank `(*batch, N, *query axes, *key axes)` with ones to broadcast, or
+        of rank at most the number of query and key axes; or a `masks.Mask`. Default: all pairs attend. A fully masked
+        query is not an error; its lse is -inf. Pass a padding mask `(B, S)` as `masks.KeyPadding(mask)`: if B equals
+        T, the array itself is read as `(T, S)`.""",
     )
     bias: Bias | None = _traced(None, "added to the scaled logits; shapes as for mask. Differentiable.")
     is_causal: bool = _option(
-        False, "also mask keys after the query (flat row-major positions, aligned at the first ones).", resolved=True
+        False, "whether to mask keys after the query (flat row-major positions, aligned at 0).", resolved=True
     )
     attention_axes: int | Sequence[int] | None = _option(
         None,
         """the axes attended over, numbered in query, key and value as passed (the last sequence axis is -3). Default:
-        every axis but the first, heads and features; for rank 3 (no batch axis) the first.""",
+        all axes except the first, heads and features; for rank 3 (no batch axis) the first.""",
         resolved=True,
     )
     dropout_rate: float = _option(
-        0.0, "fraction of weights to drop after softmax, in [0, 1); the rest is scaled by 1 / (1 - rate)."
+        0.0, "fraction of weights to drop after softmax, in [0, 1); the others are scaled by 1 / (1 - rate)."
     )
-    dropout_rng: Rng | None = _traced(None, "a JAX random key; needed where dropout_rate > 0.", resolved=True)
+    dropout_rng: Rng | None = _traced(None, "a JAX random key; required if dropout_rate > 0.", resolved=True)
     logits_soft_cap: float | None = _option(
-        None, "c replaces logits x (after bias) by c * tanh(x / c); positive. Default: none."
+        None, "a positive number c: replaces logits x (after bias) by c * tanh(x / c). Default: none."
     )
     score_mod: ScoreMod | None = _traced(
         None,
         """`score_mod(logit, batch, head, query_position, key_position) -> logit`, all scalars, applied to every logit
-        after bias and soft cap (batch: a tuple unless there is one batch axis; positions: tuples where there are
-        several attention axes). Arrays that it captures are traced and differentiable. See `attnlib.modifiers`.""",
+        after bias and soft cap. batch is a tuple unless there is one batch axis; positions are tuples if there are
+        several attention axes. Captured arrays are traced and differentiable. See `attnlib.modifiers`.""",
     )
     sink: float | Array | None = _traced(
         None,
-        """scalar or `(N,)`, the logit of one more key that has no value: it takes a share of every row's weight, and
-        counts in the lse. Differentiable; 0 gives softmax-off-by-one. Default: none.""",
+        """scalar or `(N,)`, the logit of one more key without a value, which takes a share of the weight of every row
+        and contributes to the lse. Differentiable; 0 gives softmax-off-by-one. Default: none.""",
     )
     query_positions: Array | None = _traced(
         None,
-        """ints `(*batch, length)` or `(length,)`, with one attention axis: the positions of queries that masks of
-        positions, is_causal and score_mod see; what has one below 0 is left out. Default: 0, 1, 2...""",
+        """ints `(*batch, length)` or `(length,)`, with one attention axis: positions of the queries for masks,
+        is_causal and score_mod. Queries at negative positions attend nothing. Default: 0, 1, 2...""",
         resolved=True,
     )
-    key_positions: Array | None = _traced(None, "likewise those of keys.", resolved=True)
-    return_weights: bool = _option(False, "also return the weights that were used (after dropout).")
-    return_lse: bool = _option(False, "also return the log-sum-exp of the logits over the keys.")
+    key_positions: Array | None = _traced(
+        None, "positions of the keys, likewise. No query attends keys at negative positions.", resolved=True
+    )
+    return_weights: bool = _option(False, "whether to return the weights (after dropout) too.")
+    return_lse: bool = _option(False, "whether to return the log-sum-exp of the logits over the keys too.")
     implementation: str | Sequence[str] | None = _option(
         None,
         """"blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), "cudnn" (the fused
-        kernel of NVIDIA GPUs, for half-precision operands and causal masks, windows and lengths), or several to try in
-        order; default: cudnn on a GPU where it can, else chosen by size, see `attnlib.explain`.""",
+        kernel of NVIDIA GPUs, for half-precision operands and causal masks, windows and lengths), or several names in
+        order of preference. Default: cudnn on a GPU if it supports the call, otherwise by size; see
+        `attnlib.explain`.""",
         resolved=True,
     )
     block_sizes: tuple[int, int] | None = _option(
-        None, """(queries, keys) of a tile of "blockwise"; default: chosen."""
+        None, """(queries, keys) of a tile of "blockwise"; default: by size."""
     )
-    precision: Any = _option(None, "of matrix products, as in `jax.lax.Precision`.")
+    precision: Any = _option(None, "precision of matrix products, as in `jax.lax.Precision`.")
 
-    def __init__(self, **given: Unpack[AttentionOptions]) -> None:
-        vars(self).update(_DEFAULTS, **given)  # at once: this is on the way of each call
+    def __init__(self, **options: Unpack[AttentionOptions]) -> None:
+        vars(self).update(_DEFAULTS, **options)  # faster than a frozen dataclass, in every call
 
     def replace(self, **changes: Any) -> Options:
-        """These options, some of them changed."""
-        made = object.__new__(Options)
-        vars(made).update(vars(self), **changes)
-        return made
+        """A copy with some options changed."""
+        copy = object.__new__(Options)
+        vars(copy).update(vars(self), **changes)
+        return copy
 
     def to_support(self) -> tuple[str, ...]:
-        """The names of the options that are set and that an implementation has to support."""
+        """The names of the options that are set and that an implementation must support."""
         return tuple(
             name
             for name, option in FIELDS.items()
@@ -232,7 +235,7 @@ def _is_set(value: Any, option: dataclasses.Field[Any]) -> bool:
     return value is not None and (not option.metadata["static"] or value != option.default)
 
 
-# What users see.
+# Signatures and docstrings.
 
 
 def shows_options(without: Collection[str] = ()) -> Callable[[F], F]:
