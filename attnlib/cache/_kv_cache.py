@@ -109,17 +109,17 @@ class KVCache:
         if not isinstance(batch_shape, Sequence) or isinstance(batch_shape, str):
             raise TypeError(f"batch_shape must be a sequence of ints, (2,) for two sequences; got {batch_shape!r}.")
         batch = tuple(check_size(size, "each size of batch_shape", 0) for size in batch_shape)
-        lead = (*batch, check_size(capacity, "capacity", 1), check_size(num_kv_heads, "num_kv_heads", 1))
+        leading_shape = (*batch, check_size(capacity, "capacity", 1), check_size(num_kv_heads, "num_kv_heads", 1))
         key_dim = check_size(key_dim, "key_dim", 0)
         value_dim = key_dim if value_dim is None else check_size(value_dim, "value_dim", 0)
-        dtype = _storage.dtype(dtype)
-        if window is not None and check_size(window, "window", 1) > lead[-2]:
+        dtype = _storage.check_dtype(dtype)
+        if window is not None and check_size(window, "window", 1) > leading_shape[-2]:
             raise ValueError(
                 f"capacity must be at least the window, which a query attends; got capacity={capacity} and "
                 f"window={window}."
             )
         check_bool(ragged, "ragged")
-        storage = _storage.empty_storage(lead, key_dim, value_dim, dtype)
+        storage = _storage.empty_storage(leading_shape, key_dim, value_dim, dtype)
         window = None if window is None else operator.index(window)
         return cls(**storage._asdict(), length=jnp.zeros(batch if ragged else (), jnp.int32), window=window)
 

@@ -25,8 +25,8 @@ class StoredKeyValue(NamedTuple):
     value_scale: Any
 
 
-def dtype(value: Any) -> Any:
-    """The dtype of a cache, checked."""
+def check_dtype(value: Any) -> Any:
+    """The dtype of a cache."""
     try:
         result = jnp.dtype(value)
     except (TypeError, ValueError) as error:
@@ -36,9 +36,11 @@ def dtype(value: Any) -> Any:
     return result
 
 
-def empty_storage(lead: tuple[int, ...], key_dim: int, value_dim: int, dtype: Any) -> StoredKeyValue:
-    scales = [jnp.zeros((*lead, 1), jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
-    return StoredKeyValue(jnp.zeros((*lead, key_dim), dtype), jnp.zeros((*lead, value_dim), dtype), *scales)
+def empty_storage(leading_shape: tuple[int, ...], key_dim: int, value_dim: int, dtype: Any) -> StoredKeyValue:
+    scales = [jnp.zeros((*leading_shape, 1), jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
+    return StoredKeyValue(
+        jnp.zeros((*leading_shape, key_dim), dtype), jnp.zeros((*leading_shape, value_dim), dtype), *scales
+    )
 
 
 def quantize_like(key: jax.Array, value: jax.Array, like: StoredKeyValue) -> StoredKeyValue:
