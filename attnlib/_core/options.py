@@ -154,8 +154,8 @@ class Options:
         None,
         """bool, True = attend, of the weights' rank `(*batch, N, *query axes, *key axes)` with ones to broadcast, or
         of rank at most the number of query and key axes; or a `masks.Mask`. Default: all pairs attend. A fully masked
-        query is not an error; its lse is -inf. Pass a padding mask `(B, S)` as `masks.KeyPadding(mask)`: if B equals
-        T, the array itself is read as `(T, S)`.""",
+        query is not an error; its output is 0 and its lse -inf. Pass a padding mask `(B, S)` as
+        `masks.KeyPadding(mask)`: if B equals T, the array itself is read as `(T, S)`.""",
     )
     bias: Bias | None = _traced(None, "added to the scaled logits; shapes as for mask. Differentiable.")
     is_causal: bool = _option(
@@ -210,7 +210,7 @@ class Options:
     precision: Any = _option(None, "precision of matrix products, as in `jax.lax.Precision`.")
 
     def __init__(self, **options: Unpack[AttentionOptions]) -> None:
-        vars(self).update(_DEFAULTS, **options)  # faster than a frozen dataclass, in every call
+        vars(self).update(_DEFAULTS, **options)  # every call comes here: setting fields one by one is slower
 
     def replace(self, **changes: Any) -> Options:
         """A copy with some options changed."""

@@ -156,7 +156,7 @@ class KVCache:
         >>> cache.append(jnp.ones((2, 3, 1, 4)), jnp.ones((2, 3, 1, 4)), jnp.array([3, 1])).length.tolist()
         [3, 1]
         """
-        key, value = self._tokens(key, "key", attention_axes), self._tokens(value, "value", attention_axes)
+        key, value = self._check_tokens(key, "key", attention_axes), self._check_tokens(value, "value", attention_axes)
         num_valid = self._num_valid(lengths, common_token_count(key=key, value=value))
         self._check_capacity(num_valid, key.shape[-3])
         return self._write(_storage.quantize_like(key, value, self._arrays), num_valid)
@@ -258,7 +258,7 @@ class KVCache:
         >>> output.shape, cache.key.shape, int(cache.length)
         ((2, 7, 1, 4), (2, 3, 1, 4), 7)
         """
-        key, value = self._tokens(key, "key", attention_axes), self._tokens(value, "value", attention_axes)
+        key, value = self._check_tokens(key, "key", attention_axes), self._check_tokens(value, "value", attention_axes)
         query, axis = canonical_tokens(query, "query", self.key.ndim, attention_axes)
         num_new = common_token_count(query=query, key=key, value=value)
         num_valid = self._num_valid(lengths, num_new)
@@ -320,7 +320,7 @@ class KVCache:
             return jnp.where(slots <= newest, slots, -1)
         return newest - (newest - slots) % self.capacity
 
-    def _tokens(self, array: Any, name: str, attention_axes: Any) -> jax.Array:
+    def _check_tokens(self, array: Any, name: str, attention_axes: Any) -> jax.Array:
         """New keys or values, with the shape of the cache apart from the number of tokens."""
         array, _ = canonical_tokens(array, name, self.key.ndim, attention_axes)
         *batch, _, heads, features = getattr(self, name).shape

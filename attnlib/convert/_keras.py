@@ -58,11 +58,11 @@ def from_keras(
     if isinstance(layer, (str, os.PathLike)):
         if path is None:
             raise ValueError("path must name the layer in the file: from_keras(file, path).")
-        kind, entries = _from_file(os.fspath(layer), path, score_mode)
+        kind, entries = _entries_of_file(os.fspath(layer), path, score_mode)
     elif path is not None or score_mode is not None:
         raise ValueError("path and score_mode are for a file; leave them None for a layer.")
     else:
-        kind, entries = _from_layer(layer)
+        kind, entries = _entries_of_layer(layer)
     if kind == "multi-head":
         _check_multi_head(entries, "the entries do not fit Keras' MultiHeadAttention or GroupQueryAttention")
         return to_jax(unflatten(_rename(entries, OUT, "out")))
@@ -96,7 +96,7 @@ def to_keras(params: Mapping[str, Any], layer: Any = None) -> list[np.ndarray]:
     """
     entries = _rename(flatten(params), "out", OUT)
     if layer is not None:
-        expected = {name: np.shape(value) for name, value in _from_layer(layer)[1].items()}
+        expected = {name: np.shape(value) for name, value in _entries_of_layer(layer)[1].items()}
         check_shapes(entries, expected, f"the parameters do not fit {layer.name}")
         arrays = [to_numpy(entries[name]) for name in expected]
         layer.set_weights(arrays)
@@ -121,7 +121,7 @@ def _rename(entries: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     return {re.sub(rf"^{old}(?=/|$)", new, name): array for name, array in entries.items()}
 
 
-def _from_layer(layer: Any) -> tuple[str, dict[str, Any]]:
+def _entries_of_layer(layer: Any) -> tuple[str, dict[str, Any]]:
     """("multi-head" or the class name, the weights of a layer by their names in Keras, in Keras' order)."""
     names = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.split(".")[0] in ("keras", "tf_keras")}
     if not names & (MULTI_HEAD | SINGLE_HEAD) or not hasattr(layer, "weights"):
@@ -143,7 +143,7 @@ def _from_layer(layer: Any) -> tuple[str, dict[str, Any]]:
 # in files of newer versions the name of the layer.
 
 
-def _from_file(file: str, path: str, score_mode: str | None) -> tuple[str, dict[str, Any]]:
+def _entries_of_file(file: str, path: str, score_mode: str | None) -> tuple[str, dict[str, Any]]:
     import h5py
 
     if zipfile.is_zipfile(file):
@@ -152,14 +152,14 @@ def _from_file(file: str, path: str, score_mode: str | None) -> tuple[str, dict[
     else:
         source = file
     with h5py.File(source, "r") as root:
-        group = _group(root, path, file)
+        group = _find_group(root, path, file)
         attributes = {name.lstrip("_"): name for name in group}  # the names of attributes of the Keras layer
         if "query_dense" in attributes:
             entries: dict[str, Any] = {}
             for part in ("query", "key", "gate", "value", "output"):
                 name = attributes.get(f"{part}_dense")
                 if name is not None:
-                    entries |= _variables(group[name], OUT if part == "output" else part, ("kernel", "bias"))
+                    entries |= _read_arrays(group[name], OUT if part == "output" else part, ("kernel", "bias"))
             return "multi-head", entries
         inner = sorted(set(group) - {"vars", "seed_generator"})
         if inner:
@@ -170,7 +170,7 @@ def _from_file(file: str, path: str, score_mode: str | None) -> tuple[str, dict[
 def _single_head_entries(group: Any, path: str, score_mode: str | None) -> dict[str, Any]:
     if score_mode not in (None, "dot", "concat"):
         raise ValueError(f'score_mode must be None, "dot" or "concat"; got {score_mode!r}.')
-    entries = _variables(group, "", SCALARS)
+    entries = _read_arrays(group, "", SCALARS)
     if [array.shape for array in entries.values()] != [()]:
         return entries
     if score_mode is None:
@@ -181,7 +181,7 @@ def _single_head_entries(group: Any, path: str, score_mode: str | None) -> dict[
     return {"scale" if score_mode == "dot" else "concat_score_weight": entries["scale"]}
 
 
-def _variables(group: Any, part: str, names: tuple[str, ...]) -> dict[str, Any]:
+def _read_arrays(group: Any, part: str, names: tuple[str, ...]) -> dict[str, Any]:
     """The arrays of a layer by name. Arrays beyond `names` are named by their number."""
     entries = {}
     for number in sorted(group.get("vars", {}), key=int):
@@ -192,7 +192,7 @@ def _variables(group: Any, part: str, names: tuple[str, ...]) -> dict[str, Any]:
     return entries
 
 
-def _group(root: Any, path: str, file: str) -> Any:
+def _find_group(root: Any, path: str, file: str) -> Any:
     """The group of a layer, found by the path of the group or by the name of the layer."""
     import h5py
 

@@ -49,9 +49,9 @@ def check_shapes(
     for name, shape in expected.items():
         target = _substitute(shape, values)
         if name not in entries:
-            lines.append(f"missing: {prefix}{name}, expected {_text(target)}")
+            lines.append(f"missing: {prefix}{name}, expected {_format_shape(target)}")
         elif np.shape(entries[name]) != target:
-            lines.append(f"misshapen: {prefix}{name}, expected {_text(target)}, got {np.shape(entries[name])}")
+            lines.append(f"misshapen: {prefix}{name}, expected {_format_shape(target)}, got {np.shape(entries[name])}")
     unexpected = [name for name in entries if name not in expected]
     lines += [f"unexpected: {prefix}{name}, got {np.shape(entries[name])}" for name in unexpected]
     if not lines and values.get("N", 0) % max(values.get("K", 1), 1):
@@ -111,5 +111,5 @@ def _substitute(shape: Sequence[int | str], sizes: Sizes) -> tuple[int | str, ..
     return tuple(dims)
 
 
-def _text(shape: tuple[int | str, ...]) -> str:
+def _format_shape(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"

@@ -137,9 +137,8 @@ def to_state_dict(
     biases = {"query/bias": ("N", "D"), "key/bias": ("K", "D"), "value/bias": ("K", value_dim)}
     groups = [biases] if fused else [{name: shape} for name, shape in biases.items()]
     used = expected_entries(entries, kernels, *groups, {"out/bias": ("O",)})
-    sizes = check_shapes(
-        entries, used, f"the parameters do not fit {'one fused layer' if fused else 'linear layers'} of qkv"
-    )
+    layers = "one fused layer" if fused else "linear layers"
+    sizes = check_shapes(entries, used, f"the parameters do not fit {layers} of qkv")
     layout = _QkvLayout(sizes["N"], sizes["K"], qkv, inputs_first, interleaved)
     state_dict = {}
     for name in layout.outputs:

@@ -23,10 +23,7 @@ LOCALES = (
 ).split()
 NAMED_FORMATS = ("medium", "long", "full")
 SKELETONS = ("yMMMd", "yMMMEd", "yMMMMd", "yMMMMEEEEd")  # with or without a weekday, in the order of the locale
-FIRST_DATE, LAST_DATE = (
-    datetime.date(1600, 1, 1),
-    datetime.date(2399, 12, 31),
-)  # two cycles of 400 years
+FIRST_DATE, LAST_DATE = datetime.date(1600, 1, 1), datetime.date(2399, 12, 31)  # two cycles of 400 years
 HELD_OUT_DATES = 20_000  # of 292,194
 
 PADDING, UNKNOWN = 0, 1  # codes without a character

@@ -170,9 +170,7 @@ class HeadDimensions:
             specs["score"] = ParameterSpec("scale", (self.num_heads, self.key_dim), init)
         elif check_bool(use_scale, "use_scale"):
             if isinstance(score, Score):
-                raise ValueError(
-                    f'use_scale is for score="dot"; a {type(score).__name__} score has its own parameters.'
-                )
+                raise ValueError(f'use_scale is for score="dot"; {type(score).__name__} has its own parameters.')
             init = jax.nn.initializers.constant(self.key_dim**-0.5) if scale_init is None else scale_init
             specs["score"] = ParameterSpec("scale", (self.num_heads,), init)
         if normalization(normalize_qk):

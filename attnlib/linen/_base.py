@@ -111,7 +111,7 @@ class AttentionModule(nn.Module):
 
         Returns:
           output `(*query's leading axes, *output_shape)`, or (output, weights) with weights
-          `(*batch, N, *query axes, *key axes)`. Layers without heads return E features of the value.
+          `(*batch, N, *query axes, *key axes)`. The output of layers without heads has the features of the value.
         """
         operands = query, *default_operands(query, key, value)
         return_weights = check_bool(options.get("return_weights", False), "return_weights")
@@ -147,7 +147,10 @@ class AttentionModule(nn.Module):
 
 
 def explains_errors(module: Kind) -> Kind:
-    """A decorator of a module class: errors of its constructor and of its call say what to write instead."""
+    """A decorator of a module class: errors of its constructor and of its call say what to write instead.
+
+    It is a decorator because Flax makes the constructor, and wraps the call, when the class is defined.
+    """
     name, constructor, call = module.__name__, module.__init__, module.__call__
     fields, arguments = inspect.signature(module).parameters, inspect.signature(call).parameters
     suggesting = suggests_arguments(call, fields, f"as a field, {name}(...)", f"the call of {name}")

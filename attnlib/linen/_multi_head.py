@@ -154,7 +154,7 @@ class MultiHeadAttention(AttentionModule):
     ) -> Any:
         if self.decode:
             self._check_decoding(key, value, options)
-            options |= {"query_positions": self._positions(query), "attend": self._decode}
+            options |= {"query_positions": self._query_positions(query), "attend": self._decode}
         if options.get("logits_soft_cap") is None:
             options["logits_soft_cap"] = self.logits_soft_cap
         if options.get("score_mod") is None:
@@ -194,7 +194,7 @@ class MultiHeadAttention(AttentionModule):
         if any(options.get(name) is not None for name in ("query_positions", "key_positions")):
             raise ValueError("decode=True takes no positions: the cache determines the positions of its tokens.")
 
-    def _positions(self, query: Array) -> jax.Array | None:
+    def _query_positions(self, query: Array) -> jax.Array | None:
         """Positions of the query's tokens, or None in `init`, which creates the cache."""
         axes = module_axes(self.attention_axes, query)
         if len(axes.attention) != 1:

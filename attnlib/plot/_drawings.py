@@ -61,16 +61,16 @@ def attention_map(
       >>> axes.get_xlabel()
       'key'
     """
-    grid = _panels.weights(weights, ranks=(2, 3), expected="(queries, keys) or (heads, queries, keys)")
+    grid = _panels.check_weights(weights, ranks=(2, 3), expected="(queries, keys) or (heads, queries, keys)")
     queries, keys = grid.shape[-2:]
     _panels.check_tokens("query_tokens", query_tokens, queries)
     _panels.check_tokens("key_tokens", key_tokens, keys)
     panels = grid.reshape(-1, queries, keys)
     sides = (keys, key_tokens), (queries, query_tokens)
-    size = [_panels.inches(count, len(panels), tokens is not None) for count, tokens in sides]
-    axes = _panels.panels(ax, len(panels), size=(size[0], size[1]))
+    size = [_panels.panel_inches(count, len(panels), tokens is not None) for count, tokens in sides]
+    axes = _panels.make_panels(ax, len(panels), size=(size[0], size[1]))
     for panel, one_ax in zip(panels, axes, strict=True):
-        drawn = one_ax.imshow(panel, cmap=WEIGHT_COLORS, aspect="auto", **_panels.scale(grid))
+        drawn = one_ax.imshow(panel, cmap=WEIGHT_COLORS, aspect="auto", **_panels.color_scale(grid))
         _panels.label_axis(one_ax.xaxis, key_tokens, "key")
         _panels.label_axis(one_ax.yaxis, query_tokens, "query")
     return _panels.finish(axes, drawn, panel_name="head" if grid.ndim == 3 else None, title=title)
@@ -114,14 +114,14 @@ def attention_over_image(
     if picture.ndim not in (2, 3) or 0 in picture.shape:
         raise ValueError(f"image: expected (H, W) or (H, W, colours), got shape {picture.shape}; pass one image")
     expected = "(h, w) or (heads, h, w), or the weights of all queries together with query=(row, column)"
-    grid = _panels.weights(weights, ranks=(2, 3) if query is None else (2, 3, 4, 5), expected=expected)
+    grid = _panels.check_weights(weights, ranks=(2, 3) if query is None else (2, 3, 4, 5), expected=expected)
     query_grid = grid.shape[-2:] if grid.ndim < 4 else grid.shape[-4:-2]
     grid = _select_query(grid, query, query_grid, "row and column")
     height, width = picture.shape[:2]
     panels = grid.reshape(-1, *grid.shape[-2:])
-    axes = _panels.panels(ax, len(panels), size=(3.0, 3.0 * min(height / width, 2)))
+    axes = _panels.make_panels(ax, len(panels), size=(3.0, 3.0 * min(height / width, 2)))
     for panel, one_ax in zip(panels, axes, strict=True):
-        drawn = _draw_over(one_ax, picture, panel, _panels.scale(grid), {})
+        drawn = _draw_over(one_ax, picture, panel, _panels.color_scale(grid), {})
         if query is not None:
             one_ax.add_patch(_frame(query, (height / query_grid[0], width / query_grid[1])))
     return _panels.finish(axes, drawn, panel_name="head" if grid.ndim == 3 else None, title=title)
@@ -163,17 +163,17 @@ def attention_over_frames(
     if pictures.ndim not in (3, 4) or 0 in pictures.shape:
         raise ValueError(f"frames: expected (F, H, W) or (F, H, W, colours), got shape {pictures.shape}")
     expected = "(frames, h, w), or the weights of all queries together with query=(frame, row, column)"
-    grid = _panels.weights(weights, ranks=(3,) if query is None else (3, 6), expected=expected)
+    grid = _panels.check_weights(weights, ranks=(3,) if query is None else (3, 6), expected=expected)
     query_grid = grid.shape[:3]
     grid = _select_query(grid, query, query_grid, "frame, row and column")
     if len(grid) != len(pictures):
         raise ValueError(f"weights: expected {len(pictures)} frames as in frames, got {len(grid)}")
     height, width = pictures.shape[1:3]
-    axes = _panels.panels(ax, len(pictures), size=(2.4, 2.4 * min(height / width, 2)))
+    axes = _panels.make_panels(ax, len(pictures), size=(2.4, 2.4 * min(height / width, 2)))
     for frame, (one_ax, picture, panel) in enumerate(zip(axes, pictures, grid, strict=True)):
         # A common range, so that dark frames stay dark.
         shades = {} if picture.ndim == 3 else dict(vmin=pictures.min(), vmax=pictures.max())
-        drawn = _draw_over(one_ax, picture, panel, _panels.scale(grid), shades)
+        drawn = _draw_over(one_ax, picture, panel, _panels.color_scale(grid), shades)
         if query is not None and query[0] == frame:
             one_ax.add_patch(_frame(query[1:], (height / query_grid[1], width / query_grid[2])))
     _panels.finish(axes, drawn, panel_name="frame", title=title)
@@ -220,7 +220,7 @@ def costs(
     for name, points in measured.items():
         if not points or not all(x > 0 and y > 0 and np.isfinite([x, y]).all() for x, y in points.items()):
             raise ValueError(f"measured[{name!r}]: expected positive numbers by positive sizes, got {dict(points)}")
-    (one_ax,) = _panels.panels(ax, 1, size=(5.2, 3.4))
+    (one_ax,) = _panels.make_panels(ax, 1, size=(5.2, 3.4))
     for (name, points), (color, marker) in zip(measured.items(), CURVES, strict=False):
         one_ax.plot(*zip(*sorted(points.items()), strict=True), color=color, marker=marker, label=name)
     one_ax.set_xscale("log", base=2)
@@ -279,7 +279,9 @@ def mask(
     leading = allowed.shape[: allowed.ndim - len(query_sizes) - len(key_sizes)]
     panels = allowed.reshape(-1, np.prod(query_sizes), np.prod(key_sizes))
     count, queries, keys = panels.shape
-    axes = _panels.panels(ax, count, size=(_panels.inches(keys, count), _panels.inches(queries, count)))
+    axes = _panels.make_panels(
+        ax, count, size=(_panels.panel_inches(keys, count), _panels.panel_inches(queries, count))
+    )
     block_sizes = check_block_sizes(block_sizes)
     skipped = None if block_sizes is None else _skipped(mask, query_sizes, key_sizes, block_sizes)
     for panel, one_ax, index in zip(panels, axes, np.ndindex(leading), strict=True):

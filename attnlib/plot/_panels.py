@@ -27,7 +27,7 @@ def matplotlib(module: str) -> Any:
         raise ImportError('attnlib.plot needs matplotlib: pip install "attnlib[notebooks]"') from error
 
 
-def weights(weights: ArrayLike, *, ranks: tuple[int, ...], expected: str) -> np.ndarray:
+def check_weights(weights: ArrayLike, *, ranks: tuple[int, ...], expected: str) -> np.ndarray:
     """The weights in float32 (matplotlib cannot draw bfloat16), after a check of their shape."""
     grid = np.asarray(weights).astype(np.float32)
     if grid.ndim not in ranks or 0 in grid.shape:
@@ -40,7 +40,7 @@ def check_tokens(name: str, tokens: Sequence[str] | None, expected: int) -> None
         raise ValueError(f"{name}: expected {expected} tokens to match the weights, got {len(tokens)}")
 
 
-def panels(ax: Any, count: int, *, size: tuple[float, float]) -> np.ndarray:
+def make_panels(ax: Any, count: int, *, size: tuple[float, float]) -> np.ndarray:
     """`count` Axes: those in `ax`, or new Axes of about `size` inches."""
     if ax is not None:
         axes = np.ravel(np.asarray(ax, dtype=object))
@@ -57,12 +57,12 @@ def panels(ax: Any, count: int, *, size: tuple[float, float]) -> np.ndarray:
     return axes.ravel()[:count]
 
 
-def inches(cells: int, panels: int, has_tokens: bool = True) -> float:
+def panel_inches(cells: int, panels: int, has_tokens: bool = True) -> float:
     """The extent of a panel with this number of rows or columns, including its labels."""
     return float(np.clip(CELL_INCHES * cells, 1.5, 10 if panels == 1 else 5 if has_tokens else 2.4)) + 0.9
 
 
-def scale(grid: np.ndarray) -> dict[str, Any]:
+def color_scale(grid: np.ndarray) -> dict[str, Any]:
     """The colour scale of all panels: from zero to the largest weight, or to 1 if all weights are zero."""
     return {"vmin": 0.0, "vmax": float(np.nanmax(grid)) or 1.0, "interpolation": "nearest"}
 
