@@ -37,11 +37,11 @@ def from_flax(params: Any) -> dict[str, dict[str, jax.Array]]:
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, attnlib
-      >>> x, theirs = jnp.ones((2, 5, 8)), nn.MultiHeadDotProductAttention(num_heads=2, normalize_qk=True)
-      >>> variables = theirs.init(jax.random.key(0), x)
+      >>> x, layer = jnp.ones((2, 5, 8)), nn.MultiHeadDotProductAttention(num_heads=2, normalize_qk=True)
+      >>> variables = layer.init(jax.random.key(0), x)
       >>> params = attnlib.convert.from_flax(variables["params"])
       >>> output = attnlib.multi_head_attention(params, x, normalize_qk="layer")
-      >>> bool(jnp.allclose(output, theirs.apply(variables, x), atol=1e-5))
+      >>> bool(jnp.allclose(output, layer.apply(variables, x), atol=1e-5))
       True
     """
     entries = flatten(_pure_params(params))
