@@ -1,4 +1,4 @@
-"""`attention_fn` for Flax's own multi-head modules: their projections, attnlib's attention."""
+"""`attention_fn` for the multi-head modules of Flax: their projections around attnlib's attention."""
 
 from __future__ import annotations
 
@@ -37,39 +37,39 @@ def attention_fn(
 ) -> jax.Array:
     """Drop-in `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
-    It takes all that those modules pass and computes the same with attnlib, in memory linear in the lengths; but a
-    query that may attend nothing gives zeros, where Flax gives the mean of all values. Other options of
-    `attnlib.dot_product_attention` are fields of `attnlib.MultiHeadAttention`.
+    It takes the arguments of these modules and returns the same output, in memory linear in the lengths. Only a fully
+    masked query differs: its output is zero, and in Flax the mean of all values. `attnlib.MultiHeadAttention` has the
+    other options of `attnlib.dot_product_attention`.
 
     Args:
       query: `(*batch, T, N, D)`.
       key: `(*batch, S, K, D)`, K dividing N.
       value: `(*batch, S, K, E)`.
       bias: broadcastable to `(*batch, N, T, S)`, added to the logits.
-      mask: likewise; True or not zero = attend, as `flax.linen.make_causal_mask` and its like give.
-      broadcast_dropout: Flax's default, the same weights dropped for all batch indices and heads, is refused where
-        there is dropout: set it to False in the module.
-      dropout_rng: a JAX random key; needed where weights are dropped.
+      mask: broadcastable to `(*batch, N, T, S)`; True or nonzero = attend, as in `flax.linen.make_causal_mask`.
+      broadcast_dropout: must be False with dropout. Flax's default True drops the same weights for all batch indices
+        and heads.
+      dropout_rng: a JAX random key; required with dropout.
       dropout_rate: fraction of weights to drop, unless `deterministic`.
-      deterministic: whether to drop nothing.
-      dtype: of the computation; default: what query, key and value promote to.
-      precision: of matrix products, as in `jax.lax.Precision`.
-      module: where to sow the weights, which are square, as "attention_weights" in "intermediates": those that were
-        used, after dropout (Flax's: before); default: nowhere.
-      force_fp32_for_softmax: taken, and always so.
-      einsum_dot_general: refused: products are the engine's own.
+      deterministic: whether dropout is off.
+      dtype: dtype of the computation; default: promoted from query, key and value.
+      precision: precision of matrix products, as in `jax.lax.Precision`.
+      module: the module that sows the weights `(*batch, N, T, S)` into "intermediates" as "attention_weights", after
+        dropout (in Flax before dropout); default: none.
+      force_fp32_for_softmax: ignored; softmax is in float32 at least.
+      einsum_dot_general: refused: the engine computes its matrix products itself.
       qk_attn_weights_einsum: refused likewise.
       attn_weights_value_einsum: refused likewise.
-      promote_dtype: how `flax.nnx` promotes query, key and value together; default: as `flax.linen` does.
-      is_causal: a query attends no later key.
-      implementation: as for `attnlib.dot_product_attention`; to set it, pass `functools.partial(attention_fn, ...)`.
-      input_positions: of `flax.nnx`, for rotary embedding; refused, since nothing is turned here.
+      promote_dtype: the function that promotes query, key and value in `flax.nnx`; default: as in `flax.linen`.
+      is_causal: whether to mask keys after the query.
+      implementation: as in `attnlib.dot_product_attention`; set it by `functools.partial(attention_fn, ...)`.
+      input_positions: positions for rotary embedding in `flax.nnx`; refused: this function has no rotary embedding.
 
     Returns:
       `(*batch, T, N, E)`.
 
     Raises:
-      ValueError: one of the refused options is given.
+      ValueError: a refused option is set.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, attnlib
@@ -78,34 +78,35 @@ def attention_fn(
       >>> layer.init_with_output(jax.random.key(0), x, mask=nn.make_causal_mask(x[..., 0]))[0].shape
       (2, 10, 16)
     """
-    del force_fp32_for_softmax  # the engine computes logits and softmax in float32 at least
-    products = dict(
+    del force_fp32_for_softmax  # logits and softmax are in float32 at least
+    einsums = dict(
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
-    for name, given in products.items():
-        if given is not None:
-            raise ValueError(f"attnlib.attention_fn computes its own matrix products; leave {name}=None.")
+    for name, einsum in einsums.items():
+        if einsum is not None:
+            raise ValueError(f"attnlib.attention_fn computes its matrix products itself; leave {name}=None.")
     if input_positions is not None:
         raise ValueError(
-            "attnlib.attention_fn turns no query and key by input_positions; call it with those that "
-            "attnlib.positions.rotary_embedding gives, or write attnlib.MultiHeadAttention(rotary=True)."
+            "attnlib.attention_fn has no rotary embedding; leave input_positions=None. Apply "
+            "attnlib.positions.rotary_embedding to query and key, or use attnlib.MultiHeadAttention(rotary=True)."
         )
     rate = 0.0 if deterministic else dropout_rate
     if rate and broadcast_dropout:
         raise ValueError(
-            "attnlib.attention_fn drops each weight on its own, never the same ones for all batch indices and heads; "
-            "set broadcast_dropout=False in the module."
+            "attnlib.attention_fn drops each weight independently, not the same weights for all batch indices and "
+            "heads; set broadcast_dropout=False in the module."
         )
     if promote_dtype is None:
         query, key, value = nn.dtypes.promote_dtype(query, key, value, dtype=dtype)
     else:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    bias, mask = _expand_rank(bias, query.ndim), _as_bool(_expand_rank(mask, query.ndim))
     output = dot_product_attention(
-        query, key, value, bias=_whole(bias, query.ndim), mask=_as_bool(_whole(mask, query.ndim)), is_causal=is_causal,
-        attention_axes=-3, dropout_rate=rate, dropout_rng=dropout_rng if rate else None, precision=precision,
-        return_weights=module is not None, implementation=implementation,
+        query, key, value, bias=bias, mask=mask, is_causal=is_causal, attention_axes=-3, dropout_rate=rate,
+        dropout_rng=dropout_rng if rate else None, precision=precision, return_weights=module is not None,
+        implementation=implementation,
     )  # fmt: skip
     if module is None:
         return output
@@ -114,8 +115,8 @@ def attention_fn(
     return output
 
 
-def _whole(array: Array | None, rank: int) -> Array | None:
-    """With axes of one in front up to the rank of the weights: Flax broadcasts from the right, whatever is missing."""
+def _expand_rank(array: Array | None, rank: int) -> Array | None:
+    """The array with leading axes of size 1 up to the rank of the weights, since Flax broadcasts from the right."""
     return None if array is None else jnp.reshape(array, (1,) * (rank - jnp.ndim(array)) + jnp.shape(array))
 
 

@@ -1,8 +1,8 @@
-"""Regularisers and constraints: penalties on parameters and activities, and projections after an optimiser step.
+"""Regularisers and constraints: penalties on parameters and activations, and projections after an optimiser step.
 
 A regulariser is a function from an array to a scalar, e.g. `lambda x: 1e-4 * jnp.sum(x**2)`. A constraint is a
 projection from an array to an array, e.g. `optax.projections.projection_non_negative`. Both act on the leaves named
-"kernel" and "bias" of any tree of parameters, of attnlib's layers or of a whole model.
+"kernel" and "bias" of any tree of parameters.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Constraint = Callable[[Any], Any]
 
 
 def regularization_loss(variables: Mapping[str, Any]) -> jax.Array:
-    """The sum of the penalties that modules have sown into "losses" in one application.
+    """The sum of the penalties that modules sow into "losses".
 
     Args:
-      variables: the updated variables that `module.apply(..., mutable=["losses"])` returns beside its output.
+      variables: the updated variables that `module.apply(..., mutable=["losses"])` returns.
 
     Returns:
-      A float32 scalar to add to the loss of the data; 0 where nothing was sown.
+      A float32 scalar to add to the loss; 0 without penalties.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -44,14 +44,14 @@ def regularization_loss(variables: Mapping[str, Any]) -> jax.Array:
 def parameter_penalty(
     params: Any, *, kernel_regularizer: Regularizer | None = None, bias_regularizer: Regularizer | None = None
 ) -> jax.Array:
-    """The penalties of all kernels and biases in a tree of parameters, as a pure function of them.
+    """The sum of the penalties of all kernels and biases in a tree of parameters.
 
     Args:
-      params: a tree of arrays; leaves whose last key is "kernel" or "bias" count.
+      params: a tree of arrays; the penalties apply to leaves whose last key is "kernel" or "bias".
       kernel_regularizer, bias_regularizer: functions from one array to a scalar.
 
     Returns:
-      A scalar; 0 where no leaf counts.
+      A float32 scalar; 0 without such leaves.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -74,11 +74,11 @@ def apply_constraints(
     """Projects all kernels and biases in a tree of parameters, e.g. after an optimiser step.
 
     Args:
-      params: a tree of arrays; leaves whose last key is "kernel" or "bias" are projected, the others kept.
+      params: a tree of arrays; the constraints apply to leaves whose last key is "kernel" or "bias".
       kernel_constraint, bias_constraint: projections of one array, such as those of `optax.projections`.
 
     Returns:
-      The tree, with its shapes and dtypes.
+      The projected tree, with unchanged shapes and dtypes.
 
     Raises:
       ValueError: a constraint changed a shape.
@@ -99,7 +99,7 @@ def apply_constraints(
         projected = constraint(leaf)
         if projected.shape != leaf.shape:
             raise ValueError(
-                f"a constraint must keep the shape of {jax.tree_util.keystr(path)}, {leaf.shape}; it gave "
+                f"a constraint must keep the shape of {jax.tree_util.keystr(path)}, {leaf.shape}; got "
                 f"{projected.shape}."
             )
         return projected.astype(leaf.dtype)
@@ -108,13 +108,13 @@ def apply_constraints(
 
 
 def constrain(*, kernel_constraint: Constraint | None = None, bias_constraint: Constraint | None = None) -> Any:
-    """`apply_constraints` as the last link of an optax chain: after the update the parameters meet the constraints.
+    """`apply_constraints` as the last transformation of an optax chain; updated parameters satisfy the constraints.
 
     Args:
       kernel_constraint, bias_constraint: as in `apply_constraints`.
 
     Returns:
-      An `optax.GradientTransformation`; its `update` needs `params`.
+      An `optax.GradientTransformation` whose `update` needs `params`.
 
     Example:
       >>> import attnlib, optax
@@ -134,7 +134,7 @@ def constrain(*, kernel_constraint: Constraint | None = None, bias_constraint: C
 
 
 def _name(path: Any) -> str:
-    """The last name of a path, but for the `value` of a box of partitioning metadata around the leaf."""
+    """The last name of a path, apart from `value`, the field of a box of partitioning metadata."""
     names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
     boxed = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
     return names[-2] if boxed else "".join(names[-1:])

@@ -318,8 +318,8 @@ FAULTS = [
     ),
     Fault(
         "decode-position",  # decode places tokens one late
-        "places = new_positions(self.length, count, new)",
-        "places = new_positions(self.length + 1, count, new)",
+        "query_positions = new_positions(self.length, num_valid, num_new)",
+        "query_positions = new_positions(self.length + 1, num_valid, num_new)",
         ("test_cache.py one_by_one",),
     ),
     Fault(
@@ -330,8 +330,8 @@ FAULTS = [
     ),
     Fault(
         "cache-window",  # the window of a cache sees one more token
-        "near = SlidingWindow(self.window - 1, None)",
-        "near = SlidingWindow(self.window, None)",
+        "window = SlidingWindow(self.window - 1, None)",
+        "window = SlidingWindow(self.window, None)",
         ("test_cache.py any_split_is_the_whole and dot-ring",),
     ),
     Fault(
@@ -349,13 +349,13 @@ FAULTS = [
     ),
     Fault(
         "key-mask",  # a layer ignores key_mask
-        'parts.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))',
+        'masks.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))',
         "pass",
         ("test_layers.py masks_combine or padding_may_hold",),
     ),
     Fault(
         "gate",  # the gate of a layer is left out
-        'attended = attended * made["gate"]',
+        'attended = attended * activations["gate"]',
         "pass",
         ("test_layers.py the_layer_is_its_parts",),
     ),
@@ -398,8 +398,8 @@ FAULTS = [
     ),
     Fault(
         "keras-swap",  # key and value of Keras are swapped
-        'return to_jax(nested(_renamed(entries, OUT, "out")))',
-        'made = to_jax(nested(_renamed(entries, OUT, "out")))\n'
+        'return to_jax(unflatten(_rename(entries, OUT, "out")))',
+        'made = to_jax(unflatten(_rename(entries, OUT, "out")))\n'
         '        return made | {"key": made["value"], "value": made["key"]}',
         ("test_convert.py keras_multi_head and bias]",),
     ),

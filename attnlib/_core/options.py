@@ -1,7 +1,7 @@
-"""The options of every attention function, stated once: names, types, defaults, documentation.
+"""The options of every attention function: names, types, defaults and documentation.
 
 A new option is a field of `Options`, a key of one of the dictionaries, a check in `_engine/call.py`, and an entry in
-`supports` of each implementation that computes it: all others refuse it by name.
+`supports` of each implementation that computes it. All other implementations refuse it by name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
@@ -24,26 +24,36 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-# What type checkers see, in the parts that functions take.
+# Types of the options for type checkers, grouped by the functions that take them.
 
 
-class PairOptions(TypedDict, total=False):
+class MaskOptions(TypedDict, total=False):
     """Which pairs of positions attend."""
 
     mask: BoolMask | Mask | None
     is_causal: bool
-    attention_axes: int | Sequence[int] | None
     query_positions: Array | None
     key_positions: Array | None
 
 
+class AxesOptions(TypedDict, total=False):
+    """The axes attended over."""
+
+    attention_axes: int | Sequence[int] | None
+
+
 class LogitOptions(TypedDict, total=False):
-    """What becomes of the logits, and how they are computed."""
+    """Changes of the logits."""
 
     bias: Bias | None
     logits_soft_cap: float | None
     score_mod: ScoreMod | None
     sink: float | Array | None
+
+
+class ComputeOptions(TypedDict, total=False):
+    """How attention is computed."""
+
     implementation: str | Sequence[str] | None
     block_sizes: tuple[int, int] | None
     precision: Any
@@ -63,15 +73,28 @@ class ResultOptions(TypedDict, total=False):
     return_lse: bool
 
 
-class InspectionOptions(PairOptions, LogitOptions, total=False):
+class InspectionOptions(MaskOptions, AxesOptions, LogitOptions, ComputeOptions, total=False):
     """The options of `attnlib.inspect`."""
 
 
-class CacheOptions(LogitOptions, DropoutOptions, ResultOptions, total=False):
-    """The options of `KVCache` beside those that it documents itself."""
+class CacheOptions(LogitOptions, ComputeOptions, DropoutOptions, ResultOptions, total=False):
+    """The options of `KVCache`; its methods document the others themselves."""
 
 
-class SharedOptions(PairOptions, LogitOptions, DropoutOptions, total=False):
+class CallOptions(MaskOptions, LogitOptions, total=False):
+    """The options in the call of a Flax module; the others are its fields."""
+
+    dropout_rng: Rng | None
+    return_weights: bool
+
+
+class LayerOptions(CallOptions, ComputeOptions, total=False):
+    """The options of `multi_head_attention`, which documents `attention_axes` itself."""
+
+    dropout_rate: float
+
+
+class SharedOptions(MaskOptions, AxesOptions, LogitOptions, ComputeOptions, DropoutOptions, total=False):
     """The options of attention that do not change what is returned."""
 
 
@@ -107,7 +130,7 @@ class AttentionOptions(SharedOptions, ResultOptions, total=False):
     """All options."""
 
 
-# What the library passes on.
+# Values of the options.
 
 
 def _option(default: Any, doc: str, *, static: bool = True, resolved: bool = False) -> Any:
@@ -121,79 +144,82 @@ _traced = functools.partial(_option, static=False)
 @register_of_one_kind
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Options:
-    """The options of one call, as given or checked. Static ones decide the program; the others may be traced.
+    """The options of one call.
 
-    Metadata of a field: `static`; `resolved`, which implementations never see, because the engine turns the option
-    into another one or decides by it alone; `doc`.
+    Metadata of a field: `static` options decide the program, the others may be traced; `resolved` options never reach
+    an implementation, because the engine replaces or uses them first; `doc` is the documentation.
     """
 
     mask: BoolMask | Mask | None = _traced(
         None,
-        """bool, True = attend, of the weights' rank `(*batch, N, *query axes, *key axes)` with ones where it
-        broadcasts, or of rank at most the number of query and key axes; or a `masks.Mask`. Default: all attend all. A
-        mask that leaves a query nothing, as one with False = attend may, is no error: its lse is -inf. Of real keys,
-        `(B, S)`, write `masks.KeyPadding(mask)`: where B is T the array itself passes for `(T, S)`.""",
+        """bool, True = attend, of the weights' rank `(*batch, N, *query axes, *key axes)` with ones to broadcast, or
+        of rank at most the number of query and key axes; or a `masks.Mask`. Default: all pairs attend. A fully masked
+        query is not an error; its output is 0 and its lse -inf. Pass a padding mask `(B, S)` as
+        `masks.KeyPadding(mask)`: if B equals T, the array itself is read as `(T, S)`.""",
     )
     bias: Bias | None = _traced(None, "added to the scaled logits; shapes as for mask. Differentiable.")
     is_causal: bool = _option(
-        False, "also mask keys after the query (flat row-major positions, aligned at the first ones).", resolved=True
+        False, "whether to mask keys after the query (flat row-major positions, aligned at 0).", resolved=True
     )
     attention_axes: int | Sequence[int] | None = _option(
         None,
         """the axes attended over, numbered in query, key and value as passed (the last sequence axis is -3). Default:
-        every axis but the first, heads and features; for rank 3 (no batch axis) the first.""",
+        all axes except the first, heads and features; for rank 3 (no batch axis) the first.""",
         resolved=True,
     )
     dropout_rate: float = _option(
-        0.0, "fraction of weights to drop after softmax, in [0, 1); the rest is scaled by 1 / (1 - rate)."
+        0.0, "fraction of weights to drop after softmax, in [0, 1); the others are scaled by 1 / (1 - rate)."
     )
-    dropout_rng: Rng | None = _traced(None, "a JAX random key; needed where dropout_rate > 0.", resolved=True)
+    dropout_rng: Rng | None = _traced(None, "a JAX random key; required if dropout_rate > 0.", resolved=True)
     logits_soft_cap: float | None = _option(
-        None, "c replaces logits x (after bias) by c * tanh(x / c); positive. Default: none."
+        None, "a positive number c: replaces logits x (after bias) by c * tanh(x / c). Default: none."
     )
     score_mod: ScoreMod | None = _traced(
         None,
         """`score_mod(logit, batch, head, query_position, key_position) -> logit`, all scalars, applied to every logit
-        after bias and soft cap (batch: a tuple unless there is one batch axis; positions: tuples where there are
-        several attention axes). Arrays that it captures are traced and differentiable. See `attnlib.modifiers`.""",
+        after bias and soft cap. batch is a tuple unless there is one batch axis; positions are tuples if there are
+        several attention axes. Captured arrays are traced and differentiable. See `attnlib.modifiers`.""",
     )
     sink: float | Array | None = _traced(
         None,
-        """scalar or `(N,)`, the logit of one more key that has no value: it takes a share of every row's weight, and
-        counts in the lse. Differentiable; 0 gives softmax-off-by-one. Default: none.""",
+        """scalar or `(N,)`, the logit of one more key without a value, which takes a share of the weight of every row
+        and contributes to the lse. Differentiable; 0 gives softmax-off-by-one. Default: none.""",
     )
     query_positions: Array | None = _traced(
         None,
-        """ints `(*batch, length)` or `(length,)`, with one attention axis: the positions of queries that masks of
-        positions, is_causal and score_mod see; what has one below 0 is left out. Default: 0, 1, 2...""",
+        """ints `(*batch, length)` or `(length,)`, with one attention axis: positions of the queries for masks,
+        is_causal and score_mod. Queries at negative positions attend nothing. Default: 0, 1, 2...""",
         resolved=True,
     )
-    key_positions: Array | None = _traced(None, "likewise those of keys.", resolved=True)
-    return_weights: bool = _option(False, "also return the weights that were used (after dropout).")
-    return_lse: bool = _option(False, "also return the log-sum-exp of the logits over the keys.")
+    key_positions: Array | None = _traced(
+        None, "positions of the keys, likewise. No query attends keys at negative positions.", resolved=True
+    )
+    return_weights: bool = _option(False, "whether to return the weights (after dropout) too.")
+    return_lse: bool = _option(False, "whether to return the log-sum-exp of the logits over the keys too.")
     implementation: str | Sequence[str] | None = _option(
         None,
         """"blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), "cudnn" (the fused
-        kernel of NVIDIA GPUs, for half-precision operands and causal masks, windows and lengths), or several to try in
-        order; default: cudnn on a GPU where it can, else chosen by size, see `attnlib.explain`.""",
+        kernel of NVIDIA GPUs, for half-precision operands and causal masks, windows and lengths), or several names in
+        order of preference. Default: cudnn on a GPU if it supports the call, otherwise by size; see
+        `attnlib.explain`.""",
         resolved=True,
     )
     block_sizes: tuple[int, int] | None = _option(
-        None, """(queries, keys) of a tile of "blockwise"; default: chosen."""
+        None, """(queries, keys) of a tile of "blockwise"; default: by size."""
     )
-    precision: Any = _option(None, "of matrix products, as in `jax.lax.Precision`.")
+    precision: Any = _option(None, "precision of matrix products, as in `jax.lax.Precision`.")
 
-    def __init__(self, **given: Unpack[AttentionOptions]) -> None:
-        vars(self).update(_DEFAULTS, **given)  # at once: this is on the way of each call
+    def __init__(self, **options: Unpack[AttentionOptions]) -> None:
+        vars(self).update(_DEFAULTS, **options)  # every call comes here: setting fields one by one is slower
 
     def replace(self, **changes: Any) -> Options:
-        """These options, some of them changed."""
-        made = object.__new__(Options)
-        vars(made).update(vars(self), **changes)
-        return made
+        """A copy with some options changed."""
+        copy = object.__new__(Options)
+        vars(copy).update(vars(self), **changes)
+        return copy
 
     def to_support(self) -> tuple[str, ...]:
-        """The names of the options that are set and that an implementation has to support."""
+        """The names of the options that are set and that an implementation must support."""
         return tuple(
             name
             for name, option in FIELDS.items()
@@ -209,36 +235,51 @@ def _is_set(value: Any, option: dataclasses.Field[Any]) -> bool:
     return value is not None and (not option.metadata["static"] or value != option.default)
 
 
-# What users see.
+# Signatures and docstrings.
 
 
-def takes_options(without: Mapping[str, str] | None = None, listed: Sequence[str] = ()) -> Callable[[F], F]:
-    """A decorator of a function with `**options`: its signature and docstring show them, and it refuses all others.
+def shows_options(without: Collection[str] = ()) -> Callable[[F], F]:
+    """A decorator of a function with `**options`: its signature and its docstring show the options.
 
-    In the docstring, a line `{options}` becomes the documentation of each option, and `{names}` their names, before
-    what it says of them.
+    In the docstring, a line `{options}` becomes the documentation of each option. In a line `{names}: text`, the names
+    of the options replace `{names}`.
 
     Args:
-      without: the options that it does not take, and what the error says of each ("": what it says of any word).
-      listed: the names beside the options, for an error to list these, sorted, rather than all arguments in order.
+      without: the options that the function does not take. Parameters of the function itself need not be named.
     """
-    without = {} if without is None else without
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
-        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-        left_out = {*without, *(parameter.name for parameter in own)}
-        options = [option for option in FIELDS.values() if option.name not in left_out]
-        new = [
+        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        excluded = {*without, *(parameter.name for parameter in parameters)}
+        options = [option for option in FIELDS.values() if option.name not in excluded]
+        parameters += [
             inspect.Parameter(
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
             )
             for option in options
         ]
-        setattr(function, "__signature__", signature.replace(parameters=[*own, *new]))  # noqa: B010
+        setattr(function, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
         function.__doc__ = _with_options(function.__doc__ or "", options)
-        known = sorted({*listed, *(option.name for option in options)}) if listed else ()
-        return cast(F, suggests_arguments(function, listed=known, answers=without))
+        return function
+
+    return decorate
+
+
+def takes_options(without: Mapping[str, str] | None = None, listed: Sequence[str] = ()) -> Callable[[F], F]:
+    """`shows_options`, and the function refuses all other arguments.
+
+    Args:
+      without: the options that the function does not take, with the error for each ("": the usual error).
+      listed: the parameters that an error lists, sorted, together with the options; default: all parameters, in order.
+    """
+    answers = {} if without is None else without
+
+    def decorate(function: F) -> F:
+        function = shows_options(answers)(function)
+        options = FIELDS.keys() & inspect.signature(function).parameters.keys()
+        known = sorted({*listed, *options}) if listed else ()
+        return cast(F, suggests_arguments(function, listed=known, answers=answers))
 
     return decorate
 

@@ -1,7 +1,7 @@
-"""The keys and values of the tokens so far, for decoding one or many tokens at a time.
+"""A cache of keys and values, to decode one or several tokens at a time.
 
-A slot is a place in the cache; a position is that of a token in its sequence, from 0. Masks of positions, causality and
-`score_mod` see positions, so that what a split pass gives is what the whole pass gives, however it is split.
+A slot is an index of the cache. A position is the index of a token in its sequence, from 0. Masks, causality and
+`score_mod` see positions, so decoding in any split gives the output of one pass over all tokens.
 """
 
 from attnlib.cache._kv_cache import KVCache

@@ -1,4 +1,4 @@
-"""What a cache stores of tokens, in which form, and how more of them are written; the axis of tokens is always -3."""
+"""The storage format of a KV cache, and how tokens are written; the token axis is always -3."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ import jax.numpy as jnp
 import numpy as np
 
 _DTYPES = ("float32", "bfloat16", "float16", "int8")
-# Below this, a scale is no normal float32, and what it would scale is taken for 0.
-_LEAST_SCALE = float(np.finfo(np.float32).tiny)
+# A smaller scale would be a subnormal float32, so its token is stored as 0.
+_MIN_SCALE = float(np.finfo(np.float32).tiny)
 
 
 class StoredKeyValue(NamedTuple):
-    """Keys and values as stored, `(*batch, tokens, K, D | E)`, and their scales `(*batch, tokens, K, 1)`.
+    """Stored keys and values `(*batch, tokens, K, D | E)`, and their int8 scales `(*batch, tokens, K, 1)`.
 
-    Additive scores read the same keys as all others: their fast path needs of a key only 2 k, which costs nothing to
-    make anew, and takes the exponential inside the pass. So there is nothing else worth storing.
+    The fast path of additive scores needs only 2 * key, which is cheap to recompute, so it has no storage of its own.
     """
 
     key: Any
     value: Any
-    key_scale: Any  # None unless int8
+    key_scale: Any  # None without int8
     value_scale: Any
 
 
-def dtype(value: Any) -> Any:
-    """The dtype of a cache, which is one of few."""
+def check_dtype(value: Any) -> Any:
+    """The dtype of a cache."""
     try:
-        of = jnp.dtype(value)
+        result = jnp.dtype(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}; got {value!r}.") from error
-    if of.name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {of.name}.")
-    return of
+    if result.name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {result.name}.")
+    return result
 
 
-def empty_storage(lead: tuple[int, ...], key_dim: int, value_dim: int, dtype: Any) -> StoredKeyValue:
-    scales = [jnp.zeros((*lead, 1), jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
-    return StoredKeyValue(jnp.zeros((*lead, key_dim), dtype), jnp.zeros((*lead, value_dim), dtype), *scales)
+def empty_storage(leading_shape: tuple[int, ...], key_dim: int, value_dim: int, dtype: Any) -> StoredKeyValue:
+    scales = [jnp.zeros((*leading_shape, 1), jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
+    return StoredKeyValue(
+        jnp.zeros((*leading_shape, key_dim), dtype), jnp.zeros((*leading_shape, value_dim), dtype), *scales
+    )
 
 
 def quantize_like(key: jax.Array, value: jax.Array, like: StoredKeyValue) -> StoredKeyValue:
-    """New tokens in the form of those held."""
+    """New tokens in the format of the storage `like`."""
     if like.key_scale is None:
         return StoredKeyValue(key.astype(like.key.dtype), value.astype(like.value.dtype), None, None)
     (key, key_scale), (value, value_scale) = _quantize_int8(key), _quantize_int8(value)
@@ -56,17 +57,17 @@ def dequantize(array: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 @jax.custom_jvp
 def _quantize_int8(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(int8, float32 scale of each token and head); a token that is not finite has a scale that is not, and is NaN."""
+    """(int8, float32 scale of each token and head). A non-finite token gets a non-finite scale, and becomes NaN."""
     array = array.astype(jnp.float32)
     scale = jnp.max(jnp.abs(array), -1, keepdims=True, initial=0.0) / 127
-    whole = jnp.round(array / jnp.where(scale >= _LEAST_SCALE, scale, jnp.inf))
-    return jnp.where(jnp.isfinite(whole), whole, 0).astype(jnp.int8), scale
+    rounded = jnp.round(array / jnp.where(scale >= _MIN_SCALE, scale, jnp.inf))
+    return jnp.where(jnp.isfinite(rounded), rounded, 0).astype(jnp.int8), scale
 
 
 @_quantize_int8.defjvp
 def _quantize_int8_jvp(primals: Any, tangents: Any) -> Any:
     raise TypeError(
-        "keys and values have no derivative through an int8 cache: create it with dtype=jnp.bfloat16, or append "
+        "keys and values have no derivative through an int8 cache. Create the cache with dtype=jnp.bfloat16, or append "
         "jax.lax.stop_gradient(key) and jax.lax.stop_gradient(value)."
     )
 
@@ -76,7 +77,7 @@ def write_slice(start: jax.Array, storage: jax.Array, new: jax.Array) -> jax.Arr
 
 
 def scatter_slots(slots: jax.Array, storage: jax.Array, new: jax.Array) -> jax.Array:
-    """Writes to the slots `(*batch, n)`; those beyond the end are dropped."""
+    """Writes to the slots `(*batch, n)`, and drops tokens whose slot is beyond the end."""
     if slots.ndim == 1:
         return storage.at[slots].set(new, mode="drop", unique_indices=True)
     return jax.vmap(scatter_slots)(slots, storage, new)

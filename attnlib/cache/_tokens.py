@@ -1,4 +1,4 @@
-"""New tokens as the cache takes them: their axis third from the end, their number, their positions."""
+"""New tokens: their canonical layout, with the token axis third from the end, their number and their positions."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from attnlib._core import axes as _axes
 from attnlib._core.operand_checks import check_arrays, check_axes
 
 
-def new_positions(first: Any, count: int | jax.Array, new: int) -> jax.Array:
-    """Positions of so many new tokens from the first on, `(n,)` or `(*batch, n)`; below 0 where they are not real."""
-    place = jnp.arange(new, dtype=jnp.int32)
-    real = place < jnp.asarray(count, jnp.int32)[..., None]
-    return jnp.where(real, jnp.asarray(first, jnp.int32)[..., None] + place, -1)
+def new_positions(first: Any, num_valid: int | jax.Array, num_new: int) -> jax.Array:
+    """Positions of new tokens, from `first` on, `(n,)` or `(*batch, n)`; negative for tokens that are not real."""
+    index = jnp.arange(num_new, dtype=jnp.int32)
+    is_real = index < jnp.asarray(num_valid, jnp.int32)[..., None]
+    return jnp.where(is_real, jnp.asarray(first, jnp.int32)[..., None] + index, -1)
 
 
 def canonical_tokens(array: Any, name: str, rank: int, attention_axes: Any) -> tuple[jax.Array, int]:
-    """(the array with its axis of tokens third from the end, where that axis was)."""
+    """(the array with its token axis third from the end, the index of that axis in the argument)."""
     check_arrays(**{name: array})
     if array.ndim != rank:
         raise ValueError(
-            f"{name} must have rank {rank} to fit the cache, batch axes, tokens, heads, features; got {array.shape}."
+            f"{name} must have rank {rank} to fit the cache, (*batch, tokens, heads, features); got {array.shape}."
         )
-    asked = check_axes(-3 if attention_axes is None else attention_axes)
-    attended = _axes.normalize(asked, rank, trailing=2).attention
-    if len(attended) != 1:
+    checked = check_axes(-3 if attention_axes is None else attention_axes)
+    token_axes = _axes.normalize(checked, rank, trailing=2).attention
+    if len(token_axes) != 1:
         raise ValueError(
-            f"attention_axes must be one axis, that of the tokens; got {attention_axes!r}. Several cannot be cached: "
-            "append along one of them, the others being batch axes, or flatten them."
+            f"attention_axes must be one axis, the axis of the tokens; got {attention_axes!r}. Append along one axis "
+            "and treat the others as batch axes, or flatten them."
         )
-    return jnp.moveaxis(array, attended[0], -3), attended[0]
+    return jnp.moveaxis(array, token_axes[0], -3), token_axes[0]
 
 
 def common_token_count(**arrays: jax.Array) -> int:
+    """The number of tokens, which must be equal in all arrays."""
     counts = {name: array.shape[-3] for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
-        found = ", ".join(map(str, counts.values()))
-        raise ValueError(f"{', '.join(counts)} must have equally many tokens; got {found}.")
+        received = ", ".join(map(str, counts.values()))
+        raise ValueError(f"{', '.join(counts)} must have equally many tokens; got {received}.")
     return next(iter(counts.values()))

@@ -1,17 +1,17 @@
-"""Bring your weights: parameters of other libraries' attention layers, for attnlib's, and back.
+"""Conversion of parameters between attention layers of other libraries and of attnlib.
 
-| library | from it | to it |
+| library | from the library | to the library |
 |---|---|---|
 | keras.layers: MultiHeadAttention, GroupQueryAttention, Attention, AdditiveAttention | from_keras | to_keras |
 | flax.linen.MultiHeadDotProductAttention, flax.nnx.MultiHeadAttention | from_flax | to_flax |
 | torch.nn.MultiheadAttention; state dicts and safetensors files | from_torch | to_torch |
-| any state dict of a fused projection or of three, grouped heads too | from_state_dict | to_state_dict |
+| any state dict of one fused or three separate projections, with grouped heads | from_state_dict | to_state_dict |
 | equinox.nn.MultiheadAttention | from_equinox | to_equinox |
 
-All are relayouts without arithmetic: there and back gives the same bits, unless JAX rounds what it does not hold, which
-is float64 where `jax_enable_x64` is off. Keras and PyTorch are never imported. An error lists all entries that are
-missing, unexpected or misshapen; nothing is left out in silence. What is no parameter, such as dropout, masks and
-attention axes, is for the caller to say again; `module_fields` reads off the parameters what they tell.
+Conversion changes the layout only. A round trip returns the same bits, except that JAX rounds float64 unless
+`jax_enable_x64` is on. Keras and PyTorch are never imported. An error lists all entries that are missing, unexpected or
+misshapen; no entry is dropped silently. `module_fields` infers the fields of a module from its parameters, which do not
+determine dropout, masks and attention axes.
 """
 
 from attnlib.convert._equinox import from_equinox, to_equinox

@@ -1,4 +1,4 @@
-"""equinox.nn.MultiheadAttention <-> attnlib: linear layers as PyTorch's, each with a bias or not."""
+"""equinox.nn.MultiheadAttention <-> attnlib: linear layers in PyTorch's layout, each with or without a bias."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlib.convert._layouts import flat, kernel_of, matrix_of, nested, out_kernel_of, out_matrix_of, to_jax
-from attnlib.convert._shape_check import check, expected_entries
+from attnlib.convert._layouts import flatten, kernel_of, matrix_of, out_kernel_of, out_matrix_of, to_jax, unflatten
+from attnlib.convert._shape_check import check_shapes, expected_entries
 
 NAMES = {"query": "query_proj", "key": "key_proj", "value": "value_proj", "out": "output_proj"}
 WEIGHTS = {
@@ -22,18 +22,18 @@ WEIGHTS = {
 def from_equinox(module: Any) -> dict[str, dict[str, jax.Array]]:
     """The parameters of an `equinox.nn.MultiheadAttention`, for `attnlib.multi_head_attention`.
 
-    Equinox' module is for one example, `(T, C)`, and batches are for `jax.vmap`; attnlib's layer takes both.
+    The module of Equinox takes one example `(T, C)`; the layer of attnlib takes batches as well.
 
     Args:
       module: the module; its arrays may be traced.
 
     Returns:
-      `{"query" | "key" | "value" | "out": {"kernel"[, "bias"]}}`, the same numbers in another layout. Each of the four
-      has a bias or not, as `multi_head_attention` allows; of `attnlib.MultiHeadAttention` use_bias is for all.
+      `{"query" | "key" | "value" | "out": {"kernel"[, "bias"]}}`, the same numbers in another layout. Some projections
+      may lack a bias: `multi_head_attention` takes such parameters, `attnlib.MultiHeadAttention` does not.
 
     Raises:
-      ValueError: arrays of the module are missing or misshapen; all are listed.
-      TypeError: it is no such module.
+      ValueError: arrays of the module are missing or misshapen; the error lists all of them.
+      TypeError: `module` is not an `equinox.nn.MultiheadAttention`.
 
     Example:
       >>> import equinox, jax, attnlib
@@ -49,29 +49,29 @@ def from_equinox(module: Any) -> dict[str, dict[str, jax.Array]]:
     entries = {name: array for name, array in arrays.items() if array is not None}
     biases = [{name.replace("weight", "bias"): shape[:1]} for name, shape in WEIGHTS.items()]
     used = expected_entries(entries, WEIGHTS, *biases)
-    check(entries, used, "the arrays do not fit an equinox.nn.MultiheadAttention", N=heads)
-    made = {}
-    for name, theirs in NAMES.items():
-        weight, bias = arrays[f"{theirs}.weight"], arrays[f"{theirs}.bias"]
-        made[f"{name}/kernel"] = (out_kernel_of if name == "out" else kernel_of)(weight, heads)
+    check_shapes(entries, used, "the arrays do not fit an equinox.nn.MultiheadAttention", N=heads)
+    params = {}
+    for name, linear_name in NAMES.items():
+        weight, bias = arrays[f"{linear_name}.weight"], arrays[f"{linear_name}.bias"]
+        params[f"{name}/kernel"] = (out_kernel_of if name == "out" else kernel_of)(weight, heads)
         if bias is not None:
-            made[f"{name}/bias"] = bias if name == "out" else bias.reshape(heads, -1)
-    return to_jax(nested(made))
+            params[f"{name}/bias"] = bias if name == "out" else bias.reshape(heads, -1)
+    return to_jax(unflatten(params))
 
 
 def to_equinox(params: Mapping[str, Any], module: Any) -> Any:
     """An `equinox.nn.MultiheadAttention` with these parameters: the inverse of `from_equinox`.
 
     Args:
-      params: of attnlib's layer, with projections alone and no grouped heads.
-      module: a module of the same sizes and biases; it stays as it is.
+      params: parameters of attnlib's layer, with projections only and without grouped heads.
+      module: a module of the same sizes and biases; it is not changed.
 
     Returns:
-      A module like it, with the parameters.
+      A copy of the module with the parameters.
 
     Raises:
-      ValueError: the parameters do not fit the module; what is missing, unexpected or misshapen is listed.
-      TypeError: it is no such module.
+      ValueError: the parameters do not fit the module; the error lists missing, unexpected and misshapen entries.
+      TypeError: `module` is not an `equinox.nn.MultiheadAttention`.
 
     Example:
       >>> import equinox, jax, attnlib
@@ -82,15 +82,15 @@ def to_equinox(params: Mapping[str, Any], module: Any) -> Any:
     """
     import equinox
 
-    entries = flat(params)
-    expected = {name: np.shape(array) for name, array in flat(from_equinox(module)).items()}
-    check(entries, expected, "the parameters do not fit this equinox.nn.MultiheadAttention")
+    entries = flatten(params)
+    expected = {name: np.shape(array) for name, array in flatten(from_equinox(module)).items()}
+    check_shapes(entries, expected, "the parameters do not fit this equinox.nn.MultiheadAttention")
     entries = to_jax(entries)
-    for name, theirs in NAMES.items():
-        kernel = entries[f"{name}/kernel"]
-        linear = getattr(module, theirs)
-        new = equinox.tree_at(lambda x: x.weight, linear, (out_matrix_of if name == "out" else matrix_of)(kernel))
+    for name, linear_name in NAMES.items():
+        linear = getattr(module, linear_name)
+        weight = (out_matrix_of if name == "out" else matrix_of)(entries[f"{name}/kernel"])
+        linear = equinox.tree_at(lambda x: x.weight, linear, weight)
         if linear.bias is not None:
-            new = equinox.tree_at(lambda x: x.bias, new, entries[f"{name}/bias"].reshape(-1))
-        module = equinox.tree_at(operator.attrgetter(theirs), module, new)
+            linear = equinox.tree_at(lambda x: x.bias, linear, entries[f"{name}/bias"].reshape(-1))
+        module = equinox.tree_at(operator.attrgetter(linear_name), module, linear)
     return module

@@ -1,4 +1,4 @@
-"""Arrays of any library, trees of them by name, and kernels as matrices and as attnlib has them."""
+"""Conversion of arrays between libraries, of nested to flat names, and of kernels to matrices."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 
 
 def as_array(value: Any) -> Any:
-    """A JAX or NumPy array of what a library holds; JAX's, traced ones too, are themselves."""
+    """A JAX or NumPy array from an array of any library. JAX arrays, traced ones too, are returned unchanged."""
     if isinstance(value, (jax.Array, jax.ShapeDtypeStruct, np.ndarray)):
         return value
-    for method in ("detach", "cpu"):  # a tensor that wants gradients, or is on an accelerator, gives no array
+    for method in ("detach", "cpu"):  # tensors with gradients or on accelerators have no `numpy`
         value = getattr(value, method, lambda value=value: value)()
-    if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # which PyTorch does not give to NumPy
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # PyTorch cannot convert it to NumPy
         return jnp.from_dlpack(value.contiguous())
     return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
 def to_jax(tree: Any) -> Any:
-    """JAX's arrays; others are copied, since they may be the memory of a model in training."""
+    """The tree with JAX arrays. Other arrays are copied: a training step may overwrite their memory."""
     return jax.tree.map(lambda x: x if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else jnp.array(x), tree)
 
 
@@ -31,23 +31,23 @@ def to_numpy(array: Any) -> np.ndarray:
     return np.array(array, order="C")
 
 
-def flat(tree: Any, separator: str = "/") -> dict[str, Any]:
-    """{"query/kernel": array, ...} of nested mappings."""
+def flatten(tree: Any, separator: str = "/") -> dict[str, Any]:
+    """The arrays of nested mappings by path: `{"query/kernel": array, ...}`."""
     if not isinstance(tree, Mapping):
         raise TypeError(f"the parameters must be a mapping of mappings of arrays; got {type(tree).__name__}.")
-    made: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, node in tree.items():
         if isinstance(node, Mapping):
-            made |= {f"{name}{separator}{inner}": leaf for inner, leaf in flat(node, separator).items()}
+            entries |= {f"{name}{separator}{inner}": leaf for inner, leaf in flatten(node, separator).items()}
         elif hasattr(node, "unbox"):
-            raise TypeError(f"{name} is in a box of partitioning metadata. Pass flax.linen.meta.unbox(params).")
+            raise TypeError(f"{name} is a box of partitioning metadata. Pass flax.linen.meta.unbox(params).")
         else:
-            made[str(name)] = as_array(node)
-    return made
+            entries[str(name)] = as_array(node)
+    return entries
 
 
-def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`."""
+def unflatten(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in entries.items():
         *groups, name = path.split("/")
@@ -59,7 +59,7 @@ def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kernel_of(matrix: Any, heads: int) -> Any:
-    """(heads * features, C), which multiplies a column, -> (C, heads, features)."""
+    """A matrix (heads * features, C) -> the kernel (C, heads, features)."""
     return matrix.reshape(heads, -1, matrix.shape[1]).transpose(2, 0, 1)
 
 
@@ -69,7 +69,7 @@ def matrix_of(kernel: Any) -> Any:
 
 
 def out_kernel_of(matrix: Any, heads: int) -> Any:
-    """(O, heads * features) -> (heads, features, O)."""
+    """A matrix (O, heads * features) -> the kernel (heads, features, O)."""
     return matrix.transpose().reshape(heads, -1, matrix.shape[0])
 
 

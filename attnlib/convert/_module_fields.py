@@ -1,4 +1,4 @@
-"""What a tree of parameters says of its layer."""
+"""The fields of a module, inferred from its parameters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from attnlib.convert._layouts import flat
-from attnlib.convert._shape_check import check, expected_entries
+from attnlib.convert._layouts import flatten
+from attnlib.convert._shape_check import check_shapes, expected_entries
 
 KERNELS = {
     "query/kernel": ("C", "N", "D"), "key/kernel": ("Ck", "K", "D"), "value/kernel": ("Cv", "K", "E"),
@@ -21,7 +21,7 @@ SINK = {"sink/logit": ("N",)}
 
 
 def projections(entries: Mapping[str, Any]) -> dict[str, Sequence[int | str]]:
-    """The shapes of projections, with a gate where there is one, and with biases everywhere or nowhere."""
+    """The expected shapes of the projections. Either all of them have a bias, or none."""
     biases = {**BIASES, **GATE_BIAS} if "gate/kernel" in entries else BIASES
     return expected_entries(entries, KERNELS, GATE, biases)
 
@@ -30,16 +30,16 @@ def module_fields(params: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that an `attnlib.MultiHeadAttention` needs for these parameters.
 
     Args:
-      params: as of `init_multi_head_attention`, or a `from_` function.
+      params: from `init_multi_head_attention` or a `from_` function.
 
     Returns:
       `{"num_heads": N, "num_kv_heads": K, "key_dim": D, "value_dim": E, "output_shape": O, "use_bias": bool}`, and
-      where there are parameters for them `use_gate`, `score` or `use_scale`, `normalize_qk` and `use_sink`.
-      normalize_qk is "layer", as in Flax: the parameters of "rms" look the same.
+      `use_gate`, `score` or `use_scale`, `normalize_qk` and `use_sink` if they have parameters. normalize_qk is
+      "layer", as in Flax; "rms" has the same parameters.
 
     Raises:
-      ValueError: parameters are missing, unexpected or misshapen; all are listed. Some projections have a bias and
-        others have none: that is for `multi_head_attention`.
+      ValueError: parameters are missing, unexpected or misshapen; the error lists all of them. A module needs a bias in
+        all projections or in none; `multi_head_attention` does not.
 
     Example:
       >>> import jax, attnlib
@@ -48,13 +48,13 @@ def module_fields(params: Mapping[str, Any]) -> dict[str, Any]:
       >>> layer.num_heads, layer.num_kv_heads, layer.key_dim
       (4, 2, 8)
     """
-    entries = flat(params)
+    entries = flatten(params)
     additive = np.ndim(entries.get("score/scale", 0)) == 2
     score = {"score/scale": ("N", "D") if additive else ("N",)}
     used = expected_entries(entries, projections(entries), NORMS, SINK, score)
-    sizes = check(entries, used, "the parameters do not fit an attnlib.MultiHeadAttention")
-    words = {"num_heads": "N", "num_kv_heads": "K", "key_dim": "D", "value_dim": "E", "output_shape": "*O"}
-    fields: dict[str, Any] = {name: sizes[letter] for name, letter in words.items()}
+    sizes = check_shapes(entries, used, "the parameters do not fit an attnlib.MultiHeadAttention")
+    letters = {"num_heads": "N", "num_kv_heads": "K", "key_dim": "D", "value_dim": "E", "output_shape": "*O"}
+    fields: dict[str, Any] = {name: sizes[letter] for name, letter in letters.items()}
     fields["use_bias"] = "out/bias" in entries
     if "gate/kernel" in entries:
         fields["use_gate"] = True

@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention <-> attnlib. A tensor there multiplies from the left: y = W x, W (outputs, inputs)."""
+"""torch.nn.MultiheadAttention <-> attnlib. Weights of PyTorch are (outputs, inputs): y = W x."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from attnlib._core.validation import check_positive
 from attnlib.convert._layouts import (
     as_array,
-    flat,
+    flatten,
     kernel_of,
     matrix_of,
-    nested,
     out_kernel_of,
     out_matrix_of,
     to_jax,
     to_numpy,
+    unflatten,
 )
-from attnlib.convert._shape_check import check, expected_entries
+from attnlib.convert._shape_check import check_shapes, expected_entries
 
 State = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -32,21 +32,21 @@ BIASES = {"query/bias": ("N", "D"), "key/bias": ("N", "D"), "value/bias": ("N", 
 def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str, dict[str, jax.Array]]:
     """The parameters of a `torch.nn.MultiheadAttention`, for `attnlib.multi_head_attention`.
 
-    Its `batch_first` says how inputs are laid out, nothing of parameters: attnlib's are batch first. Kernels may be
-    fused (`in_proj_weight`) or, where kdim or vdim differ from embed_dim, separate.
+    Parameters do not depend on `batch_first`; inputs of attnlib have the batch first. Kernels are fused
+    (`in_proj_weight`), or separate if kdim or vdim differ from embed_dim.
 
     Args:
-      state_dict: the module's or a whole model's, of tensors or of what NumPy takes for arrays; or the path of a
-        safetensors file (with the package safetensors).
-      num_heads: heads N, which a state dict does not tell.
-      prefix: the module's name in the model, such as "encoder.layers.0.self_attn"; other entries are not looked at.
+      state_dict: tensors or arrays by name, of the module or of a model; or the path of a safetensors file, which needs
+        the package safetensors.
+      num_heads: heads N, which a state dict does not contain.
+      prefix: the name of the module in the model, such as "encoder.layers.0.self_attn"; other entries are ignored.
 
     Returns:
       `{"query" | "key" | "value" | "out": {"kernel"[, "bias"]}}`, the same numbers in another layout.
 
     Raises:
-      ValueError: entries are missing, unexpected (`bias_k` and `bias_v` have no counterpart) or misshapen; all are
-        listed.
+      ValueError: entries are missing, unexpected (such as `bias_k` and `bias_v`) or misshapen; the error lists all of
+        them.
       TypeError: an entry does not hold floating-point numbers.
 
     Example:
@@ -69,37 +69,37 @@ def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str,
         expected |= {"in_proj_weight": ("3*N*D", "N*D")}
     used = expected_entries(entries, expected, {"in_proj_bias": ("3*N*D",), "out_proj.bias": ("N*D",)})
     context = f"the entries do not fit a torch.nn.MultiheadAttention of {num_heads} heads"
-    check(entries, used, context, prefix=prefix, N=num_heads)
+    check_shapes(entries, used, context, prefix=prefix, N=num_heads)
     if "in_proj_weight" in entries:
         matrices = _thirds(entries["in_proj_weight"])
     else:
         matrices = [entries[f"{name}_proj_weight"] for name in "qkv"]
-    made = {f"{name}/kernel": kernel_of(matrix, num_heads) for name, matrix in zip(QKV, matrices, strict=True)}
-    made["out/kernel"] = out_kernel_of(entries["out_proj.weight"], num_heads)
+    params = {f"{name}/kernel": kernel_of(matrix, num_heads) for name, matrix in zip(QKV, matrices, strict=True)}
+    params["out/kernel"] = out_kernel_of(entries["out_proj.weight"], num_heads)
     if "in_proj_bias" in entries:
         for name, bias in zip(QKV, _thirds(entries["in_proj_bias"]), strict=True):
-            made[f"{name}/bias"] = bias.reshape(num_heads, -1)
-        made["out/bias"] = entries["out_proj.bias"]
-    return to_jax(nested(made))
+            params[f"{name}/bias"] = bias.reshape(num_heads, -1)
+        params["out/bias"] = entries["out_proj.bias"]
+    return to_jax(unflatten(params))
 
 
 def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """The state dict of a `torch.nn.MultiheadAttention` with these parameters: the inverse of `from_torch`.
+    """The state dict of a `torch.nn.MultiheadAttention`: the inverse of `from_torch`.
 
-    `module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(params).items()})` loads it;
-    bfloat16, which PyTorch does not take from NumPy, goes by `torch.from_dlpack(jnp.asarray(array))`.
+    `module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(params).items()})` loads it. For
+    bfloat16, use `torch.from_dlpack(jnp.asarray(array))`: PyTorch does not take bfloat16 from NumPy.
 
     Args:
-      params: of a layer as PyTorch has it: N heads of query, key and value with D features each, N * D features of
-        query and output, biases everywhere or nowhere.
-      prefix: put before the names, as in `from_torch`.
+      params: parameters that fit PyTorch's module: N heads of query, key and value with D features each, N * D features
+        of query and output, a bias in all projections or in none.
+      prefix: the prefix of the names, as in `from_torch`.
 
     Returns:
-      NumPy arrays by name: `in_proj_weight`, or where key or value have other features than the query
-      `q_proj_weight`, `k_proj_weight` and `v_proj_weight`; `out_proj.weight`; `in_proj_bias` and `out_proj.bias`.
+      NumPy arrays by name: `in_proj_weight`, or `q_proj_weight`, `k_proj_weight` and `v_proj_weight` if key or value
+      have other features than the query; `out_proj.weight`; `in_proj_bias` and `out_proj.bias`.
 
     Raises:
-      ValueError: the parameters have what PyTorch's module has not, such as grouped heads, a gate, or norms.
+      ValueError: the parameters have entries that PyTorch's module lacks, such as grouped heads, a gate, or norms.
 
     Example:
       >>> import jax, attnlib
@@ -107,28 +107,27 @@ def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarra
       >>> {name: array.shape for name, array in attnlib.convert.to_torch(params).items()}
       {'in_proj_weight': (24, 8), 'out_proj.weight': (8, 8), 'in_proj_bias': (24,), 'out_proj.bias': (8,)}
     """
-    entries = flat(params)
+    entries = flatten(params)
     kernels = {
         "query/kernel": ("N*D", "N", "D"), "key/kernel": ("Ck", "N", "D"), "value/kernel": ("Cv", "N", "D"),
         "out/kernel": ("N", "D", "N*D"),
     }  # fmt: skip
-    check(
-        entries, expected_entries(entries, kernels, BIASES), "the parameters do not fit a torch.nn.MultiheadAttention"
-    )
+    expected = expected_entries(entries, kernels, BIASES)
+    check_shapes(entries, expected, "the parameters do not fit a torch.nn.MultiheadAttention")
     matrices = [to_numpy(matrix_of(entries[f"{name}/kernel"])) for name in QKV]
     if matrices[0].shape == matrices[1].shape == matrices[2].shape:
-        made = {"in_proj_weight": np.concatenate(matrices)}
+        state_dict = {"in_proj_weight": np.concatenate(matrices)}
     else:
-        made = {f"{name}_proj_weight": matrix for name, matrix in zip("qkv", matrices, strict=True)}
-    made["out_proj.weight"] = to_numpy(out_matrix_of(entries["out/kernel"]))
+        state_dict = {f"{name}_proj_weight": matrix for name, matrix in zip("qkv", matrices, strict=True)}
+    state_dict["out_proj.weight"] = to_numpy(out_matrix_of(entries["out/kernel"]))
     if "out/bias" in entries:
-        made["in_proj_bias"] = np.concatenate([to_numpy(entries[f"{name}/bias"]).reshape(-1) for name in QKV])
-        made["out_proj.bias"] = to_numpy(entries["out/bias"])
-    return {with_dot(prefix) + name: array for name, array in made.items()}
+        state_dict["in_proj_bias"] = np.concatenate([to_numpy(entries[f"{name}/bias"]).reshape(-1) for name in QKV])
+        state_dict["out_proj.bias"] = to_numpy(entries["out/bias"])
+    return {with_dot(prefix) + name: array for name, array in state_dict.items()}
 
 
 def select_prefix(state: State, prefix: str) -> tuple[dict[str, Any], str]:
-    """The entries below a prefix without it, from a mapping or a file; and the prefix with its dot."""
+    """(the entries with the prefix, which is removed from their names; the prefix with a dot)."""
     prefix = with_dot(prefix)
     if isinstance(state, (str, os.PathLike)):
         return _from_safetensors(state, prefix), prefix
@@ -147,11 +146,11 @@ def with_dot(prefix: str) -> str:
 
 
 def _from_safetensors(path: str | os.PathLike[str], prefix: str) -> dict[str, Any]:
-    """Only what is below the prefix is read."""
+    """The entries with the prefix; other entries are not read."""
     from safetensors import safe_open
 
     with safe_open(os.fspath(path), framework="numpy") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  (it is no mapping)
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  (a file is not a mapping)
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 

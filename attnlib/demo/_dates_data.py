@@ -1,9 +1,9 @@
-"""Dates as people write them in many languages, with the ISO 8601 date each one means.
+"""Dates in many languages, with their ISO 8601 dates.
 
 Babel writes the texts from the Unicode CLDR locale data: "Sunday, 4 October 1987", "4. lis 1987.", "1987年10月4日(日)".
-Two rules keep the task fair. Every text names exactly one date: a form is used only if it names the month in letters or
-begins with the year, so "04/10/1987" (April in the United States, October in Britain) never occurs. And a calendar date
-is either for training or held out, in every language at once, so no held-out answer was seen in another language.
+Every text names exactly one date: a form has the month in letters or begins with the year, so "04/10/1987" (April in
+the United States, October in Britain) does not occur. A calendar date is either for training or held out in all
+languages, so training does not see a held-out answer in another language.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Locales whose everyday calendar is the Gregorian one: the Thai, Persian and Amharic texts of CLDR are left out, since
-# Babel writes Gregorian dates in them that readers would take for another calendar's.
+# Locales with the Gregorian calendar. Thai, Persian and Amharic are excluded: Babel writes Gregorian dates in these
+# languages, whose readers use other calendars.
 LOCALES = (
     "ar bg bn ca cs cy da de el en en_GB es et fi fr ga he hi hr hu hy id"
     " is it ja ka ko lt lv nb nl pl pt ro ru sk sl sv sw tr uk vi zh"
 ).split()
 NAMED_FORMATS = ("medium", "long", "full")
-SKELETONS = ("yMMMd", "yMMMEd", "yMMMMd", "yMMMMEEEEd")  # the same, with or without a weekday, in the locale's order
-FIRST_DATE, LAST_DATE = datetime.date(1600, 1, 1), datetime.date(2399, 12, 31)  # two whole 400-year Gregorian cycles
+SKELETONS = ("yMMMd", "yMMMEd", "yMMMMd", "yMMMMEEEEd")  # with or without a weekday, in the order of the locale
+FIRST_DATE, LAST_DATE = datetime.date(1600, 1, 1), datetime.date(2399, 12, 31)  # two cycles of 400 years
 HELD_OUT_DATES = 20_000  # of 292,194
 
-PADDING, UNKNOWN = 0, 1  # codes that stand for no character
+PADDING, UNKNOWN = 0, 1  # codes without a character
 ISO_CHARACTERS = "0123456789-"
 ISO_LENGTH = len("1987-10-04")
 
@@ -46,7 +46,7 @@ class Form:
 
 
 class Example(NamedTuple):
-    """A date as written, the form it was written in, and the date meant."""
+    """A written date, its form, and the calendar date."""
 
     source: str
     form: Form
@@ -54,20 +54,20 @@ class Example(NamedTuple):
 
     @property
     def iso(self) -> str:
-        """The answer: the date in ISO 8601."""
+        """The date in ISO 8601."""
         return self.date.isoformat()
 
 
 def names_one_date(pattern: str) -> bool:
-    """Returns whether this CLDR pattern can be read without knowing the country: a month in letters, or year first."""
+    """Returns whether a CLDR pattern is unambiguous: it has the month in letters or begins with the year."""
     return "MMM" in pattern or pattern.find("y") < pattern.find("M")
 
 
 def written_forms() -> list[Form]:
-    """Returns every form the demo uses, in a fixed order."""
+    """Returns all forms of the demo, in a fixed order."""
     from babel import Locale
 
-    forms: dict[Form, None] = {}  # a dict keeps the order and drops the repeats
+    forms: dict[Form, None] = {}  # a dict has an order and no duplicates
     for name in LOCALES:
         locale = Locale.parse(name)
         patterns = [locale.date_formats[style].pattern for style in NAMED_FORMATS]
@@ -78,20 +78,20 @@ def written_forms() -> list[Form]:
 
 
 def split_dates(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the dates for training and the held-out ones, disjoint, as ordinals (`datetime.date.toordinal`)."""
+    """Returns the training dates and the held-out dates, disjoint, as ordinals (`datetime.date.toordinal`)."""
     ordinals = np.arange(FIRST_DATE.toordinal(), LAST_DATE.toordinal() + 1)
     shuffled = np.random.default_rng([seed, 0]).permutation(ordinals)
     return shuffled[HELD_OUT_DATES:], shuffled[:HELD_OUT_DATES]
 
 
 def write_examples(ordinals: np.ndarray, forms: Sequence[Form], rng: np.random.Generator) -> list[Example]:
-    """Returns one example for each date (given as an ordinal), each in a form drawn at random."""
+    """Returns one example for each date (an ordinal), in a random form."""
     chosen = rng.integers(len(forms), size=len(ordinals))
     return [write_example(int(ordinal), forms[form]) for ordinal, form in zip(ordinals, chosen, strict=True)]
 
 
 def write_example(ordinal: int, form: Form) -> Example:
-    """Returns the example of one date in one form."""
+    """Returns the example of a date (an ordinal) in a form."""
     date = datetime.date.fromordinal(ordinal)
     return Example(form.write(date), form, date)
 
@@ -104,7 +104,7 @@ def language(locale: str) -> str:
 
 
 class Alphabet:
-    """The characters of some texts, numbered from 2; 0 pads a text and 1 stands for any other character."""
+    """The characters of texts with codes from 2 on. Code 0 is padding, code 1 any other character."""
 
     def __init__(self, texts: Sequence[str]):
         self._codes = {character: code for code, character in enumerate(sorted(set("".join(texts))), start=UNKNOWN + 1)}

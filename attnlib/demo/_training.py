@@ -1,4 +1,4 @@
-"""What both tasks share: a jitted optax training loop with a progress bar, and the saving of the picture."""
+"""A jitted optax training loop with a progress bar, and the saving of pictures, for both tasks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Params = Any
 Batch = tuple[np.ndarray, ...]
 Loss = Callable[..., jax.Array]  # loss(params, rng, *batch) -> scalar
 
-STEPS_BETWEEN_READINGS = 10  # reading the loss waits for the device, so the bar shows it only this often
+STEPS_BETWEEN_READINGS = 10  # reading the loss waits for the device
 
 
 def fit(
     loss: Loss, params: Params, batches: Sequence[Batch], *, learning_rate: float, seed: int
 ) -> tuple[Params, np.ndarray]:
-    """Trains `params` with one Adam step for each batch and shows a progress bar.
+    """Trains `params` with one Adam step for each batch, and shows a progress bar.
 
     Args:
       loss: ``loss(params, rng, *batch)``, a scalar; `rng` is for dropout.
-      params: the parameters to start from.
-      batches: the batches in order, all of the same shapes so that the step compiles once.
-      learning_rate: the peak, reached after a tenth of the steps and followed by a cosine decay to zero.
-      seed: for `rng`.
+      params: the initial parameters.
+      batches: the batches in order, with equal shapes, so that the step compiles once.
+      learning_rate: the peak learning rate, after a warmup of a tenth of the steps and before a cosine decay to zero.
+      seed: the seed of `rng`.
 
     Returns:
-      The trained parameters and the loss of every step.
+      The trained parameters and the loss of each step.
     """
     from tqdm import tqdm
 
@@ -66,15 +66,15 @@ def fit(
 
 
 def parameter_count(params: Params) -> int:
-    """Returns how many numbers the parameters hold."""
+    """Returns the number of entries of all parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Writes the picture, in 256 colours so that it is small enough for a repository, and prints where it lies."""
+    """Writes the picture with 256 colours, for a small file, and prints its path."""
     from PIL import Image
 
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=150)
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150)
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"picture: {path}")

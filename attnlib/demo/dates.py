@@ -1,8 +1,8 @@
-"""Translates dates written in many languages into ISO 8601 with additive attention.
+"""Translates dates in many languages into ISO 8601 with additive attention.
 
-The model is that of Bahdanau, Cho and Bengio (2014, arXiv:1409.0473), small: a bidirectional GRU reads the characters
-of the source; a GRU writes the ten characters of the answer one by one, and before each it attends over the source.
-Accuracy counts whole dates, decoded greedily from held-out calendar dates.
+The model is a small version of Bahdanau, Cho and Bengio (2014, arXiv:1409.0473). A bidirectional GRU encodes the
+characters of the source. A GRU decodes the ten characters of the answer, and attends over the source before each
+character. Accuracy is the fraction of correct dates among held-out calendar dates, decoded greedily.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LEARNING_RATE = 3e-3
 HELD_OUT_EXAMPLES = 2000
 PRINTED_EXAMPLES = 8
 PICTURE = "attention_dates.png"
-PICTURE_LOCALES = ("pt", "el", "uk", "hu")  # in letters that matplotlib's own font has: no Chinese, no Indic ones
-START = len(data.ISO_CHARACTERS)  # what the decoder is told it wrote before its first character
+PICTURE_LOCALES = ("pt", "el", "uk", "hu")  # the default font of matplotlib has no Chinese and no Indic characters
+START = len(data.ISO_CHARACTERS)  # the previous character of the first step
 
 
 class Reader(nn.Module):
-    """Reads the source in both directions: codes (B, S) -> features (B, S, 2 * features)."""
+    """The encoder: codes (B, S) -> features of both directions (B, S, 2 * features)."""
 
     alphabet_size: int
     features: int
@@ -46,7 +46,7 @@ class Reader(nn.Module):
 
 
 class Source(NamedTuple):
-    """What the writer attends over: keys (B, S, D), values (B, S, E), and which characters are real (B, S)."""
+    """The encoded source: keys (B, S, D), values (B, S, E), and whether characters are real (B, S)."""
 
     keys: jax.Array
     values: jax.Array
@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
 
 class Writer(nn.Module):
-    """Writes one character: attend over the source, then advance the state. Scanned over the answer by `Translator`."""
+    """One step of the decoder: attention over the source, then a GRU. `Translator` scans it over the answer."""
 
     features: int
     teacher_forced: bool
@@ -68,18 +68,18 @@ class Writer(nn.Module):
         context, weights = attnlib.AdditiveAttention(name="attention")(
             query, source.keys, source.values, key_mask=source.is_real, return_weights=True
         )  # (B, 1, E), (B, 1, S)
-        written = nn.Embed(START + 1, 16)(previous)
-        state, output = nn.GRUCell(self.features)(state, jnp.concatenate([written, context[:, 0]], axis=-1))
+        embedded = nn.Embed(START + 1, 16)(previous)
+        state, output = nn.GRUCell(self.features)(state, jnp.concatenate([embedded, context[:, 0]], axis=-1))
         logits = nn.Dense(len(data.ISO_CHARACTERS))(jnp.concatenate([output, context[:, 0]], axis=-1))
         previous = answer if self.teacher_forced else logits.argmax(-1)
         return (state, previous), (logits, weights[:, 0])
 
 
 class Translator(nn.Module):
-    """Translates codes (B, S) into logits (B, 10, 11) of the ISO characters, with the attention weights (B, 10, S).
+    """The model: codes (B, S) -> logits (B, 10, 11) of the ISO characters, and attention weights (B, 10, S).
 
-    With the answer (B, 10) given, each character is predicted from the right ones before it (teacher forcing, for
-    training); without it, from the model's own.
+    With an answer (B, 10), each step gets the previous character of the answer (teacher forcing, for training);
+    otherwise it gets the previous prediction.
     """
 
     alphabet_size: int
@@ -89,19 +89,19 @@ class Translator(nn.Module):
     def __call__(self, source: jax.Array, answer: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         batch = source.shape[0]
         values = Reader(self.alphabet_size, self.features)(source)
-        attended = Source(nn.Dense(self.features)(values), values, source != data.PADDING)
+        encoded = Source(nn.Dense(self.features)(values), values, source != data.PADDING)
         write = nn.scan(
             Writer, variable_broadcast="params", split_rngs={"params": False}, in_axes=(1, nn.broadcast), out_axes=1
         )(2 * self.features, teacher_forced=answer is not None, name="writer")
         if answer is None:
-            answer = jnp.zeros((batch, data.ISO_LENGTH), jnp.int32)  # only its length is read
+            answer = jnp.zeros((batch, data.ISO_LENGTH), jnp.int32)  # only the length matters
         start = jnp.zeros((batch, 2 * self.features)), jnp.full((batch,), START)
-        _, logits_and_weights = write(start, answer, attended)
+        _, logits_and_weights = write(start, answer, encoded)
         return logits_and_weights
 
 
 def run(*, steps: int, seed: int, out: Path) -> np.ndarray:
-    """Trains, prints accuracy and a few translations, saves the alignment map in `out`; returns every step's loss."""
+    """Trains, prints the accuracy and some translations, saves the picture in `out`; returns the loss of each step."""
     forms = data.written_forms()
     training_dates, held_out_dates = data.split_dates(seed)
     print(
@@ -124,14 +124,14 @@ def run(*, steps: int, seed: int, out: Path) -> np.ndarray:
     print(f"a GRU encoder and decoder with additive attention, {parameter_count(params):,} parameters")
     params, losses = fit(make_loss(model), params, batches, learning_rate=LEARNING_RATE, seed=seed)
 
-    translations, weights = translate(model, params, held_out + pictured, alphabet, width)  # together: compiled once
+    translations, weights = translate(model, params, held_out + pictured, alphabet, width)  # one call compiles once
     report(held_out, translations[:HELD_OUT_EXAMPLES])
     save_alignment(pictured, translations[HELD_OUT_EXAMPLES:], weights[HELD_OUT_EXAMPLES:], out / PICTURE)
     return losses
 
 
 def make_batches(examples: Sequence[data.Example], alphabet: data.Alphabet, width: int) -> list[Batch]:
-    """Returns batches of codes and answers."""
+    """Returns batches of sources and answers."""
     sources = alphabet.encode([example.source for example in examples], width)
     answers = data.encode_iso([example.date for example in examples])
     starts = range(0, len(examples), BATCH_SIZE)
@@ -139,7 +139,7 @@ def make_batches(examples: Sequence[data.Example], alphabet: data.Alphabet, widt
 
 
 def make_loss(model: Translator) -> Loss:
-    """Returns the mean cross-entropy of the answers' characters, teacher forced."""
+    """Returns the loss: the mean cross-entropy of the characters, with teacher forcing."""
 
     def loss(params: Params, rng: jax.Array, source: jax.Array, answer: jax.Array) -> jax.Array:
         del rng  # no dropout: every batch is new
@@ -158,7 +158,7 @@ def translate(
 
 
 def report(examples: Sequence[data.Example], translations: Sequence[str]) -> None:
-    """Prints a few translations and how many of all are exactly right."""
+    """Prints some translations, and the fraction of correct ones."""
     right = [example.iso == translation for example, translation in zip(examples, translations, strict=True)]
     print("held-out dates, decoded greedily:")
     for example, translation, is_right in list(zip(examples, translations, right, strict=True))[:PRINTED_EXAMPLES]:
@@ -170,7 +170,7 @@ def report(examples: Sequence[data.Example], translations: Sequence[str]) -> Non
 def save_alignment(
     examples: Sequence[data.Example], translations: Sequence[str], weights: np.ndarray, path: Path
 ) -> None:
-    """Saves what the writer attended to as it wrote each character of a few answers."""
+    """Saves a picture of the attention weights for each character of some answers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 6.2), layout="constrained")

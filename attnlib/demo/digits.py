@@ -1,8 +1,8 @@
-"""Reads handwritten digits (scikit-learn's `load_digits`, 1,797 images of 8 x 8) with attention over the image's axes.
+"""Classifies handwritten digits (scikit-learn's `load_digits`, 1,797 images of 8 x 8) with attention over image axes.
 
-One block attends along columns, one along rows (axial attention: Ho et al., 2019, arXiv:1912.12180), one over both at
-once; nothing is reshaped for it: `attention_axes` of `attnlib.MultiHeadAttention` says which axes. Attention does the
-work: it is all that brings pixels together beyond a linear 3 x 3 window, and without it the same model reached 67 %.
+One block attends along columns, one along rows (axial attention: Ho et al., 2019, arXiv:1912.12180), and one over both
+axes. The field `attention_axes` of `attnlib.MultiHeadAttention` names the axes, so arrays are not reshaped. Apart from
+attention, only a linear 3 x 3 convolution combines pixels; without attention the model reached 67 %.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PICTURED_DIGITS = (2, 3, 5, 8)
 
 
 class Block(nn.Module):
-    """Attention over some axes of the image, added to what comes in: (B, H, W, C) -> the same, and the weights."""
+    """Residual attention over some axes of the image: (B, H, W, C) -> ((B, H, W, C), weights)."""
 
     attention_axes: tuple[int, ...]
     num_heads: int
@@ -44,15 +44,15 @@ class Block(nn.Module):
 
 
 class Reader(nn.Module):
-    """Reads images (B, 8, 8) into logits (B, 10), with the attention weights of each block."""
+    """The model: images (B, 8, 8) -> logits (B, 10), and the attention weights of each block."""
 
     features: int = 48
     num_heads: int = 2
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, list[jax.Array]]:
-        places = self.param("places", nn.initializers.normal(1.0), (*images.shape[1:], self.features))
-        pixels = nn.Conv(self.features, (3, 3))(images[..., None]) + places  # (B, H, W, C)
+        positions = self.param("places", nn.initializers.normal(1.0), (*images.shape[1:], self.features))
+        pixels = nn.Conv(self.features, (3, 3))(images[..., None]) + positions  # (B, H, W, C)
         all_weights = []
         for axes in BLOCKS.values():
             pixels, weights = Block(axes, self.num_heads)(pixels)
@@ -62,14 +62,14 @@ class Reader(nn.Module):
 
 
 class Digits(NamedTuple):
-    """Images (count, 8, 8) from 0 to 1 and the digits (count,) they show."""
+    """Images (count, 8, 8) from 0 to 1, and their digits (count,)."""
 
     images: np.ndarray
     digits: np.ndarray
 
 
 def run(*, steps: int, seed: int, out: Path) -> np.ndarray:
-    """Trains, prints the test accuracy, saves where the heads look in `out`; returns the loss of every step."""
+    """Trains, prints the test accuracy, saves the picture in `out`; returns the loss of each step."""
     training, test = load(seed)
     print(f"{len(training.digits):,} handwritten digits to train on, {len(test.digits):,} others held out")
     model = Reader()
@@ -87,18 +87,18 @@ def run(*, steps: int, seed: int, out: Path) -> np.ndarray:
 
 
 def load(seed: int) -> tuple[Digits, Digits]:
-    """Returns the training images and the test images, split at random by the seed."""
+    """Returns a random split into training images and test images."""
     from sklearn.datasets import load_digits
 
-    everything = load_digits()
-    images = (everything.images / everything.images.max()).astype(np.float32)
+    dataset = load_digits()
+    images = (dataset.images / dataset.images.max()).astype(np.float32)
     order = np.random.default_rng([seed, 0]).permutation(len(images))
     test, training = order[:TEST_IMAGES], order[TEST_IMAGES:]
-    return Digits(images[training], everything.target[training]), Digits(images[test], everything.target[test])
+    return Digits(images[training], dataset.target[training]), Digits(images[test], dataset.target[test])
 
 
 def make_batches(training: Digits, steps: int, rng: np.random.Generator) -> list[Batch]:
-    """Returns that many random batches of the training images, half of them moved by up to one pixel."""
+    """Returns `steps` random batches of training images; half of the images are shifted by up to one pixel."""
     batches: list[Batch] = []
     for _ in range(steps):
         chosen = rng.integers(len(training.digits), size=BATCH_SIZE)
@@ -109,13 +109,13 @@ def make_batches(training: Digits, steps: int, rng: np.random.Generator) -> list
 
 
 def move(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """Returns the image moved by up to one pixel, with background moving in."""
+    """Returns the image shifted by up to one pixel, padded with background."""
     height, width = image.shape
     return np.pad(image, 1)[1 - down : 1 - down + height, 1 - right : 1 - right + width]
 
 
 def make_loss(model: Reader) -> Loss:
-    """Returns the mean cross-entropy, with dropout."""
+    """Returns the loss: the mean cross-entropy, with dropout."""
 
     def loss(params: Params, rng: jax.Array, images: jax.Array, digits: jax.Array) -> jax.Array:
         logits, _ = model.apply(params, images, deterministic=False, rngs={"dropout": rng})
@@ -125,13 +125,13 @@ def make_loss(model: Reader) -> Loss:
 
 
 def received_attention(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns, for each block, how much attention each pixel receives from the average query: (B, N, H, W)."""
+    """Returns for each block the mean weight that each pixel receives from all queries: (B, N, H, W)."""
     columns, rows, both = weights  # (B, W, N, H, H), (B, H, N, W, W), (B, N, H, W, H, W)
     return [columns.mean(-2).transpose(0, 2, 3, 1), rows.mean(-2).transpose(0, 2, 1, 3), both.mean((2, 3))]
 
 
 def save_received_attention(test: Digits, read: np.ndarray, weights: Sequence[np.ndarray], path: Path) -> None:
-    """Saves a few test images under the attention that each head of each block gives to their pixels."""
+    """Saves a picture of test images with the attention that their pixels receive, for each head of each block."""
     from matplotlib.figure import Figure
 
     pictured = [int(np.argmax(test.digits == digit)) for digit in PICTURED_DIGITS]  # the first image of each

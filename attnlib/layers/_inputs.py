@@ -1,7 +1,9 @@
-"""Operands of a layer: their axes, padding and dtypes, and their projections."""
+"""Operands of a layer: defaults, axes, padding, dtypes and projections."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.operand_checks import check_arrays, check_axes, is_array
+from attnlib._core.options import LayerOptions
 from attnlib._core.validation import check_positive
 from attnlib.masks import KeyPadding, QueryPadding, SlidingWindow
 from attnlib.masks._arrays import as_mask
@@ -20,7 +23,7 @@ Params = Mapping[str, Any]
 
 
 def default_operands(query: Array, key: Array | None, value: Array | None) -> tuple[Array, Array]:
-    """Key and value, which default to the query and the key, all being arrays of one rank."""
+    """Key and value; the key defaults to the query, the value to the key. Checks that their ranks are equal."""
     key = query if key is None else key
     value = key if value is None else value
     check_arrays(query=query, key=key, value=value)
@@ -34,8 +37,14 @@ def default_operands(query: Array, key: Array | None, value: Array | None) -> tu
     return key, value
 
 
+def set_key_positions(options: LayerOptions, key: Array | None) -> None:
+    """Sets the default of `key_positions`: in self-attention, keys have the positions of the queries."""
+    if key is None and options.get("key_positions") is None:
+        options["key_positions"] = options.get("query_positions")
+
+
 def module_axes(attention_axes: int | Sequence[int] | None, query: Array) -> _axes.Axes:
-    """Resolves attention axes counted in arrays that have no heads axis."""
+    """The attention axes of an operand without a heads axis."""
     return _axes.normalize(check_axes(attention_axes), query.ndim, trailing=1)
 
 
@@ -48,26 +57,23 @@ def combine_masks(
     query_shape: tuple[int, ...],
     key_shape: tuple[int, ...],
 ) -> Mask | None:
-    """One mask of all that a layer is given, padding masks being laid out as their operands are."""
-    parts: list[Mask] = []
+    """The conjunction of all masks of a layer, or None. A padding mask has the layout of its operand."""
+    masks: list[Mask] = []
     if query_mask is not None:
-        parts.append(QueryPadding(_padding(query_mask, "query_mask", axes, query_shape)))
+        masks.append(QueryPadding(_padding(query_mask, "query_mask", axes, query_shape)))
     if key_mask is not None:
-        parts.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))
+        masks.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))
     if sliding_window is not None:
-        reach = check_positive(sliding_window, "sliding_window") - 1
-        parts.append(SlidingWindow(reach, reach))
-    given = as_mask(mask)
-    if given is not None:
-        parts.append(given)
-    joined = None
-    for part in parts:
-        joined = part if joined is None else joined & part
-    return joined
+        distance = check_positive(sliding_window, "sliding_window") - 1
+        masks.append(SlidingWindow(distance, distance))
+    pair_mask = as_mask(mask)
+    if pair_mask is not None:
+        masks.append(pair_mask)
+    return functools.reduce(operator.and_, masks) if masks else None
 
 
 def _padding(mask: Any, name: str, axes: _axes.Axes, operand_shape: tuple[int, ...]) -> jax.Array:
-    """(user's leading axes) -> (*batch, *attention axes)."""
+    """Transposes a padding mask of an operand to `(*batch, *attention axes)`."""
     if not is_array(mask):
         raise TypeError(f"{name} must be a bool array; got {type(mask).__name__}. Write jnp.asarray({name}, bool).")
     if mask.dtype != jnp.bool_:
@@ -78,34 +84,36 @@ def _padding(mask: Any, name: str, axes: _axes.Axes, operand_shape: tuple[int, .
             f"{name} must have the shape of its operand without features, {leading}, or ones to broadcast; got "
             f"{mask.shape}."
         )
-    whole = [full if axis in axes.attention else mask.shape[axis] for axis, full in enumerate(leading)]
-    return jnp.transpose(jnp.broadcast_to(mask, whole), (*axes.batch, *axes.attention))
+    shape = [full if axis in axes.attention else mask.shape[axis] for axis, full in enumerate(leading)]
+    return jnp.transpose(jnp.broadcast_to(mask, shape), (*axes.batch, *axes.attention))
 
 
 def zero_padding(operand: Any, mask: Any) -> jax.Array:
+    """The operand with zeros in its padding."""
     return jnp.asarray(operand) if mask is None else jnp.where(mask[..., None], operand, 0)
 
 
 def promote_dtypes(query: Any, key: Any, value: Any, params: Params, dtype: Any) -> tuple[Any, Any, Any, Params]:
+    """Operands and parameters in `dtype`, by default their common dtype."""
     arrays = (query, key, value, dict(params))
     try:
-        with jax.numpy_dtype_promotion("standard"):  # a layer promotes inputs and parameters whatever the setting
+        with jax.numpy_dtype_promotion("standard"):  # layers promote under strict promotion too
             dtype = jnp.result_type(*jax.tree.leaves(arrays)) if dtype is None else jnp.dtype(dtype)
-    except (TypeError, ValueError) as error:  # eight bits promote to nothing
-        raise TypeError(f"dtype must be a floating-point dtype, given where JAX finds none; got {dtype!r}.") from error
+    except (TypeError, ValueError) as error:  # JAX promotes no 8-bit dtype
+        raise TypeError(f"dtype must be a floating-point dtype, and 8-bit inputs require it; got {dtype!r}.") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating-point dtype; got {dtype}.")
     return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), arrays)
 
 
-def apply_projection(inputs: jax.Array, affine: Params, name: str, precision: Any, contracted: int = 1) -> jax.Array:
+def apply_projection(inputs: jax.Array, affine: Params, name: str, precision: Any, num_axes: int = 1) -> jax.Array:
+    """Contracts the last `num_axes` axes of the inputs with the first axes of the kernel, and adds the bias."""
     kernel = affine["kernel"]
-    if kernel.shape[:contracted] != inputs.shape[-contracted:]:
+    if kernel.shape[:num_axes] != inputs.shape[-num_axes:]:
         raise ValueError(
-            f"{name} was made for {kernel.shape[:contracted]} features, its kernel being {kernel.shape}; got an input "
-            f"of shape {inputs.shape}. Parameters are made for the features of an input: make new ones, or project it "
-            "before."
+            f"{name} must have {kernel.shape[:num_axes]} features, as its kernel {kernel.shape}; got an input of shape "
+            f"{inputs.shape}. Initialize new parameters for this input, or project the input to these features."
         )
-    axes = tuple(range(inputs.ndim - contracted, inputs.ndim)), tuple(range(contracted))
+    axes = tuple(range(inputs.ndim - num_axes, inputs.ndim)), tuple(range(num_axes))
     output = jax.lax.dot_general(inputs, kernel, (axes, ((), ())), precision=precision)
     return output + affine["bias"] if "bias" in affine else output

@@ -1,27 +1,18 @@
-"""Attention layers as pure functions over explicit parameters: projections around attention.
-
-Parameters are plain nested dicts of arrays, the same tree that the linen modules declare:
-
-    query | key | value   kernel (C, N, D), bias (N, D)      N heads; key and value have K heads, value E features
-    out                   kernel (N, E, *O), bias (*O)
-    gate                  kernel (C, N, E), bias (N, E)      with use_gate
-    score                 scale (N, D) or (N,)               with score="additive"; with use_scale
-    query_norm | key_norm scale (D,)                         with normalize_qk
-    sink                  logit (N,)                         with use_sink
-"""
+"""Multi-head attention with projections: the parameters and the function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from attnlib._api import attention
 from attnlib._core import axes as _axes
-from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
+from attnlib._core.array_types import Array, BoolMask, Rng
 from attnlib._core.operand_checks import is_key
+from attnlib._core.options import LayerOptions, takes_options
 from attnlib._core.suggestions import suggests_arguments
 from attnlib._core.validation import check_bool, check_positive
 from attnlib.layers._inputs import (
@@ -31,17 +22,18 @@ from attnlib.layers._inputs import (
     default_operands,
     module_axes,
     promote_dtypes,
+    set_key_positions,
     zero_padding,
 )
 from attnlib.layers._projections import (
     HeadDimensions,
     Initializer,
+    check_score_name,
     default_bias_init,
     default_kernel_init,
     normalization,
     projection_inits,
 )
-from attnlib.masks._base import Mask
 from attnlib.positions import rotary_embedding
 from attnlib.scores import Additive, Dot, Score
 
@@ -73,7 +65,7 @@ def init_multi_head_attention(
     scale_init: Initializer | None = None,
     param_dtype: Any = jnp.float32,
 ) -> dict[str, dict[str, jax.Array]]:
-    """Parameters for `multi_head_attention`, an explicit tree of arrays.
+    """Parameters for `multi_head_attention`, as nested dicts of arrays.
 
     Args:
       rng: a JAX random key.
@@ -82,17 +74,17 @@ def init_multi_head_attention(
       key_dim: features D of a head of query and key; default query_features // num_heads.
       value_dim: features E of a head of value; default key_dim.
       num_kv_heads: key/value heads K, a divisor of N (grouped-query attention; 1: multi-query); default N.
-      key_features, value_features: last axes of key and value; default query_features, and the key's.
-      output_shape: the output's last axis, or several; default query_features.
+      key_features, value_features: last axes of key and value; default query_features and key_features.
+      output_shape: the last axis or axes of the output; default query_features.
       use_bias: whether projections have a bias.
-      use_gate: whether a sigmoid gate computed from the query multiplies the attention output.
+      use_gate: whether a sigmoid gate, computed from the query, multiplies the output of attention.
       score: "dot", "additive" (adds a learned scale `(N, D)`) or a `Score`.
-      use_scale: whether the logits of score="dot" have a learned scale, one a head, that begins at 1 / sqrt(D).
-      normalize_qk: whether query and key have a learned norm each: "layer" or True as in Flax, "rms", or False.
-      use_sink: whether each head has a learned sink, a logit without value, that begins at 0.
-      kernel_init, bias_init: initialisers `(rng, shape, dtype)`; kernels are initialised as matrices.
-      out_kernel_init, out_bias_init: those of the output projection; default kernel_init, bias_init.
-      scale_init: initialiser of the scale of score="additive" or use_scale; default glorot uniform; 1 / sqrt(D).
+      use_scale: whether score="dot" has a learned scale for each head, initially 1 / sqrt(D).
+      normalize_qk: learned norms of query and key: "layer" or True as in Flax, "rms", or False.
+      use_sink: whether each head has a learned sink, a logit without a value, initially 0.
+      kernel_init, bias_init: initialisers `(rng, shape, dtype)`; each kernel is initialised as a matrix.
+      out_kernel_init, out_bias_init: initialisers of the output projection; default kernel_init, bias_init.
+      scale_init: initialiser of the scale; default glorot uniform with score="additive", 1 / sqrt(D) with use_scale.
       param_dtype: dtype of the parameters.
 
     Returns:
@@ -100,7 +92,7 @@ def init_multi_head_attention(
       [, "query_norm": {"scale"}, "key_norm": {"scale"}][, "sink": {"logit"}]}`.
 
     Raises:
-      ValueError, TypeError: a size is not a positive int or does not fit the others.
+      ValueError, TypeError: a size is not a positive int, or does not fit the other sizes.
 
     Example:
       >>> import jax, attnlib
@@ -135,7 +127,7 @@ def init_multi_head_attention(
     return params
 
 
-@suggests_arguments
+@takes_options(without={"return_lse": ""})
 def multi_head_attention(
     params: Params,
     query: Array,
@@ -146,56 +138,40 @@ def multi_head_attention(
     attention_axes: int | Sequence[int] | None = None,
     query_mask: BoolMask | None = None,
     key_mask: BoolMask | None = None,
-    mask: BoolMask | Mask | None = None,
-    bias: Bias | None = None,
-    is_causal: bool = False,
     sliding_window: int | None = None,
     rotary: Rotary = False,
     normalize_qk: bool | str = False,
-    score_mod: ScoreMod | None = None,
-    sink: float | Array | None = None,
-    query_positions: Array | None = None,
-    key_positions: Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Rng | None = None,
-    return_weights: bool = False,
     dtype: Any = None,
-    precision: Any = None,
-    logits_soft_cap: float | None = None,
-    implementation: str | Sequence[str] | None = None,
-    block_sizes: tuple[int, int] | None = None,
+    **options: Unpack[LayerOptions],
 ) -> Any:
-    """Multi-head attention with its projections: what `attnlib.MultiHeadAttention` applies, on explicit parameters.
+    """Multi-head attention with query, key, value and output projections, as a function of their parameters.
+
+    `attnlib.MultiHeadAttention` computes this function.
 
     Args:
-      params: from `init_multi_head_attention` (or a module's "params"); heads and features are read off its shapes.
+      params: from `init_multi_head_attention`, or the "params" of a module; their shapes give heads and features.
       query: `(*batch and attention axes, C)`, rank 2 or more; for one sequence axis `(B, T, C)`.
       key: `(..., C_key)`; default: query (self-attention).
       value: `(..., C_value)`, with the key's positions; default: key.
-      score: "dot" (scaled by `params["score"]`, if there, else by 1 / sqrt(key_dim)), "additive" (scale in
+      score: "dot" (scaled by `params["score"]`, or by 1 / sqrt(key_dim) without it), "additive" (scaled by
         `params["score"]`) or a `Score`.
       attention_axes: numbered in query, key and value as passed (the last sequence axis is -2). Default: every axis
         but the first and the features; for rank 2 (no batch axis) the first.
-      query_mask: bool, query's shape without features (or ones to broadcast), True = real; others attend nothing.
-      key_mask: bool, key's shape without features, True = real; others are attended by none.
-      mask: bool array or `Mask` over `(*batch, N, *query axes, *key axes)`, as in `dot_product_attention`.
-      bias: added to the logits, shapes as for mask.
-      is_causal: also mask keys after the query.
+      query_mask: bool, query's shape without features, or ones to broadcast; True = real. Padding attends nothing.
+      key_mask: bool, key's shape without features, or ones to broadcast; True = real. No query attends padding.
       sliding_window: w masks keys w or more positions away on either side (flat row-major positions), as in Keras.
-      rotary: whether query and key get rotary positions: True, or a function called as
-        `attnlib.positions.rotary_embedding` is, such as a `functools.partial` of it with a base and scaling.
-      normalize_qk: what `params` were made with: "layer" or True, "rms", or False. Norms come before rotary positions.
-      score_mod: as in `dot_product_attention`.
-      sink: as in `dot_product_attention`, where `params` hold no learned one.
-      query_positions, key_positions: as in `dot_product_attention`, and what rotary positions turn by; the key's are
-        the query's by default where key is not given.
-      dropout_rate, dropout_rng: as in `dot_product_attention`.
-      return_weights: also return the weights `(*batch, N, *query axes, *key axes)`.
-      dtype: to compute in; default: promoted from inputs and parameters.
-      precision, logits_soft_cap, implementation, block_sizes: as in `dot_product_attention`.
+      rotary: whether query and key get rotary positions: True, or a function with the arguments of
+        `attnlib.positions.rotary_embedding`, such as a `functools.partial` of it with a base and scaling.
+      normalize_qk: the norms of query and key in `params`: "layer" or True, "rms", or False. They precede rotary
+        positions.
+      dtype: dtype of the computation; default: promoted from inputs and parameters.
+      {names}: as in `dot_product_attention`. Rotary positions use query_positions and key_positions too. Without key,
+        key_positions default to query_positions. precision applies to the projections too. sink requires params without
+        a learned sink.
 
     Returns:
-      output `(*query's leading axes, *output_shape)`, or (output, weights).
+      output `(*query's leading axes, *output_shape)`, or (output, weights) with weights
+      `(*batch, N, *query axes, *key axes)`.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -210,13 +186,10 @@ def multi_head_attention(
     """
     output, weights, _ = apply_multi_head(
         params, query, key, value, score=score, attention_axes=attention_axes, query_mask=query_mask,
-        key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=sliding_window, rotary=rotary,
-        normalize_qk=normalize_qk, score_mod=score_mod, sink=sink, query_positions=query_positions,
-        key_positions=key_positions, dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_weights=return_weights,
-        dtype=dtype, precision=precision, logits_soft_cap=logits_soft_cap, implementation=implementation,
-        block_sizes=block_sizes,
+        key_mask=key_mask, sliding_window=sliding_window, rotary=rotary, normalize_qk=normalize_qk, dtype=dtype,
+        **options,
     )  # fmt: skip
-    return (output, weights) if return_weights else output
+    return output if weights is None else (output, weights)
 
 
 @jax.named_scope("attnlib.multi_head_attention")
@@ -230,59 +203,56 @@ def apply_multi_head(
     attention_axes: int | Sequence[int] | None,
     query_mask: Any,
     key_mask: Any,
-    mask: Any,
     sliding_window: int | None,
     rotary: Rotary,
     normalize_qk: bool | str,
-    sink: Any,
-    query_positions: Array | None,
-    key_positions: Array | None,
     dtype: Any,
     attend: Callable[..., Any] = attention,
-    **options: Any,
+    **options: Unpack[LayerOptions],
 ) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
-    """The layer: (output, weights if asked for, what each projection gave, for activity regularisers).
+    """(output, weights or None, outputs of the projections by name, for activity regularizers).
 
-    `attend` is called as `attention` is; decoding puts its cache there.
+    `attend` has the arguments of `attention`; a layer that decodes passes the attention of its cache.
     """
-    if key is None and key_positions is None:
-        key_positions = query_positions
+    set_key_positions(options, key)
     key, value = default_operands(query, key, value)
-    _check_params(params, normalize_qk, sink)
+    _check_params(params, normalize_qk, options.get("sink"))
     axes = module_axes(attention_axes, query)
-    joined = combine_masks(mask, query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
+    mask = combine_masks(options.get("mask"), query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
+    options["mask"] = mask
     query, key, value, params = promote_dtypes(query, key, value, params, dtype)
-    # Padding is cleared before it is projected: the gradient of a kernel multiplies it even where it attends nothing.
+    if "sink" in params:
+        options["sink"] = params["sink"]["logit"]
+    # A projection's gradient multiplies its input: NaN in padding would reach it, though no query attends padding.
     query, key, value = zero_padding(query, query_mask), zero_padding(key, key_mask), zero_padding(value, key_mask)
 
-    precision = options["precision"]
-    made = {
-        "query": apply_projection(query, params["query"], "query", precision),
-        "key": apply_projection(key, params["key"], "key", precision),
-        "value": apply_projection(value, params["value"], "value", precision),
+    precision = options.get("precision")
+    activations = {
+        name: apply_projection(array, params[name], name, precision)
+        for name, array in (("query", query), ("key", key), ("value", value))
     }
-    placed = dict(made)
-    for name, positions in (("query", query_positions), ("key", key_positions)):
-        if normalization(normalize_qk):
-            placed[name] = _normalize_heads(placed[name], params[f"{name}_norm"]["scale"], normalization(normalize_qk))
-        placed[name] = _apply_rotary(placed[name], rotary, positions, axes)
-    results = attend(
-        *placed.values(), score=_score(score, params), mask=joined, attention_axes=axes.attention,
-        sink=params["sink"]["logit"] if "sink" in params else sink, query_positions=query_positions,
-        key_positions=key_positions, **options,
-    )  # fmt: skip
-    attended, weights = results if options["return_weights"] else (results, None)
+    operands = dict(activations)
+    norm = normalization(normalize_qk)
+    for name, positions in (("query", options.get("query_positions")), ("key", options.get("key_positions"))):
+        if norm is not None:
+            operands[name] = _normalize_heads(operands[name], params[f"{name}_norm"]["scale"], norm)
+        operands[name] = _apply_rotary(operands[name], rotary, positions, axes)
+    results = attend(*operands.values(), score=_score(score, params), attention_axes=axes.attention, **options)
+    attended, weights = results if options.get("return_weights") else (results, None)
     if "gate" in params:
-        made["gate"] = jax.nn.sigmoid(apply_projection(query, params["gate"], "gate", precision))
-        attended = attended * made["gate"]
-    made["out"] = apply_projection(attended, params["out"], "out", precision, contracted=2)
-    return made["out"], weights, made
+        activations["gate"] = jax.nn.sigmoid(apply_projection(query, params["gate"], "gate", precision))
+        attended = attended * activations["gate"]
+    activations["out"] = apply_projection(attended, params["out"], "out", precision, num_axes=2)
+    return activations["out"], weights, activations
 
 
-def _normalize_heads(x: jax.Array, scale: jax.Array, kind: str | None) -> jax.Array:
-    """Over the features of a head, in float32 at least (layer: Ba et al. 2016; rms: Zhang and Sennrich 2019)."""
+def _normalize_heads(x: jax.Array, scale: jax.Array, norm: str) -> jax.Array:
+    """Normalizes each head over its features, in float32 at least.
+
+    Sources: Ba et al. (2016) for "layer"; Zhang and Sennrich (2019) for "rms".
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if kind == "layer":
+    if norm == "layer":
         wide = wide - jnp.mean(wide, -1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
     return (wide * scale.astype(wide.dtype)).astype(x.dtype)
@@ -296,32 +266,22 @@ def _apply_rotary(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _
         )
     if not rotary:
         return x
-    if positions is not None and positions.ndim > 1:  # (*batch, length): the axis goes where x has it
+    if positions is not None and positions.ndim > 1:  # (*batch, length) -> the layout of x
         positions = jnp.moveaxis(positions, -1, axes.attention[0])
-    turn = rotary if callable(rotary) else rotary_embedding
-    return turn(x, positions, attention_axes=axes.attention)
-
-
-def _with_head_axis(array: Array, axes: _axes.Axes) -> jax.Array:
-    """Inserts an axis of one head where a mask or bias has batch axes; of lower rank it broadcasts as it is."""
-    pairs = 2 * len(axes.attention)
-    return jnp.expand_dims(jnp.asarray(array), -pairs - 1) if array.ndim > pairs else jnp.asarray(array)
+    embed = rotary if callable(rotary) else rotary_embedding
+    return embed(x, positions, attention_axes=axes.attention)
 
 
 def _score(score: str | Score, params: Params) -> Score:
     if isinstance(score, Score):
         return score
     scale = params["score"]["scale"] if "score" in params else None
-    if score == "dot":
+    if check_score_name(score) == "dot":
         return Dot(scale)
-    if score != "additive":
-        raise ValueError(
-            f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
-        )
     if scale is None:
         raise ValueError(
-            'score="additive" needs params["score"]["scale"] (N, D); make them with '
-            'init_multi_head_attention(..., score="additive").'
+            'score="additive" needs params["score"]["scale"] (N, D), as init_multi_head_attention(..., '
+            'score="additive") returns it.'
         )
     return Additive(scale)
 
@@ -332,19 +292,19 @@ def _check_params(params: Any, normalize_qk: bool | str, sink: Any) -> None:
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         remedy = ' Pass variables["params"].' if isinstance(params, Mapping) and "params" in params else ""
         raise ValueError(
-            f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention makes it; got {got}."
+            f"params must be a mapping with {', '.join(names)}, as init_multi_head_attention returns it; got {got}."
             f"{remedy}"
         )
     if any(hasattr(leaf, "unbox") for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "unbox"))):
         raise TypeError(
-            "params must hold arrays; got some in boxes of partitioning metadata. Pass flax.linen.meta.unbox(params)."
+            "params must hold arrays; got boxes of partitioning metadata. Pass flax.linen.meta.unbox(params)."
         )
     for name in ("query_norm", "key_norm"):
         if (name in params) != bool(normalization(normalize_qk)):
-            held = "hold" if name in params else "lack"
+            verb = "hold" if name in params else "lack"
             raise ValueError(
-                f"params {held} {name}, which does not fit normalize_qk={normalize_qk!r}; give "
-                "init_multi_head_attention and multi_head_attention the same normalize_qk."
+                f"params {verb} {name}, which does not fit normalize_qk={normalize_qk!r}. Pass the same normalize_qk "
+                "to init_multi_head_attention and multi_head_attention."
             )
     if "sink" in params and sink is not None:
-        raise ValueError("params hold a learned sink; leave sink=None, or remove the sink from params.")
+        raise ValueError("params hold a learned sink. Leave sink=None, or remove the sink from params.")

@@ -1,4 +1,4 @@
-"""The sizes of a multi-head attention layer, and the shapes and initial values of its projections."""
+"""The sizes of a multi-head attention layer, and the shapes and initial values of its parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ default_bias_init: Initializer = jax.nn.initializers.zeros
 
 
 def vector_glorot_uniform(rng: Rng, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Uniform in +-sqrt(3 / D), D the last axis: what Keras' glorot_uniform gives for a vector of D entries."""
+    """Uniform values in +-sqrt(3 / D) for D features, as Keras' glorot_uniform draws a vector of D entries."""
     limit = math.sqrt(3 / max(shape[-1], 1))
     return jax.random.uniform(rng, shape, dtype, -limit, limit)
 
@@ -33,7 +33,7 @@ def projection_inits(
     out_kernel_init: Initializer | None,
     out_bias_init: Initializer | None,
 ) -> tuple[Initializer, Initializer]:
-    """The initialisers of the kernel and bias of one projection: the output projection may have its own."""
+    """The initialisers of the kernel and the bias of one projection."""
     inits = dict(kernel=kernel_init, bias=bias_init, out_kernel=out_kernel_init, out_bias=out_bias_init)
     for kind, init in inits.items():
         if isinstance(init, str):
@@ -51,27 +51,27 @@ def projection_inits(
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionSpec:
-    """The shapes of one projection: `inputs` axes are contracted, `outputs` axes are made."""
+    """The shape of one projection: it contracts the axes `inputs` and returns the axes `outputs`."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
     def init_kernel(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
-        """Initialises the kernel as the matrix it is, so that fan-in and fan-out are those of the projection."""
+        """A kernel, initialised as a matrix so that fan-in and fan-out are those of the projection."""
         if 0 in self.inputs:
-            raise ValueError("query, key and value must have features to project (last axis); got 0 of them.")
+            raise ValueError("query, key and value must have at least one feature (last axis) to project; got 0.")
         matrix = init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype)
-        return _reshaped(matrix, self.inputs + self.outputs, "kernel")
+        return _reshape(matrix, self.inputs + self.outputs, "kernel")
 
     def init_bias(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
-        return _reshaped(init(rng, (math.prod(self.outputs),), dtype), self.outputs, "bias")
+        return _reshape(init(rng, (math.prod(self.outputs),), dtype), self.outputs, "bias")
 
 
-def _reshaped(value: Any, shape: tuple[int, ...], name: str) -> Any:
-    """Reshapes what an initialiser made, also inside the box of partitioning metadata that it may come in.
+def _reshape(value: Any, shape: tuple[int, ...], name: str) -> Any:
+    """Reshapes an initial value, which may be in a box of partitioning metadata.
 
-    A box's names are for the axes of `shape`. Its `unbox` would apply them to the array as it is before, which a mesh
-    in context refuses, so the box is mapped over as the pytree it is.
+    The names in the box belong to the axes of `shape`. `unbox` would apply these names to the matrix, which fails under
+    a mesh, so `jax.tree.map` reshapes the array inside the box.
     """
     names = getattr(value, "names", ())
     if len(names) > len(shape):
@@ -84,7 +84,7 @@ def _reshaped(value: Any, shape: tuple[int, ...], name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter of a layer that is no projection: its name in its group, shape, and initialiser."""
+    """A parameter that is not part of a projection: its name in its group, its shape and its initialiser."""
 
     name: str
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ class ParameterSpec:
 
 @dataclasses.dataclass(frozen=True)
 class HeadDimensions:
-    """The sizes of a multi-head attention layer, defaults resolved and checked."""
+    """The checked sizes of a multi-head attention layer."""
 
     num_heads: int
     num_kv_heads: int
@@ -118,16 +118,16 @@ class HeadDimensions:
         if key_dim is None:
             if query_features % num_heads:
                 raise ValueError(
-                    f"key_dim defaults to query features / num_heads, which must be whole; got {query_features} / "
+                    f"key_dim defaults to query features / num_heads, which must be an int; got {query_features} / "
                     f"{num_heads}. Pass key_dim."
                 )
             key_dim = query_features // num_heads
         kv_heads = num_heads if num_kv_heads is None else check_positive(num_kv_heads, "num_kv_heads")
         if num_heads % kv_heads:
-            fitting = ", ".join(str(size) for size in range(1, num_heads + 1) if num_heads % size == 0)
+            divisors = ", ".join(str(size) for size in range(1, num_heads + 1) if num_heads % size == 0)
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {kv_heads}. num_kv_heads may be "
-                f"{fitting}."
+                f"{divisors}."
             )
         key_dim = check_positive(key_dim, "key_dim")
         if output_shape is None:
@@ -144,6 +144,7 @@ class HeadDimensions:
         )
 
     def projections(self, query_features: int, key_features: int, value_features: int) -> dict[str, ProjectionSpec]:
+        """The projections by name."""
         attended = (self.num_heads, self.value_dim)
         projections = {
             "query": ProjectionSpec((query_features,), (self.num_heads, self.key_dim)),
@@ -162,26 +163,31 @@ class HeadDimensions:
         normalize_qk: bool | str,
         use_sink: bool,
     ) -> dict[str, ParameterSpec]:
-        """The other parameters, by the name of their group."""
-        made = {}
-        if not isinstance(score, Score) and score not in ("dot", "additive"):
-            raise ValueError(
-                f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
-            )
-        if isinstance(score, str) and score == "additive":
+        """The parameters that are not part of a projection, by the name of their group."""
+        specs = {}
+        if not isinstance(score, Score) and check_score_name(score) == "additive":
             init = vector_glorot_uniform if scale_init is None else scale_init
-            made["score"] = ParameterSpec("scale", (self.num_heads, self.key_dim), init)
+            specs["score"] = ParameterSpec("scale", (self.num_heads, self.key_dim), init)
         elif check_bool(use_scale, "use_scale"):
             if isinstance(score, Score):
-                raise ValueError(f'use_scale is for score="dot"; {type(score).__name__} has parameters of its own.')
+                raise ValueError(f'use_scale is for score="dot"; {type(score).__name__} has its own parameters.')
             init = jax.nn.initializers.constant(self.key_dim**-0.5) if scale_init is None else scale_init
-            made["score"] = ParameterSpec("scale", (self.num_heads,), init)
+            specs["score"] = ParameterSpec("scale", (self.num_heads,), init)
         if normalization(normalize_qk):
             scale = ParameterSpec("scale", (self.key_dim,), jax.nn.initializers.ones)
-            made |= {"query_norm": scale, "key_norm": scale}
+            specs |= {"query_norm": scale, "key_norm": scale}
         if check_bool(use_sink, "use_sink"):
-            made["sink"] = ParameterSpec("logit", (self.num_heads,), jax.nn.initializers.zeros)
-        return made
+            specs["sink"] = ParameterSpec("logit", (self.num_heads,), jax.nn.initializers.zeros)
+        return specs
+
+
+def check_score_name(score: Any) -> str:
+    """ "dot" or "additive"."""
+    if not isinstance(score, str) or score not in ("dot", "additive"):
+        raise ValueError(
+            f'score must be "dot", "additive" or an attnlib.scores.Score such as scores.Dot(); got {score!r}.'
+        )
+    return score
 
 
 def normalization(normalize_qk: bool | str) -> str | None:

@@ -1,4 +1,4 @@
-"""Attention layers as Flax linen modules: they declare parameters and call `attnlib.layers`, nothing else."""
+"""Attention layers as Flax linen modules, which declare parameters and call `attnlib.layers`."""
 
 from attnlib.linen._multi_head import MultiHeadAttention
 from attnlib.linen._position_bias import BucketedPositionBias, RelativePositionBias

@@ -1,4 +1,4 @@
-"""Attention layers as Flax linen modules: they declare parameters and call `attnlib.layers`, nothing else."""
+"""Multi-head attention as a Flax module: its parameters, its losses and its cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlib._api import attention
-from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
+from attnlib._core.array_types import Array, ScoreMod
 from attnlib.cache import KVCache
-from attnlib.layers._inputs import default_operands, module_axes
+from attnlib.layers._inputs import module_axes
 from attnlib.layers._multi_head import Rotary, apply_multi_head
 from attnlib.layers._projections import (
     HeadDimensions,
@@ -22,21 +22,11 @@ from attnlib.layers._projections import (
     default_kernel_init,
     projection_inits,
 )
-from attnlib.linen._base import AttentionModule, Parameter, Projection
-from attnlib.linen._position_bias import BucketedPositionBias, RelativePositionBias
-from attnlib.linen._single_head import AdditiveAttention, DotProductAttention
-from attnlib.masks._base import Mask
+from attnlib.linen._base import AttentionModule, Parameter, Projection, explains_errors
 from attnlib.scores import Score
 
-__all__ = [
-    "AdditiveAttention",
-    "BucketedPositionBias",
-    "DotProductAttention",
-    "MultiHeadAttention",
-    "RelativePositionBias",
-]
 
-
+@explains_errors
 class MultiHeadAttention(AttentionModule):
     """Multi-head attention with query, key, value and output projections, over any axes.
 
@@ -50,37 +40,39 @@ class MultiHeadAttention(AttentionModule):
       value_dim: features E of a head of value; default: key_dim.
       num_kv_heads: key/value heads K, a divisor of N (grouped-query attention; 1: multi-query); default: N.
       use_bias: whether projections have a bias; default True.
-      output_shape: the output's last axis, or several; default: query features.
+      output_shape: the last axis or axes of the output; default: query features.
       attention_axes: axes attended over, numbered in the arrays passed (the last sequence axis is -2); default: every
         axis but the first and the features.
       dropout_rate: fraction of attention weights dropped in training, in [0, 1); default 0.
-      deterministic: whether dropout is off; here or in the call, needed where dropout_rate > 0.
-      use_gate: whether a sigmoid gate from the query multiplies the attention output (Qiu et al. 2025).
+      deterministic: whether dropout is off; required if dropout_rate > 0, here or in the call.
+      use_gate: whether a sigmoid gate, computed from the query, multiplies the output of attention (Qiu et al. 2025).
       sliding_window: w masks keys w or more positions away on either side; default: none.
       score: "dot" (scaled by 1 / sqrt(key_dim)), "additive" (with a learned scale) or an `attnlib.scores.Score`.
-      use_scale: whether the logits of score="dot" have a learned scale, one a head, that begins at 1 / sqrt(key_dim).
-      normalize_qk: norms of query and key with learned scales: "layer" (True, as in Flax: Dehghani et al. 2023), "rms"
-        (Henry et al. 2020), or False.
-      use_sink: whether each head has a learned sink, a logit without value that takes a share of the weight.
-      rotary: rotary positions of query and key (Su et al. 2021): True, or a function called as
-        `attnlib.positions.rotary_embedding` is, such as a `functools.partial` of it.
-      score_mod: modifies logits, as in `attnlib.dot_product_attention`; or a module that makes such a function from the
-        number of heads, as `RelativePositionBias` and `BucketedPositionBias` do.
-      decode: whether the layer appends its tokens to a cache and attends to all in it, causally, as Flax's layers do:
-        collection "cache" with `cached_key (*batch, length, K, D)`, `cached_value` and `cache_index`. `init` with an
-        input of the greatest length makes it, empty (a ring of sliding_window tokens where that is less); then pass
-        `mutable=["cache"]` to `apply`, with any number of tokens at a time. One attention axis, self-attention.
+      use_scale: whether score="dot" has a learned scale for each head, initially 1 / sqrt(key_dim).
+      normalize_qk: learned norms of query and key: "layer" or True as in Flax (Dehghani et al. 2023), "rms" (Henry et
+        al. 2020), or False.
+      use_sink: whether each head has a learned sink, a logit without a value that takes a share of the weight.
+      rotary: rotary positions of query and key (Su et al. 2021): True, or a function with the arguments of
+        `attnlib.positions.rotary_embedding`, such as a `functools.partial` of it.
+      score_mod: modifies logits, as in `attnlib.dot_product_attention`; or a module that returns such a function for a
+        number of heads, such as `RelativePositionBias` and `BucketedPositionBias`.
+      decode: whether the layer appends its tokens to a cache and attends causally to all tokens in the cache, as in
+        Flax. It needs self-attention and one attention axis. `init` with an input of the greatest length returns an
+        empty cache, the collection "cache" with `cached_key (*batch, length, K, D)`, `cached_value` and `cache_index`;
+        with a sliding_window below that length, a ring of sliding_window tokens. `apply` takes any number of tokens and
+        needs `mutable=["cache"]`.
       logits_soft_cap: c bounds the logits to (-c, c) by c * tanh(x / c); default: none.
-      kernel_init, bias_init: initialisers; kernels are initialised as matrices, so fans are those of the projection.
-        Axes named by `nn.with_partitioning` are those of the parameters above, whose axes differ in `out`.
-      out_kernel_init, out_bias_init: those of the output projection; default: kernel_init, bias_init.
-      scale_init: of the scale of score="additive" or use_scale; default: glorot uniform; 1 / sqrt(key_dim).
-      kernel_regularizer, bias_regularizer, activity_regularizer: functions from a kernel, a bias, a projection's
-        output to a scalar (the last divided by the size of the first axis, as in Keras); sown into "losses", summed by
-        `attnlib.regularization_loss`.
-      dtype: to compute in; default: promoted from inputs and parameters.
-      param_dtype: of the parameters; default float32.
-      precision: of matrix products.
+      kernel_init, bias_init: initialisers. Each kernel is initialised as a matrix, with the fans of the projection.
+        Names of `nn.with_partitioning` belong to the axes of the parameters above; those of `out` differ.
+      out_kernel_init, out_bias_init: initialisers of the output projection; default: kernel_init, bias_init.
+      scale_init: initialiser of the scale; default: glorot uniform with score="additive", 1 / sqrt(key_dim) with
+        use_scale.
+      kernel_regularizer, bias_regularizer, activity_regularizer: functions from a kernel, a bias, or the output of a
+        projection to a scalar. The layer sows their sum into "losses", for `attnlib.regularization_loss`; the activity
+        loss is divided by the size of the first axis, as in Keras.
+      dtype: dtype of the computation; default: promoted from inputs and parameters.
+      param_dtype: dtype of the parameters; default float32.
+      precision: precision of matrix products.
       implementation, block_sizes: as in `attnlib.dot_product_attention`.
 
     Example:
@@ -127,69 +119,6 @@ class MultiHeadAttention(AttentionModule):
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        query: Array,
-        key: Array | None = None,
-        value: Array | None = None,
-        *,
-        query_mask: BoolMask | None = None,
-        key_mask: BoolMask | None = None,
-        mask: BoolMask | Mask | None = None,
-        bias: Bias | None = None,
-        is_causal: bool = False,
-        score_mod: ScoreMod | None = None,
-        sink: float | Array | None = None,
-        query_positions: Array | None = None,
-        key_positions: Array | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Rng | None = None,
-        return_weights: bool = False,
-        sow_weights: bool = False,
-    ) -> Any:
-        """Applies the layer.
-
-        Args:
-          query: `(*batch and attention axes, C)`; for one sequence axis `(B, T, C)`.
-          key: `(..., C_key)`; default: query.
-          value: `(..., C_value)`, with the key's positions; default: key. (Keras' layers take value before key.)
-          query_mask, key_mask: bool, the shape of query / key without features, True = real.
-          mask: bool array or `Mask` over `(*batch, N, *query axes, *key axes)`; a Keras `(B, T, S)` mask is
-            `mask[:, None]`. True = attend: where a mask leaves a query nothing, its weights are zeros.
-          bias: added to the logits, shapes as for mask.
-          is_causal: also mask keys after the query.
-          score_mod: in place of the field's.
-          sink: as in `attnlib.dot_product_attention`, where use_sink is off; 0 gives softmax-off-by-one.
-          query_positions, key_positions: ints `(*batch, length)` or `(length,)`, the positions that rotary, masks of
-            positions and score_mod see; the key's are the query's by default where key is not given.
-          deterministic: whether dropout is off.
-          dropout_rng: a key for dropout; default: from the "dropout" stream.
-          return_weights: also return the weights `(*batch, N, *query axes, *key axes)`.
-          sow_weights: sow them into "intermediates" as "attention_weights".
-
-        Returns:
-          output `(*query's leading axes, *output_shape)`, or (output, weights).
-        """
-        if self.decode:
-            self._check_decoding(key, value, key_mask, query_positions, key_positions)
-        operands = (query, *default_operands(query, key, value))
-        if self.decode:
-            query_positions = self._positions(query)
-        wanted = self.wants_weights(return_weights, sow_weights)
-        params = self._declare(*(operand.shape[-1] for operand in operands))
-        output, weights, activities = apply_multi_head(
-            params, query, key, value, score=self.score, attention_axes=self.attention_axes, query_mask=query_mask,
-            key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal, sliding_window=self.sliding_window,
-            rotary=self.rotary, normalize_qk=self.normalize_qk, score_mod=self._modifier(score_mod), sink=sink,
-            query_positions=query_positions, key_positions=key_positions,
-            return_weights=wanted, dtype=self.dtype, precision=self.precision,
-            logits_soft_cap=self.logits_soft_cap, implementation=self.implementation, block_sizes=self.block_sizes,
-            **self.dropout_options(deterministic, dropout_rng), **({"attend": self._decode} if self.decode else {}),
-        )  # fmt: skip
-        self._sow_losses(params, activities)
-        return self.finish((output, weights) if wanted else output, return_weights, sow_weights)
-
     def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
         dimensions = HeadDimensions.resolve(
             query_features, num_heads=self.num_heads, key_dim=self.key_dim, value_dim=self.value_dim,
@@ -197,105 +126,110 @@ class MultiHeadAttention(AttentionModule):
         )  # fmt: skip
         inits = (self.kernel_init, self.bias_init, self.out_kernel_init, self.out_bias_init)
         params = {
-            name: Projection(affine, self.use_bias, *projection_inits(name, *inits), self.param_dtype, name=name)()
-            for name, affine in dimensions.projections(query_features, key_features, value_features).items()
+            name: Projection(spec, self.use_bias, *projection_inits(name, *inits), self.param_dtype, name=name)()
+            for name, spec in dimensions.projections(query_features, key_features, value_features).items()
         }
-        vectors = dimensions.vectors(
+        specs = dimensions.vectors(
             self.score, scale_init=self.scale_init, use_scale=self.use_scale, normalize_qk=self.normalize_qk,
             use_sink=self.use_sink,
         )  # fmt: skip
-        self._check_unused({**params, **vectors})
-        return params | {name: Parameter(vector, self.param_dtype, name=name)() for name, vector in vectors.items()}
+        self._check_unused({**params, **specs})
+        return params | {name: Parameter(spec, self.param_dtype, name=name)() for name, spec in specs.items()}
 
     def _check_unused(self, declared: dict[str, Any]) -> None:
-        """Flax does not look at parameters that no field asks for: the layer would compute something else."""
-        held = self.variables.get("params", {})
+        """Refuses parameters that the fields do not declare, since Flax ignores them."""
+        params = self.variables.get("params", {})
         optional = ("gate", "score", "query_norm", "key_norm", "sink")
-        unused = [name for name in optional if name in held and name not in declared]
+        unused = [name for name in optional if name in params and name not in declared]
         if not self.use_bias:
-            unused += [f"{name}/bias" for name in declared if "bias" in held.get(name, {})]
+            unused += [f"{name}/bias" for name in declared if "bias" in params.get(name, {})]
         if unused:
             raise ValueError(
-                f"the parameters hold {', '.join(unused)}, which the fields of this layer leave out: make it with the "
-                "fields they were made with, attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params), ...)."
+                f"the fields of this layer do not use the parameters {', '.join(unused)}. Use the fields of these "
+                "parameters: attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params), ...)."
             )
 
-    def _modifier(self, score_mod: ScoreMod | None) -> ScoreMod | None:
-        if score_mod is not None:
-            return score_mod
-        return self.score_mod(self.num_heads) if isinstance(self.score_mod, nn.Module) else self.score_mod
+    def _attend(
+        self, params: dict[str, Any], query: Array, key: Array | None, value: Array | None, **options: Any
+    ) -> Any:
+        if self.decode:
+            self._check_decoding(key, value, options)
+            options |= {"query_positions": self._query_positions(query), "attend": self._decode}
+        if options.get("logits_soft_cap") is None:
+            options["logits_soft_cap"] = self.logits_soft_cap
+        if options.get("score_mod") is None:
+            field = self.score_mod
+            options["score_mod"] = field(self.num_heads) if isinstance(field, nn.Module) else field
+        output, weights, activations = apply_multi_head(
+            params, query, key, value, score=self.score, sliding_window=self.sliding_window, rotary=self.rotary,
+            normalize_qk=self.normalize_qk, dtype=self.dtype, **options,
+        )  # fmt: skip
+        self._sow_losses(params, activations)
+        return output, weights
 
-    def _sow_losses(self, params: dict[str, Any], activities: dict[str, jax.Array]) -> None:
+    def _sow_losses(self, params: dict[str, Any], activations: dict[str, jax.Array]) -> None:
         if self.is_initializing():
-            return  # so that `init` gives parameters alone
+            return  # `init` returns parameters only
         terms = [(self.kernel_regularizer, p["kernel"]) for p in params.values() if "kernel" in p]
         terms += [(self.bias_regularizer, p["bias"]) for p in params.values() if "bias" in p]
         losses = [regularizer(array) for regularizer, array in terms if regularizer is not None]
-        if self.activity_regularizer is not None:  # a mean over the batch, as in Keras
-            losses += [self.activity_regularizer(x) / max(x.shape[0], 1) for x in activities.values()]
+        if self.activity_regularizer is not None:  # the mean over the batch, as in Keras
+            losses += [self.activity_regularizer(x) / max(x.shape[0], 1) for x in activations.values()]
         if losses:
             self.sow("losses", "regularization", sum(losses), reduce_fn=operator.add, init_fn=lambda: 0.0)
 
     # Decoding
 
-    def _check_decoding(self, key: Any, value: Any, key_mask: Any, query_positions: Any, key_positions: Any) -> None:
+    def _check_decoding(self, key: Any, value: Any, options: dict[str, Any]) -> None:
         if key is not None or value is not None:
             raise ValueError(
-                "decode=True is for self-attention: pass the query alone. Attend to the fixed keys of an encoder with "
-                "a layer that has decode=False."
+                "decode=True is for self-attention: pass the query only. For the fixed keys of an encoder, use a layer "
+                "with decode=False."
             )
-        if key_mask is not None:
+        if options["key_mask"] is not None:
             raise ValueError(
-                "decode=True takes no key_mask: the cache has keys that it says nothing of. Pass a mask of the slots "
+                "decode=True takes no key_mask, which does not cover the keys in the cache. Pass a mask over the slots "
                 "of the cache, mask=attnlib.masks.KeyPadding(real)."
             )
-        if query_positions is not None or key_positions is not None:
-            raise ValueError("decode=True takes no positions: they are those of the tokens in the cache.")
+        if any(options.get(name) is not None for name in ("query_positions", "key_positions")):
+            raise ValueError("decode=True takes no positions: the cache determines the positions of its tokens.")
 
-    def _positions(self, query: Array) -> jax.Array | None:
-        """Those of the query's tokens; None where `init` makes the cache."""
+    def _query_positions(self, query: Array) -> jax.Array | None:
+        """Positions of the query's tokens, or None in `init`, which creates the cache."""
         axes = module_axes(self.attention_axes, query)
         if len(axes.attention) != 1:
             raise ValueError(f"decode=True needs one attention axis; there are {len(axes.attention)}.")
         if not self.is_initializing() and not self.has_variable("cache", "cached_key"):
             raise ValueError(
-                "decode=True needs a cache, which init makes of an input of the greatest length: cache = "
+                "decode=True needs a cache, which init creates for an input of the greatest length: cache = "
                 'layer.init(rng, longest)["cache"]. Then layer.apply({"params": params, "cache": cache}, tokens, '
-                'mutable=["cache"]) gives (output, {"cache": the next}).'
+                'mutable=["cache"]) returns (output, {"cache": next_cache}).'
             )
         index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
         if not self.has_variable("cache", "cached_key"):
             return None
         return index.value + jnp.arange(query.shape[axes.attention[0]], dtype=jnp.int32)
 
-    def _decode(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        query_positions: Any,
-        key_positions: Any,
-        **options: Any,
-    ) -> Any:
-        """In place of `attention`."""
-        del key_positions  # and the query's, which both are told by the cache
+    def _decode(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> Any:
+        """Appends keys and values to the cache, and attends over the cache; an `attention` for `apply_multi_head`."""
         (axis,) = options["attention_axes"]
         names = ("cached_key", "cached_value", "cache_index")
         if not self.has_variable("cache", names[0]):
             for name, array in zip(names, (key, value), strict=False):
-                self.put_variable("cache", name, self._empty(array, axis))
-            return attention(query, key, value, query_positions=query_positions, **options)
+                self.put_variable("cache", name, self._empty_cache(array, axis))
+            return attention(query, key, value, **options)
         keys, values, length = map(jnp.asarray, (self.get_variable("cache", name) for name in names))
         window = None if self.sliding_window is None else min(self.sliding_window, keys.shape[-3])
         cache = KVCache(keys, values, length, window=window)
+        for name in ("query_positions", "key_positions"):
+            del options[name]
         results, cache = cache.decode(query, key, value, **{**options, "is_causal": True})
         for name, array in zip(names, (cache.key, cache.value, cache.length), strict=True):
             self.put_variable("cache", name, array)
         return results
 
-    def _empty(self, like: jax.Array, axis: int) -> jax.Array:
-        """A cache for as many tokens as the input has, or as the window shows."""
-        length = like.shape[axis] if self.sliding_window is None else min(like.shape[axis], self.sliding_window)
-        batch = [size for n, size in enumerate(like.shape[:-2]) if n != axis]
-        return jnp.zeros((*batch, length, *like.shape[-2:]), like.dtype)
+    def _empty_cache(self, array: jax.Array, axis: int) -> jax.Array:
+        """An empty cache for the tokens of `array` along `axis`, or for sliding_window tokens if that is fewer."""
+        length = array.shape[axis] if self.sliding_window is None else min(array.shape[axis], self.sliding_window)
+        batch = [size for n, size in enumerate(array.shape[:-2]) if n != axis]
+        return jnp.zeros((*batch, length, *array.shape[-2:]), array.dtype)

@@ -1,4 +1,4 @@
-"""Flax modules that hold the learned table of a position bias; one may be shared by several layers, as in T5."""
+"""Flax modules with the learned table of a position bias. Several layers may share one module, as in T5."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from attnlib.modifiers import BucketedBias, RelativeBias
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias for each head and distance along each attention axis, to pass as a layer's `score_mod`.
+    """A learned bias for each head and distance along each attention axis: the `score_mod` of a layer.
 
     Parameters: `table (2 * M_1 - 1, ..., 2 * M_n - 1, N)`.
 
     Attributes:
-      sizes: M along each attention axis, or an int: distances beyond -(M - 1) .. M - 1 share the last entries.
-      table_init: default: normal of standard deviation 0.02.
-      param_dtype: default float32.
+      sizes: M along each attention axis, or one int. Distances beyond -(M - 1) .. M - 1 share the outer entries.
+      table_init: initialiser of the table; default: normal with standard deviation 0.02.
+      param_dtype: dtype of the table; default float32.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -41,7 +41,7 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, num_heads: int) -> RelativeBias:
-        """The modifier for a layer with these heads.
+        """The modifier for a layer of `num_heads` heads.
 
         Args:
           num_heads: query heads N.
@@ -52,14 +52,13 @@ class RelativePositionBias(nn.Module):
 
 
 class BucketedPositionBias(nn.Module):
-    """A learned bias for each head and bucket of distances (T5), to pass as a layer's `score_mod`.
+    """A learned bias for each head and bucket of distances (T5): the `score_mod` of a layer.
 
     Parameters: `table (num_buckets, N)`.
 
     Attributes:
       num_buckets, bidirectional, max_distance: as in `attnlib.modifiers.BucketedBias`; default 32, True, 128.
-      table_init: default: normal of standard deviation 0.02.
-      param_dtype: default float32.
+      table_init, param_dtype: as in `RelativePositionBias`.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -79,7 +78,7 @@ class BucketedPositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, num_heads: int) -> BucketedBias:
-        """The modifier for a layer with these heads.
+        """The modifier for a layer of `num_heads` heads.
 
         Args:
           num_heads: query heads N.

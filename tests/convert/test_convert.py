@@ -269,7 +269,7 @@ def test_keras_files_tell_what_they_hold(keras_files):
     clash = layers["inner"].name
     with pytest.raises(ValueError, match=f"2 layers '{clash}'.*layers/block/inner .*layers/{clash} \\(named first"):
         convert.from_keras(files[1], clash)
-    with pytest.raises(ValueError, match="pass the layer's name"):
+    with pytest.raises(ValueError, match="path must name the layer"):
         convert.from_keras(files[1])
     with pytest.raises(ValueError, match="score_mode must be"):
         convert.from_keras(files[1], "scaled", score_mode="other")
@@ -347,7 +347,7 @@ def test_errors_where_sizes_are_not_known():
         convert.from_flax(params | {"query": params["query"] | {"bias": jnp.ones((3, 4), jnp.int32)}})
     for name in ("key", "value"):
         params[name] = jax.tree.map(lambda x: x[..., :2, :], params[name])
-    with pytest.raises(ValueError, match="3 heads of the query are no multiple of the 2"):
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of the 2 heads"):
         convert.from_flax(params)
 
 

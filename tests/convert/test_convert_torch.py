@@ -225,20 +225,20 @@ def test_state_dict_errors():
     with pytest.raises(ValueError) as raised:
         convert.from_state_dict(state | {"q_norm.weight": np.ones(3)}, 4, 1, out="out", bias=".b")
     assert str(raised.value).splitlines() == [
-        "the entries do not fit attention of 4 heads, 1 of key and value:",
+        "the entries do not fit attention with 4 query heads and 1 key/value heads:",
         "  missing: out.weight, expected (O, 16)",
         "  unexpected: proj.bias, got (12,)",
         "  unexpected: proj.weight, got (12, 12)",
         "  unexpected: q_norm.weight, got (3,)",
         "  unexpected: qkv.bias, got (24,)",
     ]
-    with pytest.raises(ValueError, match="4 heads of the query are no multiple of the 3"):
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of the 3 heads"):
         convert.from_state_dict({"qkv.weight": np.ones((20, 6)), "proj.weight": np.ones((6, 8))}, 4, 3)
     with pytest.raises(ValueError, match="misshapen: value/kernel"):
         convert.to_state_dict(drawn(num_heads=4, value_dim=5))
     with pytest.raises(ValueError, match="unexpected: gate/bias"):
         convert.to_state_dict(drawn(num_heads=4, use_gate=True))
-    with pytest.raises(ValueError, match="one fused layer or those of three"):
+    with pytest.raises(ValueError, match="one fused layer or the names of three"):
         convert.from_state_dict(state, 4, qkv=("a", "b"))
-    with pytest.raises(ValueError, match="interleaved is the layout of one fused layer"):
+    with pytest.raises(ValueError, match="interleaved is a layout of one fused layer"):
         convert.to_state_dict(params, **SEPARATE, interleaved=True)

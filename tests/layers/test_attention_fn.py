@@ -154,12 +154,12 @@ def test_dropout():
 
 
 @pytest.mark.parametrize(("text", "options"), [
-    ("attnlib.attention_fn drops each weight on its own, never the same ones for all batch indices and heads; set "
+    ("attnlib.attention_fn drops each weight independently, not the same weights for all batch indices and heads; set "
      "broadcast_dropout=False in the module.", dict(dropout_rate=0.1)),
-    *((f"attnlib.attention_fn computes its own matrix products; leave {name}=None.", {name: jnp.einsum})
+    *((f"attnlib.attention_fn computes its matrix products itself; leave {name}=None.", {name: jnp.einsum})
       for name in ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum")),
-    ("attnlib.attention_fn turns no query and key by input_positions; call it with those that "
-     "attnlib.positions.rotary_embedding gives, or write attnlib.MultiHeadAttention(rotary=True).",
+    ("attnlib.attention_fn has no rotary embedding; leave input_positions=None. Apply "
+     "attnlib.positions.rotary_embedding to query and key, or use attnlib.MultiHeadAttention(rotary=True).",
      dict(input_positions=np.arange(5))),
 ])  # fmt: skip
 def test_errors(text, options):

@@ -229,16 +229,16 @@ def test_int8_keeps_zeros_and_what_is_not_finite():
 def test_overflow_is_an_error_where_it_is_known():
     query, key, value = tokens(BATCH)
     cache = empty(BATCH, capacity=6).append(*at((key, value), 5))
-    message = "the cache holds 6 tokens; with those appended it would be 7"
+    message = "the capacity of the cache is 6 tokens; appending these tokens needs 7"
     with pytest.raises(ValueError, match=message):
         cache.append(*at((key, value), 5, 7))
     with pytest.raises(ValueError, match=message):
         cache.decode(*at((query, key, value), 5, 7))
-    with pytest.raises(ValueError, match="it would be 7"):
+    with pytest.raises(ValueError, match="needs 7"):
         jax.jit(lambda cache: cache.append(*at((key, value), 7)))(empty(BATCH, capacity=6))
     ragged = empty(BATCH, capacity=6, ragged=True).append(*at((key, value), 5), jnp.array([5, 2]))
     ragged.append(*at((key, value), 5, 9), jnp.array([1, 4]))
-    with pytest.raises(ValueError, match="it would be 7"):
+    with pytest.raises(ValueError, match="needs 7"):
         ragged.append(*at((key, value), 5, 9), jnp.array([2, 4]))
 
 

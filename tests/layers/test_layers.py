@@ -252,7 +252,7 @@ def test_dtypes(inputs, params_dtype, dtype, expected, keys):
 @pytest.mark.parametrize(
     ("error", "text", "change"),
     [
-        (ValueError, "query features / num_heads, which must be whole; got 12 / 5", dict(num_heads=5)),
+        (ValueError, "query features / num_heads, which must be an int; got 12 / 5", dict(num_heads=5)),
         (ValueError, "num_heads must be a positive int; got 0", dict(num_heads=0)),
         (TypeError, "num_heads must be a positive int; got 2.0", dict(num_heads=2.0)),
         (ValueError, "num_heads must be a multiple of num_kv_heads; got 4 and 3", dict(num_kv_heads=3)),
@@ -280,7 +280,7 @@ X = np.ones((2, 5, 12), np.float32)
         (ValueError, "query must have rank 2 or more", dict(query=X[0, 0])),
         (ValueError, "same rank; got query (2, 5, 12) and key (5, 12)", dict(key=X[0])),
         (ValueError, "key and value must have the same attention axes", dict(value=X[:, :4])),
-        (ValueError, "query was made for (12,) features", dict(query=X[..., :6], key=X)),
+        (ValueError, "query must have (12,) features", dict(query=X[..., :6], key=X)),
         (TypeError, "query must hold real floating-point numbers; got int32", dict(query=X.astype(np.int32))),
         (TypeError, "key must be an array; got list", dict(key=[[1.0]])),
         (ValueError, "attention_axes must name axes among the first 2 of an array of rank 3 (the last 1 hold features)",

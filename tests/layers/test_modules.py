@@ -8,7 +8,7 @@ from conftest import assert_close, assert_finite, assert_same
 from flax import linen as nn
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, modifiers, scores
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
@@ -36,6 +36,7 @@ EQUAL = {
     ),
     "additive": (dict(score="additive"), dict(bias=np.ones((5, 1), np.float32)), dict(score="additive")),
     "soft cap": (dict(logits_soft_cap=1.0, precision="highest"), {}, dict(logits_soft_cap=1.0, precision="highest")),
+    "soft cap of the call": (dict(logits_soft_cap=9.0), dict(logits_soft_cap=1.0), {}),
     "axes": (dict(attention_axes=-3), {}, dict(attention_axes=0)),
     "bfloat16": (dict(dtype=jnp.bfloat16), {}, dict(dtype=jnp.bfloat16)),
     "blockwise": (dict(implementation="blockwise", block_sizes=(2, 3)), {},
@@ -170,6 +171,18 @@ def test_layers_without_heads_are_attention_of_one_head(kind, axes, keys):
     made, (output, weights) = jax.tree.map(np.asarray, both(query, key, value))
     batch_axes = 1 if axes in (None, (-3, -2)) else 2
     assert_close(made, (output[..., 0, :], np.squeeze(weights, batch_axes)), length=15)
+
+
+def test_options_of_layers_without_heads():
+    """The call takes what changes logits and positions; without a key, its positions are the query's."""
+    places = jnp.array([3, 0, 7, 1, 9])
+    options = dict(logits_soft_cap=2.0, sink=0.3, score_mod=modifiers.ALiBi(jnp.ones(1)), is_causal=True)
+    made = attnlib.DotProductAttention().apply({}, X, query_positions=places, **options)
+    one_head = [X[..., None, :]] * 3
+    expected = attnlib.dot_product_attention(
+        *one_head, scale=1.0, query_positions=places, key_positions=places, **options
+    )
+    assert_close(made, expected[..., 0, :], length=12)
 
 
 @pytest.mark.parametrize("layer", [attnlib.AdditiveAttention(), attnlib.DotProductAttention()],

@@ -189,10 +189,10 @@ FUNCTIONS = [
      "score_mod must return the new logit, a floating-point number; got int32."),
 ]  # fmt: skip
 
-OTHER = "give the layer the fields that they were made with; of MultiHeadAttention, attnlib.MultiHeadAttention(**"
+OTHER = "Use the fields of that layer; for MultiHeadAttention: attnlib.MultiHeadAttention(**"
 LAYERS = [
     ("a layer called as in Keras", lambda g: LAYER(g.x), flax.errors.CallCompactUnboundModuleError,
-     "variables = layer.init(jax.random.key(0), x) makes them, and layer.apply(variables, x) applies it."),
+     "Write variables = layer.init(jax.random.key(0), x), then layer.apply(variables, x)."),
     ("params in place of variables", lambda g: LAYER.apply(g.params, g.x), flax.errors.ScopeCollectionNotFound,
      'layer.apply({"params": params}, x), not layer.apply(params, x).'),
     ("variables in place of params", lambda g: attnlib.multi_head_attention({"params": g.params}, g.x), ValueError,
@@ -202,19 +202,19 @@ LAYERS = [
     ("parameters without a gate", lambda g: apply(g, fields=dict(use_gate=True)),
      flax.errors.ScopeParamNotFoundError, OTHER),
     ("parameters with biases", lambda g: apply(g, fields=dict(use_bias=False)), ValueError,
-     "the parameters hold query/bias, key/bias, value/bias, out/bias, which the fields of this layer leave out",
+     "the fields of this layer do not use the parameters query/bias, key/bias, value/bias, out/bias.",
      "attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params), ...)."),
     ("parameters with a sink", lambda g: LAYER.apply({"params": g.params | {"sink": {"logit": zeros(N)}}}, g.x),
-     ValueError, "the parameters hold sink, which the fields of this layer leave out"),
+     ValueError, "the fields of this layer do not use the parameters sink."),
     ("an input of other features", lambda g: LAYER.apply({"params": g.params}, g.x[..., :16]),
-     flax.errors.ScopeParamShapeError, "or for an input of other features"),
+     flax.errors.ScopeParamShapeError, "or to an input with other features"),
     ("an input of other features, as a function", lambda g: attnlib.multi_head_attention(g.params, g.x[..., :16]),
-     ValueError, "query was made for (32,) features", "make new ones, or project it before."),
+     ValueError, "query must have (32,) features, as its kernel (32, 4, 8);", "or project the input to"),
     ("neither training nor not", lambda g: DROPPING.apply({"params": g.params}, g.x), ValueError,
      "deterministic must be given once, in the constructor or in the call; it was given in neither.",
-     "Write deterministic=False to drop weights in training, deterministic=True when evaluating."),
+     "Write deterministic=False to train with dropout, deterministic=True to evaluate."),
     ("training without a key", lambda g: DROPPING.apply({"params": g.params}, g.x, deterministic=False),
-     flax.errors.InvalidRngError, 'Pass rngs={"dropout": key} to apply, or dropout_rng=key in the call'),
+     flax.errors.InvalidRngError, 'Pass rngs={"dropout": key} to apply, or dropout_rng=key to the call'),
     *((f"{name} traced, in a layer", lambda g, name=name: traced(lambda v: DROPPING.apply(
         {"params": g.params}, g.x, **{"deterministic": True, name: v}), True),
        TypeError, f"{name} must be a Python bool, {STATIC}'{name}')) or close over it.")
@@ -224,29 +224,29 @@ LAYERS = [
     ("num_heads a quotient", lambda g: MHA(num_heads=32 / 8).init(RNG, g.x), TypeError,
      "num_heads must be a positive int; got 4.0. Write int(num_heads); `//` divides ints."),
     ("heads that do not divide the features", lambda g: MHA(num_heads=5).init(RNG, g.x), ValueError,
-     "key_dim defaults to query features / num_heads, which must be whole; got 32 / 5. Pass key_dim."),
+     "key_dim defaults to query features / num_heads, which must be an int; got 32 / 5. Pass key_dim."),
     ("key heads that do not divide the heads", lambda g: MHA(num_heads=4, num_kv_heads=3).init(RNG, g.x), ValueError,
      "num_heads must be a multiple of num_kv_heads; got 4 and 3. num_kv_heads may be 1, 2, 4."),
     ("an initialiser by name", lambda g: MHA(num_heads=N, kernel_init="glorot_uniform").init(RNG, g.x), TypeError,
      "such as jax.nn.initializers.glorot_uniform(); got 'glorot_uniform'."),
     ("a prompt longer than the cache", lambda g: CACHE.append(zeros(B, 5, K, D), zeros(B, 5, K, D)), ValueError,
-     "the cache holds 4 tokens; with those appended it would be 5. Create it with a larger capacity, or with a "
-     "window."),
+     "the capacity of the cache is 4 tokens; appending these tokens needs 5. Create the cache with a larger capacity, "
+     "or with a window."),
     ("a cache of ints", lambda g: attnlib.KVCache.create((B,), 4, K, D, dtype=jnp.int32), ValueError,
      "dtype must be one of float32, bfloat16, float16, int8; got int32."),
     ("heads before tokens, in a cache", lambda g: CACHE.append(zeros(B, K, 1, D), zeros(B, K, 1, D)), ValueError,
      "key must have shape (*batch, n, heads, features) = (2, n, 2, 8) to fit the cache; got (2, 2, 1, 8)"),
     ("decoding without mutable", lambda g: DECODING.apply(
         DECODING.init(RNG, g.x), g.x[:, :1]), flax.errors.ModifyScopeVariableError,
-     'output, changed = layer.apply(variables, x, mutable=["cache"]), then variables |= changed.'),
+     'output, updates = layer.apply(variables, x, mutable=["cache"]), then variables |= updates.'),
     ("decoding without a cache", lambda g: DECODING.apply({"params": g.params}, g.x[:, :1], mutable=["cache"]),
-     ValueError, 'decode=True needs a cache, which init makes of an input of the greatest length: cache = '
+     ValueError, 'decode=True needs a cache, which init creates for an input of the greatest length: cache = '
      'layer.init(rng, longest)["cache"].'),
     ("a state dict of a whole model", lambda g: convert.from_torch({f"attn.{n}": a for n, a in TORCH.items()}, N),
-     ValueError, "unexpected: attn.in_proj_weight", "Pass prefix='attn', a layer of these names."),
+     ValueError, "unexpected: attn.in_proj_weight", "Pass prefix='attn', a layer with these names."),
     ("a state dict of PyTorch for Flax'", lambda g: convert.from_flax(TORCH), ValueError,
      "the entries do not fit a multi-head layer of Flax:", "missing: query/kernel, expected (C, N, D)",
-     "A torch.nn.MultiheadAttention has these names: attnlib.convert.from_torch(state_dict, num_heads)."),
+     "A torch.nn.MultiheadAttention has these names: use attnlib.convert.from_torch(state_dict, num_heads)."),
     ("variables for the parameters of Flax", lambda g: convert.from_flax({"params": GIVEN.params}), ValueError,
      'Pass what is under "params": variables["params"].'),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,11 +14,13 @@ from attnlib._core.options import FIELDS, AttentionOptions, Options
 from attnlib._engine import call as _call
 from attnlib._engine import dispatch as _choose
 from attnlib._engine.reference import reference
+from attnlib.linen._base import AttentionModule
 
 ONE = jnp.ones((1, 3, 1, 2))
 RESULTS = {"return_weights", "return_lse"}
 DROPOUT = {"dropout_rate", "dropout_rng"}
 POSITIONS = {"query_positions", "key_positions"}
+HOW = {"implementation", "block_sizes", "precision"}
 
 
 def hints(kind):
@@ -50,6 +53,9 @@ def test_every_kind_of_result_takes_all_options(kind):
         *((getattr(attnlib.inspect, name), RESULTS | DROPOUT, options.InspectionOptions)
           for name in attnlib.inspect.__all__),
         *((method, POSITIONS, options.CacheOptions) for method in (attnlib.KVCache.attend, attnlib.KVCache.decode)),
+        (attnlib.multi_head_attention, {"return_lse"}, options.LayerOptions),
+        *((layer.__call__, {"return_lse", "attention_axes", "dropout_rate", *HOW}, options.CallOptions)
+          for layer in (attnlib.MultiHeadAttention, attnlib.AdditiveAttention, attnlib.DotProductAttention)),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )  # fmt: skip
@@ -63,6 +69,13 @@ def test_functions_show_their_options(function, without, kind):
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert name in function.__doc__
     assert "{" not in (function.__doc__ or "").split("Returns:")[0]
+
+
+@pytest.mark.parametrize("layer", [attnlib.MultiHeadAttention(1), attnlib.AdditiveAttention(),
+                                   attnlib.DotProductAttention()], ids=lambda layer: type(layer).__name__)  # fmt: skip
+def test_a_new_option_reaches_attention_through_a_layer(layer):
+    with pytest.raises(TypeError, match="attention takes no 'colour'"):
+        layer.init(jax.random.key(0), ONE[..., 0, :], colour="red", method=AttentionModule.__call__)
 
 
 def test_options_have_their_defaults_and_change():

@@ -186,7 +186,7 @@ def test_partitioned_parameters_count_too():
 
 def test_wrong_constraints_are_refused():
     params = attnlib.init_multi_head_attention(jax.random.key(0), 8, num_heads=2)
-    with pytest.raises(ValueError, match=r"keep the shape of \['key'\]\['kernel'\], \(8, 2, 4\); it gave \(64,\)"):
+    with pytest.raises(ValueError, match=r"keep the shape of \['key'\]\['kernel'\], \(8, 2, 4\); got \(64,\)"):
         attnlib.apply_constraints(params, kernel_constraint=jnp.ravel)
     transformation = attnlib.constrain(kernel_constraint=non_negative)
     with pytest.raises(ValueError, match=r"needs the parameters: optimizer.update\(grads, state, params\)"):
