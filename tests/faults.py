@@ -25,14 +25,14 @@ FAULTS = [
     # the tiled engine
     Fault(
         "backward-delta",  # the backward pass drops delta
-        "tile.drop(weights_bar) + tile.at.cut(delta, _OF_ROWS)[..., None]",
-        "tile.drop(weights_bar)",
+        "tile.drop(weights_ct) + tile.index.cut(delta, _ROWS)[..., None]",
+        "tile.drop(weights_ct)",
         ("test_cases.py values and [dot]",),
     ),
     Fault(
         "tangent-of-lse",  # the tangent of the output forgets that of the lse
-        "return [a - output * c[..., None], c]",
-        "return [a, c]",
+        "return [weighted_dot - output * lse_dot[..., None], lse_dot]",
+        "return [weighted_dot, lse_dot]",
         ("test_cases.py values and [dot]",),
     ),
     Fault(
@@ -43,8 +43,8 @@ FAULTS = [
     ),
     Fault(
         "bfloat16-sum",  # the sum of a row is rounded to bfloat16
-        "total = old.row_sum * rescale + jnp.sum(weights, -1)",
-        "total = (old.row_sum * rescale + jnp.sum(weights, -1)).astype(jnp.bfloat16).astype(old.row_sum.dtype)",
+        "row_sum = old.row_sum * rescale + jnp.sum(weights, -1)",
+        "row_sum = (old.row_sum * rescale + jnp.sum(weights, -1)).astype(jnp.bfloat16).astype(old.row_sum.dtype)",
         ("test_cases.py values and [dot]",),
     ),
     Fault(
@@ -67,14 +67,14 @@ FAULTS = [
     ),
     Fault(
         "swap-k-and-g",  # heads take turns among key heads
-        "query=folded_query.reshape(*lead, kv_heads, heads // kv_heads, *tail),",
-        "query=jnp.swapaxes(folded_query.reshape(*lead, heads // kv_heads, kv_heads, *tail), -3, -4),",
+        "query=query.reshape(*query.shape[:-3], kv_heads, heads // kv_heads, *query.shape[-2:]),",
+        "query=jnp.swapaxes(query.reshape(*query.shape[:-3], heads // kv_heads, kv_heads, *query.shape[-2:]), -3, -4),",
         ("test_laws.py one_head_at_a_time and reference",),
     ),
     Fault(
         "mask-of-other-head",  # a mask or bias a head goes to other heads
-        "return array.reshape(*array.shape[:-3], *groups, *array.shape[-2:])",
-        "return jnp.swapaxes(array.reshape(*array.shape[:-3], *groups[::-1], *array.shape[-2:]), -3, -4)",
+        "*batch, *groups, *array.shape[-2:])",
+        "*batch, *groups[::-1], *array.shape[-2:]).swapaxes(-3, -4)",
         ("test_second_opinions.py with_bias and [shape0]",),
     ),
     Fault(
@@ -115,7 +115,7 @@ FAULTS = [
     ),
     Fault(
         "nan-backward",  # the cotangent of a row of NaN stays
-        "output_bar = jnp.where(jnp.isnan(lse)[..., None], 0, output_bar)",
+        "output_ct = jnp.where(jnp.isnan(lse)[..., None], 0, output_ct)",
         "pass",
         ("test_contract.py test_2_masked_content and [blockwise-dense-dot",),
     ),
@@ -195,14 +195,14 @@ FAULTS = [
     ),
     Fault(
         "lse-without-sink",  # the lse lacks the sink
-        "output * share, joined,",
-        "output * share, lse,",
+        "output * attended, joined_lse,",
+        "output * attended, lse,",
         ("test_modifiers.py sink_is_a_key and [reference-0.0]",),
     ),
     Fault(
         "merge-without-maximum",  # parts are merged without a maximum
-        "highest = jax.lax.stop_gradient(jnp.max(lses, -1))",
-        "highest = jnp.zeros_like(lses[..., 0])",
+        "row_max = jax.lax.stop_gradient(jnp.max(lses, -1))",
+        "row_max = jnp.zeros_like(lses[..., 0])",
         ("test_laws.py shift_of_all_lses",),
     ),
     # masks
@@ -281,8 +281,8 @@ FAULTS = [
     # dropout
     Fault(
         "dropout-local",  # dropout goes by the place in the tile
-        "self.at.query.array_index, self.at.key.array_index",
-        "self.at.query.array_index - self.at.query.start, self.at.key.array_index",
+        "self.query_positions.array_index, self.key_positions.array_index",
+        "self.query_positions.array_index - self.query_positions.start, self.key_positions.array_index",
         ("test_dropout.py same_entries and blockwise",),
     ),
     Fault(
@@ -424,20 +424,20 @@ FAULTS = [
     ),
     Fault(
         "explain-memory",  # explain estimates no memory for tiles
-        "(whole + 2 * rows_at_once(",
-        "(whole + 0 * rows_at_once(",
+        "2 * rows_per_query(",
+        "0 * rows_per_query(",
         ("test_memory.py explain_estimates and tile",),
     ),
     Fault(
         "explain-flops",  # explain counts half of a product
-        "return 2 * made * math.prod(",
-        "return made * math.prod(",
+        "return 2 * outputs * math.prod(",
+        "return outputs * math.prod(",
         ("test_cost.py count_of_a_function",),
     ),
     Fault(
         "cudnn-last-key",  # cuDNN's rows do not see NaN in the last key
-        "attended = before[..., jnp.minimum(place + 1, keys)]",
-        "attended = before[..., jnp.minimum(place, keys)]",
+        "attended = count[..., jnp.minimum(query + 1, keys)]",
+        "attended = count[..., jnp.minimum(query, keys)]",
         ("test_cudnn.py masked_cannot_matter",),
     ),
 ]

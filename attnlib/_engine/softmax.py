@@ -54,6 +54,6 @@ def add_sink(result: AttentionResult, problem: AttentionProblem) -> AttentionRes
     assert lse is not None
     sink = jnp.asarray(problem.sink, lse.dtype)
     sink = jnp.broadcast_to(sink.reshape(*problem.heads[-2:], 1) if sink.ndim else sink, lse.shape)
-    fractions, lse = merge(jnp.stack([lse, sink], -1))
+    fractions, joined_lse = merge(jnp.stack([lse, sink], -1))
     attended = fractions[..., :1]
-    return AttentionResult(output * attended, lse, None if weights is None else weights * attended)
+    return AttentionResult(output * attended, joined_lse, None if weights is None else weights * attended)
