@@ -144,7 +144,7 @@ def check_top(top, want):
 def few_at_a_time(monkeypatch):
     """So that `top_keys` takes runs of two queries, the last beginning with one of the run before."""
     monkeypatch.setattr(inspect, "_NUMBERS", 1)
-    monkeypatch.setattr(inspect, "_FEWEST", 2)
+    monkeypatch.setattr(inspect, "_MIN_QUERIES", 2)
 
 
 CHECKED = [(name, "blockwise") for name in TABLE]
