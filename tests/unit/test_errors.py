@@ -340,5 +340,7 @@ def test_predicates_that_capture_traced_arrays():
         return attnlib.dot_product_attention(x, x, x, mask=mask, implementation=implementation)
 
     assert jax.jit(run, static_argnums=1)(2, "reference").shape == x.shape
-    with pytest.raises(TypeError, match=r"Predicate captures a traced array.*masks.Dense.*implementation='reference'"):
+    with pytest.raises(
+        TypeError, match=r"Predicate must not capture traced arrays.*masks.Dense.*implementation='reference'"
+    ):
         jax.jit(run, static_argnums=1)(2, "blockwise")
