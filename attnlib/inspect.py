@@ -19,11 +19,11 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
-from attnlib._core.operand_checks import check_arrays, check_rank, compute_dtype, is_array, is_concrete
+from attnlib._core.operand_checks import check_arrays, check_rank, compute_dtype, is_concrete
 from attnlib._core.options import InspectionOptions, Options, takes_options
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.pytree import jit, register
-from attnlib._core.validation import check_bool, check_size
+from attnlib._core.validation import check_bool, check_int, is_array
 from attnlib._engine import call as _call
 from attnlib._engine.call import Arguments
 from attnlib.modifiers._base import TracedScoreMod
@@ -151,7 +151,7 @@ def top_keys(
     Source: in chunks of queries, for attention to the k largest alone, Gupta et al., "Memory-efficient Transformers via
       Top-k Attention" (2021).
     """
-    return _top_keys(_arguments(query, key, score, options), k=check_size(k, "k", least=1))
+    return _top_keys(_arguments(query, key, score, options), k=check_int(k, "k", minimum=1))
 
 
 @_takes_options

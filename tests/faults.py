@@ -139,8 +139,8 @@ FAULTS = [
     ),
     Fault(
         "second-order-sign",  # the transpose of a product has the wrong sign
-        "lambda p, bar, pairs: pt_o_product(",
-        "lambda p, bar, pairs: -pt_o_product(",
+        "lambda p, ct, weights: pt_o_product(",
+        "lambda p, ct, weights: -pt_o_product(",
         ("test_cases.py second and [dot]",),
     ),
     # scores

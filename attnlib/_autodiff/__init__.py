@@ -1,1 +1,1 @@
-"""Operations with derivative rules of their own, which every transformation of JAX understands."""
+"""Operations with custom derivative rules, which support every transformation of JAX."""

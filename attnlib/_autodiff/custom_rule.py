@@ -1,8 +1,8 @@
-"""Functions with a derivative rule of their own that stays theirs, however often and wherever they are differentiated.
+"""Functions with a custom derivative rule that holds in derivatives of every order.
 
-`custom_jvp` has such rules too, but JAX drops them where it linearises the body of a loop or of a checkpoint: what is
-differentiated next is then the function's own code, a loop whose steps are all kept. This primitive is never opened
-before it is lowered, so a derivative of any order has the memory that its rule gives it.
+JAX drops the rule of a `custom_jvp` when it linearizes the body of a loop or a checkpoint. The next derivative then
+differentiates the code of the function, which may be a loop that stores every step. The primitive of this module stays
+a primitive until lowering, so derivatives of every order use the rule, and only its memory.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ Rule = Callable[[tuple[int, ...], Leaves, Leaves], tuple[Sequence[Any], Sequence
 
 
 def call_with_rule(function: Function, rule: Rule, args: Leaves) -> list[jax.Array]:
-    """`function(*args)`, a list of arrays, with `rule(active, args, changes)` for its derivative.
+    """`function(*args)`, a list of arrays, with the derivative `rule(perturbed, args, tangents)`.
 
-    `perturbed` are the numbers of the arguments that change, `tangents` their tangents; the rule gives the results and
-    the tangents of them all. Both functions must be hashable, and equal when they mean the same.
+    `perturbed` are the indices of the arguments with nonzero tangents, and `tangents` these tangents. The rule returns
+    the results and their tangents. Both functions must be hashable, and equal if they compute the same.
     """
-    shown = exposed_jaxpr(function, *args)
-    return list(_ruled.bind(*args, function=function, rule=rule, shown=shown))
+    jaxpr = exposed_jaxpr(function, *args)
+    return list(_custom_rule.bind(*args, function=function, rule=rule, jaxpr=jaxpr))
 
 
 def linear_tangent(
     forward: Function, transpose: Function, residuals: Leaves, perturbed: tuple[int, ...], tangents: Leaves
 ) -> list[jax.Array]:
-    """The tangents that a rule gives, as a linear map: `forward(active, residuals, changes)`, with its transpose."""
+    """The tangents for a rule: the linear map `forward(perturbed, residuals, tangents)`, with its transpose."""
     return linear_map(
         HashablePartial(forward, (perturbed,)), HashablePartial(transpose, (perturbed,)), residuals, tangents
     )
 
 
 def inner_jaxpr(equation: Any) -> Any:
-    """The jaxpr that an equation of a jaxpr runs if it is one of `call_with_rule`, else None."""
-    if equation.primitive is not _ruled:
+    """The jaxpr of the function in an equation of `call_with_rule`, or None for any other equation."""
+    if equation.primitive is not _custom_rule:
         return None
     function = equation.params["function"]
     return jax.make_jaxpr(lambda *args: call_traced_once(function, *args))(
@@ -56,58 +56,58 @@ def inner_jaxpr(equation: Any) -> Any:
     ).jaxpr
 
 
-_ruled = Primitive("attnlib_ruled")
-_ruled.multiple_results = True
+_custom_rule = Primitive("attnlib_ruled")
+_custom_rule.multiple_results = True
 
 
-def _evaluate(*args: Any, function: Function, rule: Rule, shown: Any) -> list[Any]:
-    del rule, shown
+def _evaluate(*args: Any, function: Function, rule: Rule, jaxpr: Any) -> list[Any]:
+    del rule, jaxpr
     return call_traced_once(function, *args)
 
 
-_ruled.def_impl(_evaluate)
-mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
+_custom_rule.def_impl(_evaluate)
+mlir.register_lowering(_custom_rule, mlir.lower_fun(_evaluate, multiple_results=True))
 
 
-@_ruled.def_abstract_eval  # type: ignore[untyped-decorator]
-def _abstract_eval(*avals: Any, function: Function, rule: Rule, shown: Any) -> list[Any]:
-    del rule, shown
+@_custom_rule.def_abstract_eval  # type: ignore[untyped-decorator]
+def _abstract_eval(*avals: Any, function: Function, rule: Rule, jaxpr: Any) -> list[Any]:
+    del rule, jaxpr
     return output_avals(function, *avals)
 
 
-def _jvp(primals: Any, tangents: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
-    del function, shown
+def _jvp(primals: Any, tangents: Any, *, function: Function, rule: Rule, jaxpr: Any) -> Any:
+    del function, jaxpr
     perturbed = tuple(n for n, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
     return rule(perturbed, primals, [tangents[n] for n in perturbed])
 
 
-ad.primitive_jvps[_ruled] = _jvp
+ad.primitive_jvps[_custom_rule] = _jvp
 
 
-def _in_batch(function: Function, axes: tuple[int | None, ...], *args: Any) -> Sequence[Any]:
-    """A function over a batch; the arguments are batched where `axes` says so."""
+def _batched(function: Function, axes: tuple[int | None, ...], *args: Any) -> Sequence[Any]:
+    """A function over a batch. `axes` are the batch axes of the arguments; None: not batched."""
     return jax.vmap(lambda *args: tuple(function(*args)), in_axes=axes)(*args)
 
 
-def _rule_in_batch(
+def _batched_rule(
     rule: Rule, axes: tuple[int | None, ...], perturbed: tuple[int, ...], args: Any, tangents: Any
 ) -> Any:
-    """The same for a rule; a tangent is batched where its argument is."""
+    """A rule over a batch. Each tangent has the batch axis of its argument."""
 
-    def one(args: Any, tangents: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def rule_of_tuples(args: Any, tangents: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         results, tangents = rule(perturbed, args, tangents)
         return tuple(results), tuple(tangents)
 
-    return jax.vmap(one, in_axes=(axes, [axes[n] for n in perturbed]))(tuple(args), list(tangents))
+    return jax.vmap(rule_of_tuples, in_axes=(axes, [axes[n] for n in perturbed]))(tuple(args), list(tangents))
 
 
-def _batch(args: Any, dims: Any, *, function: Function, rule: Rule, shown: Any) -> Any:
-    del shown
+def _batch(args: Any, dims: Any, *, function: Function, rule: Rule, jaxpr: Any) -> Any:
+    del jaxpr
     axes = tuple(dims)
     out = call_with_rule(
-        HashablePartial(_in_batch, (function, axes)), HashablePartial(_rule_in_batch, (rule, axes)), args
+        HashablePartial(_batched, (function, axes)), HashablePartial(_batched_rule, (rule, axes)), args
     )
     return out, [0] * len(out)
 
 
-batching.primitive_batchers[_ruled] = _batch
+batching.primitive_batchers[_custom_rule] = _batch

@@ -1,4 +1,4 @@
-"""Pytrees as rows of leaves, which is what operations with derivative rules of their own take."""
+"""Conversions between pytrees and lists of leaves, which operations with custom derivative rules take."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from attnlib._core.identity import node_types
 
 @dataclasses.dataclass(frozen=True)
 class TreeStructure:
-    """What of a pytree is not its leaves; equal ones make equal trees of equal leaves."""
+    """A treedef with its classes. Equal structures build equal trees from equal leaves."""
 
     treedef: Any
-    node_types: tuple[type, ...]  # its classes, which two equal treedefs may differ in
+    node_types: tuple[type, ...]  # may differ between two treedefs that compare equal
 
     @classmethod
     def of(cls, tree: Any) -> TreeStructure:
@@ -30,7 +30,7 @@ class TreeStructure:
 def partial_in(
     function: Callable[[list[Any]], Any], indices: Sequence[int], leaves: Sequence[Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """(a function of a row of leaves as one of those entries alone, the others being as they are; their values)."""
+    """The function as one of the leaves at `indices` alone, with all other leaves fixed; and these leaves."""
 
     def restricted(*values: Any) -> Any:
         replaced = dict(zip(indices, values, strict=True))

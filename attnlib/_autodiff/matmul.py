@@ -1,7 +1,7 @@
-"""Products of a block of pairs with rows, and their derivatives, in the form that runs fast on a CPU.
+"""The matrix products of attention, QK^T, PV and P^T O, and their derivatives, in a form that is fast on a CPU.
 
-What matters is the sum over queries, `pairs^T rows`: with the large operand transposed, XLA's matrix product runs at
-half the speed (45 to 78 GFLOP/s against 114 to 129). So the small one is transposed, and the small result.
+XLA's matrix product on a CPU runs at half the speed if its large operand is transposed (45 to 78 GFLOP/s instead of 114
+to 129). P^T O therefore transposes O and the result, which are smaller than P.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ def qk_product(precision: Any, query: jax.Array, key: jax.Array) -> jax.Array:
     return _product(_qk_product, precision, query, key)
 
 
-def pv_product(precision: Any, pairs: jax.Array, rows: jax.Array) -> jax.Array:
+def pv_product(precision: Any, weights: jax.Array, value: jax.Array) -> jax.Array:
     """(..., K, G, T, S), (..., K, S, D) -> (..., K, G, T, D)."""
-    return _product(_pv_product, precision, pairs, rows)
+    return _product(_pv_product, precision, weights, value)
 
 
-def pt_o_product(precision: Any, pairs: jax.Array, rows: jax.Array) -> jax.Array:
+def pt_o_product(precision: Any, weights: jax.Array, output: jax.Array) -> jax.Array:
     """(..., K, G, T, S), (..., K, G, T, D) -> (..., K, S, D)."""
-    return _product(_pt_o_product, precision, pairs, rows)
+    return _product(_pt_o_product, precision, weights, output)
 
 
 def _qk_product(precision: Any, query: jax.Array, key: jax.Array) -> list[jax.Array]:
     return [jnp.einsum("...kgtd,...ksd->...kgts", query, key, precision=precision)]
 
 
-def _pv_product(precision: Any, pairs: jax.Array, rows: jax.Array) -> list[jax.Array]:
-    return [jnp.einsum("...kgts,...ksd->...kgtd", pairs, rows, precision=precision)]
+def _pv_product(precision: Any, weights: jax.Array, value: jax.Array) -> list[jax.Array]:
+    return [jnp.einsum("...kgts,...ksd->...kgtd", weights, value, precision=precision)]
 
 
-def _pt_o_product(precision: Any, pairs: jax.Array, rows: jax.Array) -> list[jax.Array]:
-    columns = jax.lax.optimization_barrier(jnp.moveaxis(rows, -1, -3))  # (..., K, D, G, T)
-    return [jnp.swapaxes(jnp.einsum("...kdgt,...kgts->...kds", columns, pairs, precision=precision), -1, -2)]
+def _pt_o_product(precision: Any, weights: jax.Array, output: jax.Array) -> list[jax.Array]:
+    columns = jax.lax.optimization_barrier(jnp.moveaxis(output, -1, -3))  # (..., K, D, G, T)
+    return [jnp.swapaxes(jnp.einsum("...kdgt,...kgts->...kds", columns, weights, precision=precision), -1, -2)]
 
 
-# The cotangent of each argument, from that of the result and the other argument.
+# The cotangent of each argument, as a function of the cotangent of the result and the other argument.
 _TRANSPOSES: dict[Any, tuple[Product, Product]] = {
     _qk_product: (pv_product, pt_o_product),
-    _pv_product: (qk_product, lambda p, bar, pairs: pt_o_product(p, pairs, bar)),
-    _pt_o_product: (lambda p, bar, rows: qk_product(p, rows, bar), lambda p, bar, pairs: pv_product(p, pairs, bar)),
+    _pv_product: (qk_product, lambda p, ct, weights: pt_o_product(p, weights, ct)),
+    _pt_o_product: (lambda p, ct, output: qk_product(p, output, ct), lambda p, ct, weights: pv_product(p, weights, ct)),
 }
 
 
@@ -71,13 +71,15 @@ def _rule(function: Any, precision: Any, perturbed: tuple[int, ...], operands: A
 def _forward(
     function: Any, precision: Any, perturbed: tuple[int, ...], residuals: Any, tangents: Any
 ) -> list[jax.Array]:
-    """Both arguments enter linearly."""
-    parts = []
-    for n, change in zip(perturbed, tangents, strict=True):
-        parts.append(_product(function, precision, *((change, residuals[1]) if n == 0 else (residuals[0], change))))
-    return [sum(parts[1:], start=parts[0])]
+    """The product rule: the sum of the products with one argument replaced by its tangent."""
+    terms = []
+    for n, tangent in zip(perturbed, tangents, strict=True):
+        terms.append(_product(function, precision, *((tangent, residuals[1]) if n == 0 else (residuals[0], tangent))))
+    return [sum(terms[1:], start=terms[0])]
 
 
-def _transpose(function: Any, precision: Any, perturbed: tuple[int, ...], residuals: Any, bars: Any) -> list[jax.Array]:
-    parts = {n: _TRANSPOSES[function][n](precision, bars[0], residuals[1 - n]) for n in perturbed}
-    return [unbroadcast(part, residuals[n].shape) for n, part in parts.items()]
+def _transpose(
+    function: Any, precision: Any, perturbed: tuple[int, ...], residuals: Any, cotangents: Any
+) -> list[jax.Array]:
+    cts = {n: _TRANSPOSES[function][n](precision, cotangents[0], residuals[1 - n]) for n in perturbed}
+    return [unbroadcast(ct, residuals[n].shape) for n, ct in cts.items()]

@@ -1,4 +1,4 @@
-"""What loops over blocks need, whatever they compute."""
+"""Initial carries of loops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def zeros_like_varying(array: jax.Array) -> jax.Array:
-    """Zeros that vary over devices and are sharded as the array is, which carries of a loop must be."""
+    """Zeros with the sharding and varying axes (`vma`) of `array`, as `lax.scan` requires of its initial carry."""
     if jax.device_count() == 1 and not getattr(jax.typeof(array), "vma", None):
-        return jnp.zeros_like(array)  # nothing to vary over, and less to compile
+        return jnp.zeros_like(array)  # the same, and faster to compile
     return jnp.where(jnp.isfinite(array), array, 0) * 0

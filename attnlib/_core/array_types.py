@@ -1,4 +1,4 @@
-"""Shape-annotated array types of the public signatures; checked in the tests, never at run time for users."""
+"""Array types of the public signatures, annotated with shapes. Only the tests check them."""
 
 from __future__ import annotations
 

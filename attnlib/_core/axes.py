@@ -1,14 +1,13 @@
-"""Folding: from the axes a user has to the few axes an implementation knows, and back.
+"""Conversions between the axes of the user and the folded axes of implementations.
 
-A user's query is `(*batch and attention axes, N, D)` in any order of the leading axes. Folded, it is
-`(*batch, N, T, D)`: batch axes first in their order, heads, then all attention axes flattened in row-major order
-of `attention_axes`. Batch axes are never merged: merging would force gathers where one of them is sharded.
+A user's query is `(*batch and attention axes, N, D)` with the leading axes in any order. The folded query is
+`(*batch, N, T, D)`: batch axes in their order, heads, and the attention axes flattened in row-major order of
+`attention_axes`. Batch axes are never merged, because a merge would gather an axis that is sharded.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from attnlib._core.array_types import Array
 
 @dataclass(frozen=True)
 class Axes:
-    """Which axes of an operand of rank `rank` are attended over and which are batch axes; all non-negative."""
+    """The attention axes and the batch axes of an operand of rank `rank`, as non-negative numbers."""
 
     rank: int
     attention: tuple[int, ...]
@@ -35,12 +34,16 @@ class Axes:
 
 
 def normalize(attention_axes: int | Sequence[int] | None, rank: int, trailing: int) -> Axes:
-    """Resolves `attention_axes` for arrays of rank `rank` whose last `trailing` axes are heads and features."""
+    """The axes of arrays of rank `rank`, whose last `trailing` axes are heads and features or features alone."""
     leading = rank - trailing
     if attention_axes is None:
         attended = tuple(range(1 if leading > 1 else 0, leading))
     else:
-        attended = _as_tuple(attention_axes)
+        attended = tuple(attention_axes) if isinstance(attention_axes, Sequence) else (attention_axes,)
+        if not attended:
+            raise ValueError(
+                "attention_axes must name at least one axis; got (). Pass None to attend over all of them."
+            )
         for axis in attended:
             if not -rank <= axis < rank or axis % rank >= leading:
                 tail = "heads and features" if trailing == 2 else "features"
@@ -55,32 +58,18 @@ def normalize(attention_axes: int | Sequence[int] | None, rank: int, trailing: i
     return Axes(rank, attended, tuple(axis for axis in range(leading) if axis not in attended))
 
 
-def _as_tuple(attention_axes: int | Sequence[int]) -> tuple[int, ...]:
-    values = attention_axes if isinstance(attention_axes, Sequence) else (attention_axes,)
-    try:
-        axes = tuple(operator.index(axis) for axis in values)
-    except TypeError as error:
-        raise TypeError(
-            f"attention_axes must be an int, a sequence of ints or None; got {attention_axes!r}."
-        ) from error
-    if not axes:
-        raise ValueError("attention_axes must name at least one axis; got (). Pass None to attend over all of them.")
-    return axes
-
-
 def fold_operand(array: jax.Array, axes: Axes) -> jax.Array:
     """(user's axes, N, D) -> (*batch, N, T, D)."""
     heads, features = axes.rank - 2, axes.rank - 1
     array = jnp.transpose(array, (*axes.batch, heads, *axes.attention, features))
-    lead = array.shape[: len(axes.batch) + 1]
-    positions = math.prod(array.shape[len(lead) : -1])
-    return array.reshape(*lead, positions, array.shape[-1])
+    batch_and_head = array.shape[: len(axes.batch) + 1]
+    positions = math.prod(array.shape[len(batch_and_head) : -1])
+    return array.reshape(*batch_and_head, positions, array.shape[-1])
 
 
 def unfold_output(array: jax.Array, axes: Axes, attention_shape: tuple[int, ...]) -> jax.Array:
     """(*batch, N, T, E) -> (user's axes, N, E)."""
-    lead = array.shape[: len(axes.batch) + 1]
-    array = array.reshape(*lead, *attention_shape, array.shape[-1])
+    array = array.reshape(*array.shape[: len(axes.batch) + 1], *attention_shape, array.shape[-1])
     order = (*axes.batch, axes.rank - 2, *axes.attention, axes.rank - 1)
     return jnp.transpose(array, tuple(order.index(axis) for axis in range(axes.rank)))
 
@@ -88,25 +77,25 @@ def unfold_output(array: jax.Array, axes: Axes, attention_shape: tuple[int, ...]
 def fold_pairs(array: Array, query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> jax.Array:
     """Flattens the query axes and the key axes of a mask or bias: (..., *query axes, *key axes) -> (..., T, S).
 
-    An axis group that is all ones stays one, so that a broadcast array keeps its own size; a group that is partly
-    ones is expanded, since its flattened form cannot broadcast.
+    Query axes that all have size 1 become an axis of size 1, which still broadcasts; so do key axes. If only some have
+    size 1, they are expanded, because the flattened axis could not broadcast.
     """
-    spread = len(query_shape) + len(key_shape)
-    array = array.reshape((1,) * max(0, spread - array.ndim) + array.shape)
-    lead = array.shape[: array.ndim - spread]
-    query_part, key_part = array.shape[len(lead) : array.ndim - len(key_shape)], array.shape[-len(key_shape) :]
-    query_part, key_part = _whole_or_one(query_part, query_shape), _whole_or_one(key_part, key_shape)
-    array = jnp.broadcast_to(array, (*lead, *query_part, *key_part))
-    return array.reshape(*lead, math.prod(query_part), math.prod(key_part))
+    num_pair_axes = len(query_shape) + len(key_shape)
+    array = array.reshape((1,) * max(0, num_pair_axes - array.ndim) + array.shape)
+    batch_and_head = array.shape[: array.ndim - num_pair_axes]
+    query_sizes = _ones_or_full(array.shape[len(batch_and_head) : array.ndim - len(key_shape)], query_shape)
+    key_sizes = _ones_or_full(array.shape[-len(key_shape) :], key_shape)
+    array = jnp.broadcast_to(array, (*batch_and_head, *query_sizes, *key_sizes))
+    return array.reshape(*batch_and_head, math.prod(query_sizes), math.prod(key_sizes))
 
 
 def pad_pairs(array: jax.Array, sizes: tuple[int, int]) -> jax.Array:
-    """Repeats the last row and column of a folded array up to `sizes`; an axis of one stays one."""
+    """A folded array padded to `sizes` with its last row and column; an axis of size 1 stays."""
     return pad_axis(pad_axis(array, -2, sizes[0]), -1, sizes[1])
 
 
 def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
-    """Repeats the last entry along an axis up to `size`; an axis of one broadcasts and stays."""
+    """An array padded along an axis to `size` with its last entry; an axis of size 1 stays."""
     missing = size - array.shape[axis]
     if missing <= 0 or array.shape[axis] == 1:
         return array
@@ -116,8 +105,8 @@ def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.concatenate([array, jnp.broadcast_to(last, shape)], axis)
 
 
-def _whole_or_one(part: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
-    return part if all(size == 1 for size in part) else whole
+def _ones_or_full(sizes: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...]:
+    return sizes if all(size == 1 for size in sizes) else full
 
 
 def split_heads(array: jax.Array, kv_heads: int, rank: int) -> jax.Array:
@@ -149,6 +138,12 @@ class AttentionShape(NamedTuple):
         return (*self.batch, self.heads, *self.query, *self.key)
 
 
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether an array of this shape broadcasts to the `target` shape."""
+    aligned = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, full) for size, full in aligned)
+
+
 def check_pairs(shape: tuple[int, ...], name: str, attention: AttentionShape) -> None:
     """Raises ValueError unless the `shape` of a mask or bias fits the weights (docs/concepts/shapes-and-axes.md)."""
     weights = attention.weights
@@ -160,8 +155,7 @@ def check_pairs(shape: tuple[int, ...], name: str, attention: AttentionShape) ->
             f"axes); got shape {shape}. A (batch, query, key) {name} needs an axis for heads: {name}[:, None]; a "
             f"(heads, query, key) one needs an axis for the batch: {name}[None]."
         )
-    aligned = weights[len(weights) - len(shape) :] if len(shape) <= len(weights) else ()
-    if len(shape) > len(weights) or any(size not in (1, full) for size, full in zip(shape, aligned, strict=True)):
+    if not broadcasts(shape, weights):
         raise ValueError(
             f"{name} must broadcast to the weights (*batch, heads, *query axes, *key axes) = {weights}; got shape "
             f"{shape}. Use 1 for an axis along which it does not vary.{_pairs_hint(shape, name, attention)}"
@@ -169,16 +163,16 @@ def check_pairs(shape: tuple[int, ...], name: str, attention: AttentionShape) ->
 
 
 def _pairs_hint(shape: tuple[int, ...], name: str, attention: AttentionShape) -> str:
-    """What a shape that does not broadcast was likely meant to be."""
+    """The likely reason why a shape does not broadcast, and what to write."""
     batch, heads, query, key, *_ = attention
     num_pair_axes = len(query) + len(key)
     if name == "mask" and batch and shape == (*batch, *key):
-        return " One of (batch, keys) is a Mask: attnlib.masks.KeyPadding(mask); in a layer, key_mask=mask."
+        return " Write a (batch, keys) mask as attnlib.masks.KeyPadding(mask); in a layer, as key_mask=mask."
     if len(shape) == num_pair_axes + len(batch) + 1 and shape[-num_pair_axes:] == (*query, *key):
-        groups, rest = divmod(heads, shape[-num_pair_axes - 1] or heads + 1)
-        if not rest:
+        groups, remainder = divmod(heads, shape[-num_pair_axes - 1] or heads + 1)
+        if not remainder:
             return (
-                f" One for each key head is for {groups} query heads each: jnp.repeat({name}, {groups}, {len(batch)})."
+                f" Repeat it for the {groups} query heads of each key head: jnp.repeat({name}, {groups}, {len(batch)})."
             )
     if shape[-num_pair_axes:] == (*key, *query):
         return " Query axes come before key axes: swap them."

@@ -1,4 +1,4 @@
-"""Positions: the places along the attention axes of a query or a key, as masks and modifiers see them."""
+"""Positions of queries and keys along the attention axes, for masks and modifiers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _STATIC = {"static": True}
 class BlockPositions:
     """The positions of a block: a run of consecutive flat positions over the attention axes.
 
-    `position` is what masks compare. Query positions are a column `(size, 1)` and key positions a row `(1, size)`, so
-    that a comparison of the two is already a block. `array_index` is where an entry stands in its array, whatever
-    positions are explicit there.
+    Masks compare `position`. Query positions are a column `(size, 1)` and key positions a row `(1, size)`, so that a
+    comparison of the two is a block. `array_index` is the index of an entry in its array, which explicit positions do
+    not change.
 
     Attributes:
       shape: lengths of the attention axes.
@@ -54,7 +54,7 @@ class BlockPositions:
 
     @cached_property
     def array_index(self) -> jax.Array:
-        """Places in the flattened array, in row-major order."""
+        """Indices into the flattened array, in row-major order."""
         block = (self.length, 1) if self.side == "query" else (1, self.length)
         index = jax.lax.broadcasted_iota(jnp.int32, block, 0 if self.side == "query" else 1)
         return index + jnp.asarray(self.start, jnp.int32)
@@ -73,7 +73,7 @@ class BlockPositions:
     def gather(self, array: Array) -> jax.Array:
         """Entries of `array (*batch, *shape)` at these positions, laid out against a block `(*batch, 1, T, S)`.
 
-        Positions beyond the end, in the last tile, give the last entry: whoever pads leaves them out.
+        Positions beyond the end, in the padding of the last tile, return the last entry.
         """
         lead = array.shape[: array.ndim - len(self.shape)]
         run = jnp.asarray(array).reshape(*lead, self.total)
@@ -83,7 +83,7 @@ class BlockPositions:
         return run[..., None, :, :] if lead else run  # batch entries get a head axis of one
 
     def cut(self, array: jax.Array, axis: int) -> jax.Array:
-        """The part of a flattened axis that these positions cover; an axis of one broadcasts and stays."""
+        """The slice of a flattened axis at these positions; an axis of size 1 stays."""
         if array.shape[axis] == 1 or self.length == array.shape[axis]:
             return array
         return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)

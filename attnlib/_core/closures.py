@@ -1,4 +1,4 @@
-"""Functions of the user whose captured arrays become arguments: traced, differentiable, never recompiled for."""
+"""Closure conversion: the arrays that a user's function captures become its arguments, traced and differentiable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnlib._core.pytree import register
 
 
 class _HashableJaxpr:
-    """A jaxpr; equal to another one that computes the same, so that what is compiled for it serves both."""
+    """A jaxpr that compares equal to every jaxpr that computes the same, so that they share a compiled program."""
 
     __slots__ = ("jaxpr", "key")
 
@@ -34,17 +34,17 @@ class _HashableJaxpr:
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClosureConverted:
-    """A function of arrays as its program and the arrays that it captured."""
+    """A function of arrays, as its jaxpr and the arrays that it captures."""
 
     captured: list[Any]
     program: _HashableJaxpr = dataclasses.field(metadata={"static": True})
 
     def __call__(self, *args: Any) -> Any:
-        """The function's only result."""
+        """The single result of the function."""
         return jaxpr_as_fun(ClosedJaxpr(self.program.jaxpr, self.captured))(*args)[0]
 
 
 def closure_convert(function: Callable[..., Any], *avals: Any) -> tuple[ClosureConverted, Any]:
-    """(the function of such arguments, what it returns as a tree of shapes and dtypes)."""
+    """The function for arguments of these types, and its result as a tree of shapes and dtypes."""
     closed, result = jax.make_jaxpr(function, return_shape=True)(*avals)
     return ClosureConverted(list(closed.consts), _HashableJaxpr(closed.jaxpr)), result

@@ -1,4 +1,4 @@
-"""How a public name goes: it warns for two minor releases, and says what to write instead."""
+"""Deprecation: a public name warns for two minor releases, and the warning says what to write instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def deprecated(instead: str, *, removed_in: str) -> Callable[[F], F]:
-    """A decorator of a function that is to go: a call warns.
+    """A decorator that makes every call of a function warn.
 
     Args:
       instead: what to write, as code.

@@ -1,10 +1,10 @@
-"""When two values compute the same: the keys by which programs are kept and found again.
+"""Cache keys of static values: equal keys guarantee equal programs.
 
-JAX keeps a compiled program under the structure of its arguments and under its static values, and compares both with
-`==`. That says "the same" of things which compute differently: of two classes of `jax.tree_util.register_dataclass`
-with equal fields, of `1` and `True`, of `0.0` and `-0.0`. A key made here is equal to another one only where nothing
-that could tell the two values apart is hidden; what cannot be looked into is compared by identity. So a key may miss a
-program that would have served, which costs a compilation, and never finds one that would not.
+JAX caches a compiled program under the treedefs of its arguments and its static values, and compares both with `==`.
+`==` holds for values that compute differently: two classes of `jax.tree_util.register_dataclass` with equal fields, `1`
+and `True`, `0.0` and `-0.0`. The keys of this module differ for such values. A value with contents that the module
+cannot read is compared by identity. A key may therefore miss a cached program, which costs a compilation, but it never
+finds a wrong program.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Python's `==` tells values of one of these types apart.
+# Types for which `==` distinguishes all values of the same type.
 _EXACT = frozenset({bool, int, str, bytes, type(None), type(...), type(NotImplemented)})
 _PyTreeDef = type(jax.tree.structure(0))
 
 
-class Same:
-    """A key that is equal for one object alone."""
+class ObjectKey:
+    """The key of an object that is compared by identity."""
 
     __slots__ = ("value",)
 
     def __init__(self, value: Any):
-        self.value = value  # held, so that no other object gets its id
+        self.value = value  # the reference keeps the id from being reused
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and other.value is self.value
+        return isinstance(other, ObjectKey) and other.value is self.value
 
     def __hash__(self) -> int:
         return object.__hash__(self.value)
 
     def __repr__(self) -> str:
-        return f"Same({self.value!r})"
+        return f"ObjectKey({self.value!r})"
 
 
 def node_types(tree: Any) -> tuple[type, ...]:
-    """The classes of the nodes of a pytree, or of a structure, from the top down."""
-    found: list[type] = []
+    """The classes of the nodes of a pytree or treedef, from the root down."""
+    classes: list[type] = []
     pending: list[Any] = [tree if isinstance(tree, _PyTreeDef) else jax.tree.structure(tree)]
     while pending:
         node = pending.pop()
         data = node.node_data()
         if data is not None:
-            found.append(data[0])
+            classes.append(data[0])
             pending.extend(node.children())
-    return tuple(found)
+    return tuple(classes)
 
 
 def value_key(value: Any) -> Hashable:
-    """A key of a static value: equal for values of one type that cannot be told apart."""
+    """The key of a static value."""
     kind: Any = type(value)
     if kind in _EXACT:
         return kind, value
-    if isinstance(value, float):  # by its bits: 0.0 is not -0.0, and a NaN is itself
+    if isinstance(value, float):  # by its bits: 0.0 differs from -0.0, and NaN equals NaN
         return kind, float(value).hex()
     if isinstance(value, complex):
         return kind, value.real.hex(), value.imag.hex()
@@ -81,33 +81,33 @@ def value_key(value: Any) -> Hashable:
         return function_key(value)
     if isinstance(value, functools.partial):
         return kind, value_key(value.func), value_key(value.args), value_key(value.keywords)
-    if _is_of_jax(kind) and not isinstance(value, type):
-        inside = _key_inside_jax(value)
-        if inside is not None:
-            return inside
+    if _is_from_jax(kind) and not isinstance(value, type):
+        key = _jax_object_key(value)
+        if key is not None:
+            return key
     if isinstance(value, type) or kind.__eq__ is object.__eq__ or kind.__hash__ is None:
-        return Same(value)
+        return ObjectKey(value)
     if dataclasses.is_dataclass(kind):
         return kind, *(value_key(getattr(value, field.name)) for field in dataclasses.fields(kind))
     try:
         hash(value)
     except TypeError:
-        return Same(value)
+        return ObjectKey(value)
     return kind, value
 
 
 def program_key(jaxpr: Any) -> Hashable:
-    """A key of a jaxpr: its equations one by one, their parameters by value, inner jaxprs likewise.
+    """The key of a jaxpr: its equations with their parameters and inner jaxprs, by value.
 
-    Derivative rules, callbacks and all else that is a function is compared by identity: nothing shows what it does.
+    Functions among the parameters, such as derivative rules and callbacks, are compared by identity.
     """
     numbers: dict[Any, int] = {}
 
-    def variable(of: Any) -> Hashable:
-        return numbers.setdefault(of, len(numbers)), of.aval
+    def variable(var: Any) -> Hashable:
+        return numbers.setdefault(var, len(numbers)), var.aval
 
-    def atom(of: Any) -> Hashable:
-        return (of.aval, value_key(of.val)) if hasattr(of, "val") else numbers[of]
+    def atom(var: Any) -> Hashable:
+        return (var.aval, value_key(var.val)) if hasattr(var, "val") else numbers[var]
 
     inputs = tuple(map(variable, jaxpr.constvars)), tuple(map(variable, jaxpr.invars))
     equations = tuple(
@@ -125,31 +125,32 @@ def program_key(jaxpr: Any) -> Hashable:
 
 
 def function_key(function: types.FunctionType) -> Hashable:
-    """A key of a function: itself, and the plain values that it reads from outside, which may change under it.
+    """The key of a function: its identity, and the plain values that it reads from outside, which may change.
 
-    JAX wraps a user's derivative rule and callback anew in each trace: such a wrapper is looked into.
+    JAX wraps a user's derivative rule or callback anew in each trace. Such a wrapper has the key of its contents.
     """
-    if _is_of_jax(function) and function.__closure__:
+    if _is_from_jax(function) and function.__closure__:
         names = function.__code__.co_freevars
         if function.__qualname__.startswith("_memoize."):
-            names = tuple(name for name in names if name == "fn")  # the rest is what it remembers
+            names = tuple(name for name in names if name == "fn")  # the other cells hold cached results
         cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
         return function.__code__, *(value_key(_contents(cells[name])) for name in names)
-    return Same(function), *_values_read(function)
+    return ObjectKey(function), *_external_value_keys(function)
 
 
-def _values_read(function: types.FunctionType) -> Iterator[Hashable]:
-    outside = [_contents(cell) for cell in function.__closure__ or ()]
-    outside += [function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__]
-    for value in outside:
-        plain = type(value) in _EXACT or type(value) in (float, complex, tuple)
-        yield value_key(value) if plain else Same(value)
+def _external_value_keys(function: types.FunctionType) -> Iterator[Hashable]:
+    """The keys of the values that a function reads from its closure and its globals."""
+    values = [_contents(cell) for cell in function.__closure__ or ()]
+    values += [function.__globals__[name] for name in _global_names(function.__code__) if name in function.__globals__]
+    for value in values:
+        is_plain = type(value) in _EXACT or type(value) in (float, complex, tuple)
+        yield value_key(value) if is_plain else ObjectKey(value)
 
 
 @functools.lru_cache(maxsize=1024)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The names that a function, and those written inside it, look up outside."""
-    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const))
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """The global names in a function and in the functions defined inside it."""
+    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _global_names(const))
     return (*code.co_names, *inner)
 
 
@@ -160,25 +161,25 @@ def _contents(cell: Any) -> Any:
         return None
 
 
-def _is_of_jax(of: Any) -> bool:
-    return (of.__module__ or "").startswith("jax.")
+def _is_from_jax(function_or_class: Any) -> bool:
+    return (function_or_class.__module__ or "").startswith("jax.")
 
 
-def _key_inside_jax(value: Any) -> Hashable:
-    """A key of what a wrapper of JAX's holds; None of objects that are not known."""
+def _jax_object_key(value: Any) -> Hashable:
+    """The key of an object of a class that JAX wraps values in, or None for any other class."""
     name = type(value).__name__
-    if name == "WrappedFun":  # a function and how its arguments and results are flattened
+    if name == "WrappedFun":  # a function, and the transforms that flatten its arguments and results
         return name, value_key(value.f), value_key(value.transforms), value_key(value.params)
     if name in ("Unhashable", "Hashable", "TypedNdArray"):  # a static argument; a constant
         return name, value_key(value.val)
     if name == "ClosedRule":  # of custom_vmap
         return name, value_key(value.rule)
     if name in ("Store", "EqualStore", "DebugInfo") or isinstance(value, jax.core.Trace):
-        return name  # where a trace puts its results, and for whom: no part of the program
+        return name  # bookkeeping of a trace, which does not change the program
     return None
 
 
 def _context_key(context: Any) -> Hashable:
-    """Under which settings an equation was traced."""
+    """The key of the settings under which an equation was traced."""
     slots = [name for name in getattr(type(context), "__slots__", ()) if not name.startswith("__")]
-    return tuple(value_key(getattr(context, name, None)) for name in slots) or Same(context)
+    return tuple(value_key(getattr(context, name, None)) for name in slots) or ObjectKey(context)

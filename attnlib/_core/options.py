@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
-from attnlib._core.pytree import register_of_one_kind
+from attnlib._core.pytree import register_with_jax
 from attnlib._core.suggestions import suggests_arguments
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _option(default: Any, doc: str, *, static: bool = True, resolved: bool = Fal
 _traced = functools.partial(_option, static=False)
 
 
-@register_of_one_kind
+@register_with_jax
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Options:
     """The options of one call.

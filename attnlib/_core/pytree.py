@@ -1,9 +1,9 @@
-"""How every class of the package becomes a pytree, and how a function of pytrees is jitted.
+"""Registration of the package's classes as pytrees, and a `jit` whose cache distinguishes classes.
 
-JAX holds two classes of `jax.tree_util.register_dataclass` for the same structure where their fields and static values
-are equal, and then runs the program of one for the other. Here a structure names its class, and tells static values
-apart as `identity.value_key` does. A class that a user registered with JAX is safe too: the key of each program
-(`jit`) holds the classes of all that is given.
+JAX gives equal treedefs to two classes of `jax.tree_util.register_dataclass` whose fields and static values are equal,
+and then runs the program of one class for the other. The treedefs made here contain the class, and compare static
+values by `identity.value_key`. For classes that a user registered with JAX, `jit` adds the classes of all arguments to
+its cache key.
 """
 
 from __future__ import annotations
@@ -26,35 +26,32 @@ Kind = TypeVar("Kind", bound=type)
 
 
 def register(kind: Kind, static: Sequence[str] = ()) -> Kind:
-    """Makes a class a pytree; a decorator.
+    """A decorator that makes a class a pytree.
 
-    The children are its fields, those of a dataclass or else all attributes, but for those named in `static` or marked
-    with the metadata `static`, and for the plain values that `Pytree` describes where that is the base class.
+    The children are the fields of a dataclass, or all attributes of another class. These are static instead: fields in
+    `static`, fields with the metadata `static`, and in a subclass of `Pytree` the plain values described there.
     """
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
     names = [field.name for field in fields]
-    fixed = frozenset({*static, *(field.name for field in fields if field.metadata.get("static"))})
+    static_names = frozenset({*static, *(field.name for field in fields if field.metadata.get("static"))})
     static_types = kind.static_types if issubclass(kind, Pytree) else None
 
     def flatten(node: Any) -> tuple[list[Any], _Static]:
-        layout, values = [], []
+        children, values = [], []
         plain: list[tuple[str, Any]] = []
         for name in names or vars(node):
             value = getattr(node, name)
-            if name in fixed or (static_types is not None and _is_plain(value, static_types)):
+            if name in static_names or (static_types is not None and _is_plain(value, static_types)):
                 plain.append((name, value))
             else:
-                layout.append(name)
+                children.append(name)
                 values.append(value)
-        children = tuple(layout)
         foreign = foreign_types(values)
         if plain or foreign:
-            return values, _Static(children, tuple(plain), foreign)
-        if children not in bare:
-            bare[children] = _Static(children, (), ())
-        return values, bare[children]
+            return values, _Static(tuple(children), tuple(plain), foreign)
+        return values, without_plain_values(tuple(children))
 
-    bare: dict[tuple[str, ...], _Static] = {}  # what is remembered: making it takes longer than all else here
+    without_plain_values = functools.cache(lambda children: _Static(children, (), ()))  # slower than the rest
 
     def flatten_with_keys(node: Any) -> tuple[list[tuple[Any, Any]], _Static]:
         values, static = flatten(node)
@@ -62,47 +59,49 @@ def register(kind: Kind, static: Sequence[str] = ()) -> Kind:
         return list(zip(keys, values, strict=True)), static
 
     def unflatten(static: _Static, children: Iterable[Any]) -> Any:
-        node: Any = object.__new__(kind)  # no checks: JAX unflattens with tracers and placeholders
+        node: Any = object.__new__(kind)  # without checks, because JAX unflattens with tracers and placeholders
         for name, value in (*zip(static.children, children, strict=True), *static.plain):
             object.__setattr__(node, name, value)
         return node
 
     jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
-    _safe.add(kind)
+    _identified.add(kind)
     return kind
 
 
-def register_of_one_kind(kind: Kind) -> Kind:
-    """Makes a dataclass a pytree that JAX itself flattens, which is faster; a decorator.
+def register_with_jax(kind: Kind) -> Kind:
+    """A decorator that makes a dataclass a pytree with JAX's own registration, which flattens faster.
 
-    For a class that stands in no other's place, and whose static values each are of one type, none of them a float
-    that may be -0.0 or NaN: JAX tells no more apart.
+    Use it only if no argument takes objects of another class in place of this class, and if `==` distinguishes the
+    static values: each has a single type, and no float is -0.0 or NaN.
     """
     jax.tree_util.register_dataclass(kind)
-    _children[kind] = operator.attrgetter(*(f.name for f in dataclasses.fields(kind) if not f.metadata.get("static")))
+    _get_children[kind] = operator.attrgetter(
+        *(f.name for f in dataclasses.fields(kind) if not f.metadata.get("static"))
+    )
     return kind
 
 
-_children: dict[type, Callable[[Any], tuple[Any, ...]]] = {}  # of the classes of `register_of_one_kind`
-_safe: set[type] = {type(None)}  # leaves that stay leaves, and nodes whose structure names their class
+_get_children: dict[type, Callable[[Any], tuple[Any, ...]]] = {}  # for the classes of `register_with_jax`
+_identified: set[type] = {type(None)}  # classes of leaves, and of nodes whose treedef contains the class
 
 
 def foreign_types(values: Iterable[Any]) -> tuple[type, ...]:
-    """The classes of the nodes inside the values whose structures do not name them, from the top down."""
-    found: tuple[type, ...] = ()
+    """The classes of all nodes in the values whose treedefs do not contain their class, from the root down."""
+    classes: tuple[type, ...] = ()
     for value in values:
-        if type(value) not in _safe:
-            if type(value) in _children:
-                found += foreign_types(_children[type(value)](value))
+        if type(value) not in _identified:
+            if type(value) in _get_children:
+                classes += foreign_types(_get_children[type(value)](value))
             elif not jax.tree_util.all_leaves([value]):
-                found += node_types(value)
+                classes += node_types(value)
             elif type(value).__module__.partition(".")[0] in ("builtins", "jax", "jaxlib", "numpy"):
-                _safe.add(type(value))
-    return found
+                _identified.add(type(value))
+    return classes
 
 
 def serializable(kind: Kind) -> Kind:
-    """Lets `flax.serialization` save and restore a registered dataclass, by the names of its fields; a decorator."""
+    """A decorator that lets `flax.serialization` save and restore a registered dataclass by field names."""
     names = [field.name for field in dataclasses.fields(kind) if not field.metadata.get("static")]
 
     def to_state(node: Any) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def serializable(kind: Kind) -> Kind:
 
 
 class _Static:
-    """The part of a node that is no child; equal to another one only if both are certain to mean the same."""
+    """The static part of a node. Two of them are equal only if their values and classes are equal."""
 
     __slots__ = ("children", "key", "plain")
 
@@ -138,33 +137,32 @@ class _Static:
 
 
 class _SignatureOfInit:
-    """The signature of a class, which `__new__` would hide."""
+    """The signature of `__init__`, in place of that of `Pytree.__new__`."""
 
     def __get__(self, instance: Any, owner: type) -> inspect.Signature:
         if instance is not None:
             raise AttributeError("__signature__")
-        init: Any = getattr(owner, "__init__")  # noqa: B009 (not a use of an instance's, as mypy takes it for)
+        init: Any = getattr(owner, "__init__")  # noqa: B009 (mypy rejects `owner.__init__`)
         if init is object.__init__:
             return inspect.Signature()
-        own, *others = inspect.signature(init).parameters.values()
-        del own
-        return inspect.Signature(others)
+        _, *parameters = inspect.signature(init).parameters.values()  # without self
+        return inspect.Signature(parameters)
 
 
 class Pytree:
-    """A base class whose subclasses are pytrees without more ado, unless their author registered them with JAX.
+    """A base class whose subclasses are pytrees. A subclass may be registered with JAX instead.
 
-    Arrays, numbers and other pytrees are children, and traced; texts, functions, types and what is marked
+    Arrays, numbers and other pytrees are children, which are traced. Strings, functions, types and fields with
     `dataclasses.field(metadata={"static": True})` are static.
     """
 
-    static_types: ClassVar[tuple[type, ...]] = ()  # of what else is static
+    static_types: ClassVar[tuple[type, ...]] = ()  # further types of static values
     __signature__: ClassVar[Any] = _SignatureOfInit()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # Not when the class is made: decorators, such as those of JAX that register it, come after that.
-        if cls not in _seen:
-            _seen.add(cls)
+        # Not in `__init_subclass__`, which runs before the decorators that may register the class with JAX.
+        if cls not in _instantiated:
+            _instantiated.add(cls)
             try:
                 register(cls)
             except ValueError as error:
@@ -173,7 +171,7 @@ class Pytree:
         return super().__new__(cls)
 
 
-_seen: set[type] = set()
+_instantiated: set[type] = set()
 
 
 def _is_plain(value: Any, static_types: tuple[type, ...]) -> bool:
@@ -187,14 +185,14 @@ def _is_plain(value: Any, static_types: tuple[type, ...]) -> bool:
 
 
 def jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = ()) -> Callable[..., Any]:
-    """`jax.jit` of a function of one tuple, with the classes of what it holds as a part of the key of each program."""
+    """`jax.jit` of a function whose first argument is a tuple. The classes in this tuple are part of the cache key."""
 
-    def keyed(arrays: Any, *args: Any, foreign: tuple[type, ...], **kwargs: Any) -> Any:
+    def with_classes(arrays: Any, *args: Any, foreign: tuple[type, ...], **kwargs: Any) -> Any:
         del foreign
         return function(arrays, *args, **kwargs)
 
-    keyed.__name__ = function.__name__
-    jitted = jax.jit(keyed, static_argnames=(*static_argnames, "foreign"))
+    with_classes.__name__ = function.__name__
+    jitted = jax.jit(with_classes, static_argnames=(*static_argnames, "foreign"))
 
     @functools.wraps(function)
     def call(arrays: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Help in errors: attnlib's word for a word of another library, and what to write where a value cannot be used."""
+"""Suggestions in errors: attnlib's argument for that of another library, and what a user's function must look like."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import jax
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LEAVE = ""  # in place of an argument: there is none, and none is needed
+OMIT = ""  # the key of an answer for arguments that attnlib does not need
 
-# A word of Keras, Flax, jax.nn, PyTorch or FlashAttention -> attnlib's arguments for it, the first that the function
-# has being meant, and what to write.
-WORDS: dict[str, dict[str, str]] = {
+# For each argument of Keras, Flax, jax.nn, PyTorch or FlashAttention: attnlib's arguments, each with what to write. The
+# first one that the called function takes is suggested.
+SUGGESTIONS: dict[str, dict[str, str]] = {
     # Masks
     "attention_mask": {"mask": "mask=attention_mask[:, None] where it is (batch, queries, keys), True = attend"},
     "attn_mask": {"mask": "mask=attn_mask where it is bool with True = attend, bias=attn_mask where it is added"},
@@ -41,7 +41,7 @@ WORDS: dict[str, dict[str, str]] = {
     "need_weights": {"return_weights": "return_weights"},
     "average_attn_weights": {"return_weights": "return_weights=True, and weights.mean(1) for the mean over heads"},
     "return_residual": {"return_lse": "return_lse"},
-    "force_fp32_for_softmax": {LEAVE: "softmax is in float32 at least"},
+    "force_fp32_for_softmax": {OMIT: "softmax is in float32 at least"},
     # Dropout
     "dropout": {"dropout_rate": "dropout_rate"},
     "dropout_p": {"dropout_rate": "dropout_rate"},
@@ -51,33 +51,33 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "seed": {"dropout_rng": "dropout_rng=jax.random.key(seed), a new one each step"},
     "rngs": {"dropout_rng": 'dropout_rng=key, or rngs={"dropout": key} in init and apply'},
-    "broadcast_dropout": {LEAVE: "each weight is dropped on its own, as with broadcast_dropout=False"},
-    "keep_rngs": {LEAVE: "a module holds no keys"},
+    "broadcast_dropout": {OMIT: "each weight is dropped on its own, as with broadcast_dropout=False"},
+    "keep_rngs": {OMIT: "a module holds no keys"},
     # Sizes
     "num_query_heads": {"num_heads": "num_heads"},
     "num_key_value_heads": {"num_kv_heads": "num_kv_heads"},
     "head_dim": {"key_dim": "key_dim=head_dim"},
-    "embed_dim": {LEAVE: "sizes come from the input, and key_dim=embed_dim // num_heads is the default"},
-    "in_features": {LEAVE: "sizes come from the input", "query_features": "query_features=in_features"},
-    "in_kv_features": {LEAVE: "sizes come from the input"},
-    "kdim": {LEAVE: "sizes come from the input", "key_features": "key_features=kdim"},
-    "vdim": {LEAVE: "sizes come from the input", "value_features": "value_features=vdim"},
+    "embed_dim": {OMIT: "sizes come from the input, and key_dim=embed_dim // num_heads is the default"},
+    "in_features": {OMIT: "sizes come from the input", "query_features": "query_features=in_features"},
+    "in_kv_features": {OMIT: "sizes come from the input"},
+    "kdim": {OMIT: "sizes come from the input", "key_features": "key_features=kdim"},
+    "vdim": {OMIT: "sizes come from the input", "value_features": "value_features=vdim"},
     "qkv_features": {"key_dim": "key_dim=qkv_features // num_heads"},
     "out_features": {"output_shape": "output_shape=out_features"},
-    "batch_first": {LEAVE: "the batch comes first, always"},
-    "enable_gqa": {LEAVE: "heads of key and value that divide the query's are shared"},
+    "batch_first": {OMIT: "the batch comes first, always"},
+    "enable_gqa": {OMIT: "heads of key and value that divide the query's are shared"},
     # Parameters
     "kernel_initializer": {"kernel_init": "kernel_init, a function such as jax.nn.initializers.glorot_uniform()"},
     "bias_initializer": {"bias_init": "bias_init, a function such as jax.nn.initializers.normal()"},
-    "kernel_constraint": {LEAVE: "attnlib.constrain is the last link of an optax chain"},
-    "bias_constraint": {LEAVE: "attnlib.constrain is the last link of an optax chain"},
+    "kernel_constraint": {OMIT: "attnlib.constrain is the last link of an optax chain"},
+    "bias_constraint": {OMIT: "attnlib.constrain is the last link of an optax chain"},
     "bias": {"use_bias": "use_bias"},
     "add_zero_attn": {"sink": "sink=0.0, a key of logit 0 without value"},
     "add_bias_kv": {"use_sink": "use_sink=True, a learned logit without value"},
     # Calls
     "input_positions": {
         "query_positions": "query_positions=input_positions, and rotary=True in MultiHeadAttention to turn by them",
-        LEAVE: "attnlib.positions.rotary_embedding turns query and key, and MultiHeadAttention has rotary=True",
+        OMIT: "attnlib.positions.rotary_embedding turns query and key, and MultiHeadAttention has rotary=True",
     },
     "inputs": {"query": "query, key, value, one by one and in this order"},
     "inputs_q": {"query": "query=inputs_q"},
@@ -85,85 +85,89 @@ WORDS: dict[str, dict[str, str]] = {
     "inputs_kv": {"key": "key=inputs_kv"},
     "inputs_v": {"value": "value=inputs_v"},
     "flash_attention": {"implementation": "implementation, a name, or None to choose"},
-    "attention_fn": {LEAVE: "attnlib.attention_fn is for Flax's own layers"},
-    "qkv_dot_general": {LEAVE: "products are the engine's own"},
-    "out_dot_general": {LEAVE: "products are the engine's own"},
-    "qkv_dot_general_cls": {LEAVE: "products are the engine's own"},
-    "out_dot_general_cls": {LEAVE: "products are the engine's own"},
-    "qk_attn_weights_einsum": {LEAVE: "products are the engine's own"},
-    "attn_weights_value_einsum": {LEAVE: "products are the engine's own"},
-    "qk_attn_weights_einsum_cls": {LEAVE: "products are the engine's own"},
-    "attn_weights_value_einsum_cls": {LEAVE: "products are the engine's own"},
-    "einsum_dot_general": {LEAVE: "products are the engine's own"},
-    "qkv_sharding": {LEAVE: "the shardings of inputs and parameters are kept"},
-    "out_sharding": {LEAVE: "the shardings of inputs and parameters are kept"},
-    "promote_dtype": {LEAVE: "inputs and parameters are promoted together, or to dtype"},
+    "attention_fn": {OMIT: "attnlib.attention_fn is for Flax's own layers"},
+    "qkv_dot_general": {OMIT: "products are the engine's own"},
+    "out_dot_general": {OMIT: "products are the engine's own"},
+    "qkv_dot_general_cls": {OMIT: "products are the engine's own"},
+    "out_dot_general_cls": {OMIT: "products are the engine's own"},
+    "qk_attn_weights_einsum": {OMIT: "products are the engine's own"},
+    "attn_weights_value_einsum": {OMIT: "products are the engine's own"},
+    "qk_attn_weights_einsum_cls": {OMIT: "products are the engine's own"},
+    "attn_weights_value_einsum_cls": {OMIT: "products are the engine's own"},
+    "einsum_dot_general": {OMIT: "products are the engine's own"},
+    "qkv_sharding": {OMIT: "the shardings of inputs and parameters are kept"},
+    "out_sharding": {OMIT: "the shardings of inputs and parameters are kept"},
+    "promote_dtype": {OMIT: "inputs and parameters are promoted together, or to dtype"},
 }
 
 
-def suggestion_for(word: str, known: Collection[str], elsewhere: Collection[str] = (), place: str = "") -> str:
-    """What to write instead of `word` where `known` are the arguments and those of `elsewhere` are taken at `place`."""
-    meant = WORDS.get(word, {})
-    for ours, text in meant.items():
-        if ours in known:
+def suggestion_for(argument: str, allowed: Collection[str], others: Collection[str] = (), where: str = "") -> str:
+    """What to write instead of `argument`: an argument in `allowed`, or one in `others`, with `where` to pass it."""
+    suggestions = SUGGESTIONS.get(argument, {})
+    for name, text in suggestions.items():
+        if name in allowed:
             return f"write {text}."
-    for ours, text in meant.items():
-        if ours in elsewhere:
-            return f"write {text} {place}."
-    if LEAVE in meant:
-        return f"leave it out: {meant[LEAVE]}."
-    if word in elsewhere:
-        return f"write {word} {place}."
-    for close in difflib.get_close_matches(word, sorted({*known, *elsewhere}), n=1, cutoff=0.7):
-        return f"did you mean {close}{'' if close in known else f' {place}'}?"
-    return f"known are {', '.join(name for name in known if name != 'self')}."
+    for name, text in suggestions.items():
+        if name in others:
+            return f"write {text} {where}."
+    if OMIT in suggestions:
+        return f"leave it out: {suggestions[OMIT]}."
+    if argument in others:
+        return f"write {argument} {where}."
+    for match in difflib.get_close_matches(argument, sorted({*allowed, *others}), n=1, cutoff=0.7):
+        return f"did you mean {match}{'' if match in allowed else f' {where}'}?"
+    return f"known are {', '.join(name for name in allowed if name != 'self')}."
 
 
 def suggests_arguments(
     function: Callable[P, R],
-    elsewhere: Collection[str] = (),
-    place: str = "",
+    others: Collection[str] = (),
+    where: str = "",
     name: str | None = None,
     listed: Collection[str] = (),
     answers: Mapping[str, str] | None = None,
 ) -> Callable[P, R]:
-    """The function, which says what to write instead of an argument that it does not take; its signature stays.
+    """The function with the same signature, and with errors that suggest what to write for an unknown argument.
 
-    `listed` are the arguments that the error names, all by default; `answers` has errors of their own for some words.
+    Args:
+      others: arguments of another function, and `where` to pass them.
+      name: the function in errors.
+      listed: the arguments that an error lists; default: all.
+      answers: the whole error for some unknown arguments.
     """
     parameters = inspect.signature(function).parameters
     kinds = [parameter.kind for parameter in parameters.values()]
     if inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
         return function
-    positions, known = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD), parameters.keys()
+    num_positional, allowed = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD), parameters.keys()
     name = function.__qualname__ if name is None else name
 
-    def answer(word: str) -> str:
-        usual = f"{name} takes no {word!r}: {suggestion_for(word, listed or known, elsewhere, place)}"
-        return (answers or {}).get(word) or usual
+    def answer(argument: str) -> str:
+        default = f"{name} takes no {argument!r}: {suggestion_for(argument, listed or allowed, others, where)}"
+        return (answers or {}).get(argument) or default
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
-        if len(args) > positions:
-            own = [name for name in list(known)[:positions] if name != "self"]
+        if len(args) > num_positional:
+            positional = [name for name in list(allowed)[:num_positional] if name != "self"]
             raise TypeError(
-                f"{name} takes {', '.join(own)} by position and all else by name, mask=..., bias=...; got "
-                f"{len(args) - (positions - len(own))} by position."
+                f"{name} takes {', '.join(positional)} by position and all others by name, mask=..., bias=...; got "
+                f"{len(args) - (num_positional - len(positional))} by position."
             )
-        if not options.keys() <= known:
-            unknown = [word for word in options if word not in known]
+        if not options.keys() <= allowed:
+            unknown = [argument for argument in options if argument not in allowed]
             raise TypeError("\n".join(map(answer, unknown)))
         return function(*args, **options)
 
     return call
 
 
-# How attnlib calls a function of the user, and what has to be written in it.
-CALLED = {
+# How attnlib calls each kind of user function, and what the function must use.
+CALLBACKS = {
     "score_mod": "score_mod is called as score_mod(logit, batch, head, query_position, key_position) with traced "
     "scalars: write jnp.where(condition, a, b) for if, & and | for and and or, jnp.minimum for min.",
     "Custom": "Custom's fn is called as fn(query, key, *params) with the vectors of one query and one key, traced; "
-    "params are given with it, scores.Custom(fn, *params).",
+    "pass params with it, scores.Custom(fn, *params).",
     "Predicate": "Predicate's fn is called as fn(query_position, key_position) with arrays of integers: write & and "
     "| for and and or, jnp.where(condition, a, b) for if.",
 }
@@ -171,16 +175,16 @@ CALLED = {
 
 @contextlib.contextmanager
 def explains_callback(name: str) -> Iterator[None]:
-    """Adds a note to an error in a function of the user: how it is called."""
+    """Adds a note on how attnlib calls a user function to every error in this function."""
     try:
         yield
     except Exception as error:
-        error.add_note(CALLED[name])
+        error.add_note(CALLBACKS[name])
         raise
 
 
 def require_static(value: Any, name: str, kind: str) -> None:
-    """Raises TypeError where a value that decides the program is traced."""
+    """Raises TypeError if a value that must be static is traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in (value if isinstance(value, (tuple, list)) else (value,))):
         raise TypeError(
             f"{name} must be {kind}, known when the program is compiled; got a traced value. Mark it static "
@@ -188,5 +192,6 @@ def require_static(value: Any, name: str, kind: str) -> None:
         )
 
 
-def _instance(value: Any) -> str:
+def class_hint(value: Any) -> str:
+    """What to write if the value is a class, else ""."""
     return f" That is a class; write {value.__name__}(...)." if isinstance(value, type) else ""

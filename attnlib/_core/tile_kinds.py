@@ -1,4 +1,4 @@
-"""Which tiles of the (query, key) plane a mask empties, fills, or leaves to be asked entry by entry."""
+"""Classification of (query, key) tiles by a mask: EMPTY, FULL, or PARTIAL, which needs the mask of each pair."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TileKinds: TypeAlias = np.ndarray  # of EMPTY, PARTIAL, FULL, broadcastable to (
 class TileRanges:
     """The positions of all tiles along one side: runs of consecutive flat positions.
 
-    Those of queries come as columns `(tiles, 1)`, those of keys as rows `(1, tiles)`.
+    Query tiles are columns `(tiles, 1)`, and key tiles are rows `(1, tiles)`.
 
     Attributes:
       first: the first flat position of each tile.
@@ -42,7 +42,7 @@ class TileRanges:
         return cls(first[:, None], last[:, None], shape) if side == "query" else cls(first[None], last[None], shape)
 
     def along_axis(self, axis: int) -> tuple[np.ndarray, np.ndarray]:
-        """The least and the greatest coordinate along an attention axis: exact where a run does not wrap around it."""
+        """The least and greatest coordinates along an attention axis; the bounds of the axis if a tile wraps around."""
         stride = math.prod(self.shape[axis + 1 :] if axis != -1 else ())
         size = self.shape[axis]
         whole = self.first // (stride * size) != self.last // (stride * size)
@@ -56,7 +56,7 @@ def classify(empty: np.ndarray | bool, full: np.ndarray | bool) -> TileKinds:
 
 
 def tiles_below(positions: TileRanges, length: Any) -> TileKinds:
-    """Tiles of positions before a length: all where it is None, undecided where it is traced."""
+    """The kinds of tiles in a mask of positions below a length: all FULL if None, all PARTIAL if traced."""
     if length is None:
         return classify(empty=False, full=True)
     if not isinstance(length, int):
@@ -67,9 +67,9 @@ def tiles_below(positions: TileRanges, length: Any) -> TileKinds:
 def tile_kinds(
     mask: Mask | None, query: OperandPositions, key: OperandPositions, tile: tuple[int, int]
 ) -> tuple[TileKinds, np.ndarray]:
-    """(EMPTY, PARTIAL or FULL for each tile, how many pairs each has), both `(query tiles, key tiles)`.
+    """The kind of each tile, and its number of pairs, both `(query tiles, key tiles)`.
 
-    A tile at the end that is not whole is never FULL, since its padding is masked too.
+    A padded tile at the end is never FULL, because its padding is masked.
     """
     rows, columns = (
         TileRanges.of(side.shape, size, side.side, side.length) for side, size in zip((query, key), tile, strict=True)

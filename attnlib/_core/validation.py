@@ -1,200 +1,232 @@
-"""Checks of single values that decide a program: sizes, switches, numbers."""
+"""Checks of arguments. Each error names the argument, what it must be, what was passed, and what to write."""
 
 from __future__ import annotations
 
-import math
+import functools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.axes import AttentionShape
+from attnlib._core.axes import AttentionShape, broadcasts
 from attnlib._core.suggestions import require_static
 
-
-def check_size(value: Any, name: str, least: int) -> int:
-    number = _int(value, name, "an int")
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}; got {number}.")
-    return number
-
-
-def check_positive(value: Any, name: str) -> int:
-    number = _int(value, name, "a positive int")
-    if number < 1:
-        raise ValueError(f"{name} must be a positive int; got {value!r}.")
-    return number
+# Each kind of array: its name in errors, its dtypes, and the dtype that a remedy converts to.
+_KINDS: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "floating": ("a floating-point array", (jnp.floating,), "jnp.float32"),
+    "integer": ("an integer array", (jnp.integer,), "jnp.int32"),
+    "real": ("an array of real numbers", (jnp.floating, jnp.integer), "jnp.float32"),
+    "bool": ("a bool array", (jnp.bool_,), "bool"),
+}
 
 
-def _int(value: Any, name: str, kind: str) -> int:
-    require_static(value, name, kind)
-    try:
-        if not isinstance(value, (bool, np.bool_)):
-            return check_32_bits(operator.index(value), name)
-    except TypeError:
-        pass
-    remedy = f" Write int({name}); `//` divides ints." if isinstance(value, float) else ""
-    raise TypeError(f"{name} must be {kind}; got {value!r}.{remedy}")
+def is_array(value: Any) -> bool:
+    types = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    return isinstance(value, types) or hasattr(value, "__jax_array__")
 
 
-def check_32_bits(value: int, name: str) -> int:
-    if not -(2**31) <= value < 2**31:
-        raise ValueError(f"{name} must fit in 32 bits, as positions do; got {value}.")
+def check_array(
+    value: Any,
+    name: str,
+    *,
+    kind: Literal["floating", "integer", "real", "bool"],
+    shapes: Sequence[tuple[int, ...]] = (),
+    optional: bool = False,
+    convert: tuple[type, ...] = (),
+    remedy: str = "",
+) -> Any:
+    """An array of this kind and, if there are `shapes`, of one of these shapes.
+
+    Args:
+      optional: whether None passes.
+      convert: Python types whose values become NumPy arrays. Text never does.
+      remedy: what to write for an array of another dtype; default: a conversion.
+    """
+    if value is None and optional:
+        return None
+    if isinstance(value, convert) and not isinstance(value, str):
+        value = np.asarray(value)
+    if not (is_array(value) and _has_kind(value.dtype, kind)):
+        number = "a number" if float in convert else "an int" if int in convert else ""
+        expected = _either(number, _KINDS[kind][0], "None" * optional)
+        argument, dtype = name.split()[-1], _KINDS[kind][2]
+        if is_array(value):
+            received = f"{value.dtype}{list(value.shape)}"
+            remedy = remedy or f"Write {argument}.astype({dtype})."
+        else:
+            received, remedy = type(value).__name__, f"Write jnp.asarray({argument}, {dtype})."
+        raise TypeError(f"{name} must be {expected}; got {received}. {remedy}")
+    if shapes and value.shape not in shapes:
+        raise ValueError(f"{name} must have shape {_either(*map(str, shapes))}; got {value.shape}.")
     return value
+
+
+@functools.cache
+def _has_kind(dtype: Any, kind: str) -> bool:
+    return any(jnp.issubdtype(dtype, allowed) for allowed in _KINDS[kind][1])
+
+
+def check_integer(value: Any, name: str, *, optional: bool = False) -> Any:
+    """A static int, or an integer array, which may be traced."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return check_int(value, name)
+    return check_array(value, name, kind="integer", optional=optional, convert=(int, Sequence))
+
+
+@overload
+def check_int(value: Any, name: str, *, minimum: int | None = None, optional: Literal[False] = False) -> int: ...
+@overload
+def check_int(value: Any, name: str, *, minimum: int | None = None, optional: Literal[True]) -> int | None: ...
+def check_int(value: Any, name: str, *, minimum: int | None = None, optional: bool = False) -> int | None:
+    """A static int of 32 bits, like positions. None passes if `optional`."""
+    if value is None and optional:
+        return None
+    if type(value) is int and (-(2**31) if minimum is None else minimum) <= value < 2**31:
+        return value  # before the text for errors is made
+    expected = _either(f"an int{_bound(minimum)}", "None" * optional)
+    require_static(value, name, expected)
+    return _int(value, name, minimum, expected, value)
+
+
+def check_ints(value: Any, name: str, *, expected: str, minimum: int | None = None) -> tuple[int, ...]:
+    """A sequence of static ints as a tuple."""
+    require_static(value, name, expected)
+    if not _is_sequence(value):
+        raise TypeError(f"{name} must be {expected}; got {value!r}.")
+    return tuple(_int(entry, name, minimum, expected, value) for entry in value)
+
+
+def check_int_or_ints(
+    value: Any, name: str, *, minimum: int | None = None, expected: str = ""
+) -> int | tuple[int, ...]:
+    """A static int, or a sequence of static ints as a tuple."""
+    expected = expected or f"an int{_bound(minimum)} or a sequence of ints{_bound(minimum)}"
+    if _is_sequence(value):
+        return check_ints(value, name, expected=expected, minimum=minimum)
+    require_static(value, name, expected)
+    return _int(value, name, minimum, expected, value)
+
+
+def _is_sequence(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _int(value: Any, name: str, minimum: int | None, expected: str, received: Any) -> int:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        remedy = f" Write int({name.split()[-1]}); `//` divides ints." if isinstance(value, float) else ""
+        raise TypeError(f"{name} must be {expected}; got {received!r}.{remedy}")
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{name} must be {expected}; got {received!r}.")
+    if not -(2**31) <= number < 2**31:
+        raise ValueError(f"{name} must fit in 32 bits, as positions do; got {received!r}.")
+    return number
+
+
+def _bound(minimum: int | None) -> str:
+    return "" if minimum is None else f" >= {minimum}"
+
+
+def _either(*names: str) -> str:
+    """The names that are not empty, as "a, b or c"."""
+    *others, last = filter(None, names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_bool(value: Any, name: str) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    require_static(value, name, "a Python bool")
+    require_static(value, name, "True or False")
     remedy = f" Write bool({name})." if hasattr(value, "dtype") and np.ndim(value) == 0 else ""
     raise TypeError(f"{name} must be True or False; got {value!r}.{remedy}")
 
 
-def check_number(value: Any, name: str) -> float:
-    require_static(value, name, "a Python number")
+@overload
+def check_number(value: Any, name: str, *, positive: bool = False, optional: Literal[False] = False) -> float: ...
+@overload
+def check_number(value: Any, name: str, *, positive: bool = False, optional: Literal[True]) -> float | None: ...
+def check_number(value: Any, name: str, *, positive: bool = False, optional: bool = False) -> float | None:
+    """A static number as a float, in [1e-30, 1e30] if `positive`. None passes if `optional`."""
+    if value is None and optional:
+        return None
+    if type(value) is float and (not positive or 1e-30 <= value <= 1e30):
+        return value
+    expected = _either("a number in [1e-30, 1e30]" if positive else "a number", "None" * optional)
+    require_static(value, name, expected)
     try:
-        if value is not None and np.ndim(value) == 0 and np.asarray(value).dtype.kind not in "bcmMSU":
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise TypeError(f"{name} must be a number; got {value!r}.")
-
-
-def check_positive_number(value: Any, name: str, otherwise: str = "") -> float:
-    number = check_number(value, name)
-    if not (number >= 1e-30 and is_safe_float32(number)):  # NaN too
-        remedy = " float32 needs one between 1e-30 and 1e30." if number > 0.0 and math.isfinite(number) else ""
-        raise ValueError(f"{name} must be a positive finite number{otherwise}; got {number}.{remedy}")
+        is_real = np.ndim(value) == 0 and np.asarray(value).dtype.kind not in "bcmMSU"
+        number = float(value) if is_real else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be {expected}; got {value!r}.")
+    if positive and not 1e-30 <= number <= 1e30:  # NaN too
+        raise ValueError(f"{name} must be {expected}; got {number}.")
     return number
 
 
 def is_safe_float32(number: float) -> bool:
-    """Whether it is finite, with room for products, in float32."""
+    """Whether the number is finite in float32, with a margin for products."""
     return abs(number) <= 1e30
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is an array of numbers, or a Python number that JAX can hold."""
-    if isinstance(value, int):
-        return -(2**31) <= value < 2**31
-    if isinstance(value, (float, complex)):
-        return True
-    if isinstance(value, type) or not hasattr(value, "dtype"):
-        return False
-    return bool(jnp.issubdtype(value.dtype, jnp.number) or value.dtype == jnp.bool_)
-
-
-def check_static_int(value: Any, name: str, least: int | None = None) -> int | None:
-    """An int or None; anything else is refused, since it decides the program."""
-    if value is None:
-        return None
-    require_static(value, name, "a Python int or None")
-    try:
-        result = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a Python int or None (it is static); got {value!r}.") from error
-    if least is not None and result < least:
-        raise ValueError(f"{name} must be at least {least}; got {result}.")
-    return check_32_bits(result, name)
-
-
-def check_static_ints(value: Any, name: str) -> int | tuple[int, ...]:
-    """A positive int, or a tuple of them, one for each attention axis."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
-    for each in values:
-        if each is None or check_static_int(each, name, least=1) is None:
-            raise TypeError(f"{name} must be an int or a sequence of ints; got {value!r}.")
-    return tuple(map(operator.index, values)) if isinstance(value, Sequence) else operator.index(value)
-
-
-def check_integer(value: Any, name: str) -> int | Array:
-    """A static int, or an integer array, which is traced."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return check_32_bits(int(value), name)
-    return check_integer_array(value, name)
-
-
-def check_integer_array(value: Any, name: str) -> Array:
-    value = _as_array(value, name)
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(f"{name} must hold integers; got {value.dtype}{list(value.shape)}.")
-    return value
-
-
-def check_bool_array(value: Any, name: str) -> Array:
-    value = _as_array(value, name)
-    if value.dtype != jnp.bool_:
-        raise TypeError(
-            f"{name} must be bool (True = attend); got {value.dtype}{list(value.shape)}. Write `array.astype(bool)` "
-            "for a 0/1 array, and pass additive numbers (0 and -inf) as `bias`."
-        )
-    return value
-
-
-def _as_array(value: Any, name: str) -> Any:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return value
-    if isinstance(value, (Sequence, bool, float)) and not isinstance(value, str):
-        return np.asarray(value)
-    raise TypeError(f"{name} must be an array; got {type(value).__name__}.")
-
-
 def check_per_batch(value: Any, name: str, shapes: AttentionShape) -> None:
-    """Lengths and offsets are `()` or one for each batch index."""
+    """Raises ValueError unless lengths or offsets are `()` or broadcast to the batch axes."""
     shape = np.shape(value) if value is not None else ()
-    if shape and not _broadcasts(shape, shapes.batch):
+    if len(shape) not in (0, len(shapes.batch)) or not broadcasts(shape, shapes.batch):
         raise ValueError(f"{name} must be () or one integer for each batch index {shapes.batch}; got shape {shape}.")
 
 
 def check_positions(array: Any, name: str, batch: tuple[int, ...], positions: tuple[int, ...], side: str) -> None:
-    """Arrays of one entry a position are `(*batch, *axes)` or `(*axes,)`."""
+    """Raises ValueError unless an array of one entry a position is `(*batch, *axes)` or `(*axes,)`."""
     shape = tuple(array.shape)
-    lead, tail = shape[: len(shape) - len(positions)], shape[len(shape) - len(positions) :]
-    if tail != positions or (lead and not _broadcasts(lead, batch)):
+    split = len(shape) - len(positions)
+    if shape[split:] != positions or split not in (0, len(batch)) or not broadcasts(shape[:split], batch):
         raise ValueError(
             f"{name} must have shape (*batch, *{side} axes) = {(*batch, *positions)} or {positions}; got {shape}."
         )
 
 
 def per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """One value for each attention axis."""
+    """The values of the attention axes: a tuple as it is, an int repeated."""
     return value if isinstance(value, tuple) else (value,) * axes
 
 
 def check_per_axis(value: int | tuple[int, ...], name: str, shapes: AttentionShape) -> None:
-    """A tuple has one value for each attention axis."""
+    """Raises ValueError unless a tuple has one value for each attention axis."""
     axes = len(shapes.key)
     if isinstance(value, tuple) and len(value) != axes:
         raise ValueError(f"{name} must be an int or one int for each of the {axes} attention axes; got {value}.")
 
 
-def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return len(shape) == len(target) and all(size in (1, whole) for size, whole in zip(shape, target, strict=True))
-
-
 def expand_per_batch(value: int | Array) -> int | Array:
-    """Lays a value for each batch index out against a block `(*batch, N, T, S)`, in the dtype of positions."""
+    """A value for each batch index as int32, broadcastable to a block `(*batch, N, T, S)`. An int stays."""
     if isinstance(value, int):
         return value
-    value, held = jnp.asarray(value), jnp.iinfo(jnp.int32)
-    limits = jnp.iinfo(value.dtype)  # of a wider dtype, the largest number is no limit too
-    value = jnp.clip(value, max(held.min, limits.min), min(held.max, limits.max)).astype(jnp.int32)
+    value, int32 = jnp.asarray(value), jnp.iinfo(jnp.int32)
+    limits = jnp.iinfo(value.dtype)
+    # A length beyond int32 means "no limit", so it is clipped and does not wrap around.
+    value = jnp.clip(value, max(int32.min, limits.min), min(int32.max, limits.max)).astype(jnp.int32)
     return value[..., None, None, None] if value.ndim else value
 
 
 def saturating_add(index: jax.Array, by: int | Array) -> jax.Array:
-    """`index + by`, or the largest number of 32 bits where that is beyond it."""
-    moved = index + by
+    """`index + by`, or the largest int32 where the sum overflows."""
+    total = index + by
     if isinstance(by, int) and by <= 0:
-        return moved
-    return jnp.where((by > 0) & (moved < index), jnp.iinfo(jnp.int32).max, moved)
+        return total
+    return jnp.where((by > 0) & (total < index), jnp.iinfo(jnp.int32).max, total)
 
 
 def as_at_least_int32(ids: Any) -> Any:
-    """Ids, or one, in 32 bits at least, so that those of fewer can be compared with any number."""
+    """Ids in 32 bits or more. Ids of fewer bits could not be compared with every int."""
     return ids if isinstance(ids, int) or ids.dtype.itemsize >= 4 else jnp.asarray(ids).astype(jnp.int32)

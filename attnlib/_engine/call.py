@@ -19,7 +19,6 @@ from attnlib._core.operand_checks import (
     check_dropout,
     check_explicit_positions,
     check_implementation,
-    check_integers,
     check_operands,
     check_precision,
     check_sink,
@@ -29,7 +28,7 @@ from attnlib._core.operand_checks import (
 from attnlib._core.options import Options
 from attnlib._core.problem import Asked, AttentionProblem, AttentionResult
 from attnlib._core.pytree import jit
-from attnlib._core.validation import check_bool
+from attnlib._core.validation import check_array, check_bool
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
 from attnlib._engine.softmax import add_sink
@@ -76,8 +75,8 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
     )
     check_arrays(query=query, key=key, value=value)
     check_bias(options.bias)
-    check_integers(options.query_positions, "query_positions")
-    check_integers(options.key_positions, "key_positions")
+    check_array(options.query_positions, "query_positions", kind="integer", optional=True)
+    check_array(options.key_positions, "key_positions", kind="integer", optional=True)
     score_mod = options.score_mod
     if score.may_close_over_arrays or score_mod is not None:
         _, shapes = check_operands(query, key, value, axes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Unpack
@@ -14,10 +13,10 @@ import numpy as np
 
 from attnlib._api import attention
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
-from attnlib._core.operand_checks import check_integers, compute_dtype, is_concrete
+from attnlib._core.operand_checks import compute_dtype, is_concrete
 from attnlib._core.options import CacheOptions, takes_options
 from attnlib._core.pytree import register, serializable
-from attnlib._core.validation import check_bool, check_size
+from attnlib._core.validation import check_array, check_bool, check_int, check_ints
 from attnlib.cache import _storage
 from attnlib.cache._storage import StoredKeyValue
 from attnlib.cache._tokens import canonical_tokens, common_token_count, new_positions
@@ -106,21 +105,21 @@ class KVCache:
         Raises:
           ValueError, TypeError: an argument does not fit.
         """
-        if not isinstance(batch_shape, Sequence) or isinstance(batch_shape, str):
-            raise TypeError(f"batch_shape must be a sequence of ints, (2,) for two sequences; got {batch_shape!r}.")
-        batch = tuple(check_size(size, "each size of batch_shape", 0) for size in batch_shape)
-        leading_shape = (*batch, check_size(capacity, "capacity", 1), check_size(num_kv_heads, "num_kv_heads", 1))
-        key_dim = check_size(key_dim, "key_dim", 0)
-        value_dim = key_dim if value_dim is None else check_size(value_dim, "value_dim", 0)
+        expected = "a sequence of ints >= 0, (2,) for two sequences"
+        batch = check_ints(batch_shape, "batch_shape", minimum=0, expected=expected)
+        heads = check_int(num_kv_heads, "num_kv_heads", minimum=1)
+        leading_shape = (*batch, check_int(capacity, "capacity", minimum=1), heads)
+        key_dim = check_int(key_dim, "key_dim", minimum=0)
+        value_dim = key_dim if value_dim is None else check_int(value_dim, "value_dim", minimum=0)
         dtype = _storage.check_dtype(dtype)
-        if window is not None and check_size(window, "window", 1) > leading_shape[-2]:
+        window = check_int(window, "window", minimum=1, optional=True)
+        if window is not None and window > leading_shape[-2]:
             raise ValueError(
                 f"capacity must be at least the window, which a query attends; got capacity={capacity} and "
                 f"window={window}."
             )
         check_bool(ragged, "ragged")
         storage = _storage.empty_storage(leading_shape, key_dim, value_dim, dtype)
-        window = None if window is None else operator.index(window)
         return cls(**storage._asdict(), length=jnp.zeros(batch if ragged else (), jnp.int32), window=window)
 
     replace = dataclasses.replace
@@ -335,7 +334,7 @@ class KVCache:
         """The number of new tokens that are real: an int, or ints `(*batch)`."""
         if lengths is None:
             return num_new
-        check_integers(lengths, "lengths")
+        check_array(lengths, "lengths", kind="integer")
         if self.length.shape != self.batch_shape:
             raise ValueError("lengths needs a cache with a length for each sequence: create it with ragged=True.")
         if lengths.shape != self.batch_shape:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlib._core.validation import check_positive
+from attnlib._core.validation import check_int
 from attnlib.convert._layouts import (
     flatten,
     kernel_of,
@@ -158,7 +158,8 @@ class _QkvLayout:
     """The layout of heads in the outputs of the layers of query, key and value."""
 
     def __init__(self, heads: int, kv_heads: int, qkv: Names, inputs_first: bool, interleaved: bool) -> None:
-        self.heads, self.kv_heads = check_positive(heads, "num_heads"), check_positive(kv_heads, "num_kv_heads")
+        self.heads = check_int(heads, "num_heads", minimum=1)
+        self.kv_heads = check_int(kv_heads, "num_kv_heads", minimum=1)
         self.inputs_first, self.interleaved = inputs_first, interleaved
         self.separate = not isinstance(qkv, str)
         names = [qkv] if isinstance(qkv, str) else list(qkv)

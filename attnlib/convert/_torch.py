@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlib._core.validation import check_positive
+from attnlib._core.validation import check_int
 from attnlib.convert._layouts import (
     as_array,
     flatten,
@@ -59,7 +59,7 @@ def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str,
       >>> attnlib.multi_head_attention(params, jnp.ones((1, 5, 8))).shape
       (1, 5, 8)
     """
-    num_heads = check_positive(num_heads, "num_heads")
+    num_heads = check_int(num_heads, "num_heads", minimum=1)
     entries, prefix = select_prefix(state_dict, prefix)
     expected: dict[str, tuple[str, ...]] = {"out_proj.weight": ("N*D", "N*D")}
     if any(f"{name}_proj_weight" in entries for name in "qkv"):

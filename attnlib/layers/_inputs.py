@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.operand_checks import check_arrays, check_axes, is_array
+from attnlib._core.operand_checks import check_arrays, check_axes
 from attnlib._core.options import LayerOptions
-from attnlib._core.validation import check_positive
+from attnlib._core.validation import check_array, check_int
 from attnlib.masks import KeyPadding, QueryPadding, SlidingWindow
 from attnlib.masks._arrays import as_mask
 from attnlib.masks._base import Mask
@@ -64,7 +64,7 @@ def combine_masks(
     if key_mask is not None:
         masks.append(KeyPadding(_padding(key_mask, "key_mask", axes, key_shape)))
     if sliding_window is not None:
-        distance = check_positive(sliding_window, "sliding_window") - 1
+        distance = check_int(sliding_window, "sliding_window", minimum=1) - 1
         masks.append(SlidingWindow(distance, distance))
     pair_mask = as_mask(mask)
     if pair_mask is not None:
@@ -74,12 +74,9 @@ def combine_masks(
 
 def _padding(mask: Any, name: str, axes: _axes.Axes, operand_shape: tuple[int, ...]) -> jax.Array:
     """Transposes a padding mask of an operand to `(*batch, *attention axes)`."""
-    if not is_array(mask):
-        raise TypeError(f"{name} must be a bool array; got {type(mask).__name__}. Write jnp.asarray({name}, bool).")
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"{name} must be bool (True = real); got {mask.dtype}. Write {name}.astype(bool).")
+    check_array(mask, name, kind="bool", remedy=f"Write {name}.astype(bool), where True = real.")
     leading = operand_shape[:-1]
-    if mask.ndim != len(leading) or any(size not in (1, full) for size, full in zip(mask.shape, leading, strict=True)):
+    if mask.ndim != len(leading) or not _axes.broadcasts(mask.shape, leading):
         raise ValueError(
             f"{name} must have the shape of its operand without features, {leading}, or ones to broadcast; got "
             f"{mask.shape}."

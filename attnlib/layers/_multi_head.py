@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from attnlib._api import attention
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, BoolMask, Rng
-from attnlib._core.operand_checks import is_key
+from attnlib._core.operand_checks import check_key
 from attnlib._core.options import LayerOptions, takes_options
 from attnlib._core.suggestions import suggests_arguments
-from attnlib._core.validation import check_bool, check_positive
+from attnlib._core.validation import check_bool, check_int
 from attnlib.layers._inputs import (
     Params,
     apply_projection,
@@ -102,11 +102,10 @@ def init_multi_head_attention(
 
     Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023).
     """
-    if not is_key(rng):
-        raise TypeError(f"rng must be one JAX random key, jax.random.key(seed); got {rng!r}.")
-    query_features = check_positive(query_features, "query_features")
-    key_features = query_features if key_features is None else check_positive(key_features, "key_features")
-    value_features = key_features if value_features is None else check_positive(value_features, "value_features")
+    check_key(rng, "rng")
+    query_features = check_int(query_features, "query_features", minimum=1)
+    key_features = query_features if key_features is None else check_int(key_features, "key_features", minimum=1)
+    value_features = key_features if value_features is None else check_int(value_features, "value_features", minimum=1)
     dimensions = HeadDimensions.resolve(
         query_features, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, num_kv_heads=num_kv_heads,
         output_shape=output_shape, use_gate=use_gate,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._core.array_types import Rng
-from attnlib._core.validation import check_bool, check_positive
+from attnlib._core.validation import check_bool, check_int, check_int_or_ints, per_axis
 from attnlib.scores import Score
 
 Initializer = Callable[..., jax.Array]
@@ -114,7 +114,7 @@ class HeadDimensions:
         output_shape: int | Sequence[int] | None,
         use_gate: bool,
     ) -> HeadDimensions:
-        num_heads = check_positive(num_heads, "num_heads")
+        num_heads = check_int(num_heads, "num_heads", minimum=1)
         if key_dim is None:
             if query_features % num_heads:
                 raise ValueError(
@@ -122,24 +122,23 @@ class HeadDimensions:
                     f"{num_heads}. Pass key_dim."
                 )
             key_dim = query_features // num_heads
-        kv_heads = num_heads if num_kv_heads is None else check_positive(num_kv_heads, "num_kv_heads")
+        kv_heads = num_heads if num_kv_heads is None else check_int(num_kv_heads, "num_kv_heads", minimum=1)
         if num_heads % kv_heads:
             divisors = ", ".join(str(size) for size in range(1, num_heads + 1) if num_heads % size == 0)
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {kv_heads}. num_kv_heads may be "
                 f"{divisors}."
             )
-        key_dim = check_positive(key_dim, "key_dim")
-        if output_shape is None:
-            output_shape = (query_features,)
-        elif not isinstance(output_shape, Sequence):
-            output_shape = (output_shape,)
+        key_dim = check_int(key_dim, "key_dim", minimum=1)
+        output_shape = (
+            query_features if output_shape is None else check_int_or_ints(output_shape, "output_shape", minimum=1)
+        )
         return cls(
             num_heads=num_heads,
             num_kv_heads=kv_heads,
             key_dim=key_dim,
-            value_dim=key_dim if value_dim is None else check_positive(value_dim, "value_dim"),
-            output_shape=tuple(check_positive(size, "output_shape") for size in output_shape),
+            value_dim=key_dim if value_dim is None else check_int(value_dim, "value_dim", minimum=1),
+            output_shape=per_axis(output_shape, 1),
             use_gate=check_bool(use_gate, "use_gate"),
         )
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from attnlib._api import attention
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.operand_checks import is_array
 from attnlib._core.options import LayerOptions
+from attnlib._core.validation import is_array
 from attnlib.layers._inputs import combine_masks, default_operands, module_axes, set_key_positions, zero_padding
 from attnlib.scores import Score
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlib._core.validation import check_positive
+from attnlib._core.validation import check_int, check_int_or_ints, per_axis
 from attnlib.layers._projections import Initializer
 from attnlib.modifiers import BucketedBias, RelativeBias
 
@@ -46,8 +46,8 @@ class RelativePositionBias(nn.Module):
         Args:
           num_heads: query heads N.
         """
-        sizes = self.sizes if isinstance(self.sizes, Sequence) else (self.sizes,)
-        shape = (*(2 * check_positive(size, "sizes") - 1 for size in sizes), num_heads)
+        sizes = per_axis(check_int_or_ints(self.sizes, "sizes", minimum=1), 1)
+        shape = (*(2 * size - 1 for size in sizes), num_heads)
         return RelativeBias(self.param("table", self.table_init, shape, self.param_dtype))
 
 
@@ -83,6 +83,6 @@ class BucketedPositionBias(nn.Module):
         Args:
           num_heads: query heads N.
         """
-        shape = (check_positive(self.num_buckets, "num_buckets"), num_heads)
+        shape = (check_int(self.num_buckets, "num_buckets", minimum=1), num_heads)
         table = self.param("table", self.table_init, shape, self.param_dtype)
         return BucketedBias(table, self.bidirectional, self.max_distance)

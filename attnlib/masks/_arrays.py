@@ -1,8 +1,9 @@
-"""Masks that hold one entry for each position or pair: padding, segments, dense arrays."""
+"""Masks that hold an entry for each position or pair: padding, segments, dense arrays."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,27 +13,20 @@ from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import BlockPositions
-from attnlib._core.operand_checks import is_array
-from attnlib._core.suggestions import _instance
-from attnlib._core.validation import (
-    as_at_least_int32,
-    check_bool_array,
-    check_integer,
-    check_integer_array,
-    check_positions,
-)
+from attnlib._core.suggestions import class_hint
+from attnlib._core.validation import as_at_least_int32, check_array, check_integer, check_positions, is_array
 from attnlib.masks._base import Mask, set_fields
 from attnlib.masks._views import PaddedDenseMask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeyPadding(Mask):
-    """Keys that are real: bool `(*batch, *key axes)` or `(*key axes,)`, True = real."""
+    """Padding of keys: bool `(*batch, *key axes)` or `(*key axes,)`, True = real."""
 
     mask: Array
 
     def __post_init__(self) -> None:
-        set_fields(self, mask=check_bool_array(self.mask, "KeyPadding mask"))
+        set_fields(self, mask=_check_bool(self.mask, "KeyPadding mask"))
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         return key.gather(self.mask)
@@ -43,12 +37,12 @@ class KeyPadding(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QueryPadding(Mask):
-    """Queries that are real: bool `(*batch, *query axes)` or `(*query axes,)`, True = real; others attend nothing."""
+    """Padding of queries: bool `(*batch, *query axes)` or `(*query axes,)`, True = real. Padding attends nothing."""
 
     mask: Array
 
     def __post_init__(self) -> None:
-        set_fields(self, mask=check_bool_array(self.mask, "QueryPadding mask"))
+        set_fields(self, mask=_check_bool(self.mask, "QueryPadding mask"))
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         return query.gather(self.mask)
@@ -59,12 +53,12 @@ class QueryPadding(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segments(Mask):
-    """Positions with equal ids attend each other: packed documents (Krell et al. 2021).
+    """Attention between positions with equal ids, as in packed documents (Krell et al. 2021).
 
     Args:
       query_ids: int `(*batch, *query axes)` or `(*query axes,)`.
-      key_ids: likewise for the keys; None: the same as `query_ids`.
-      padding_id: a position with this id neither attends nor is attended; None: there is no such id.
+      key_ids: likewise for the keys; None: `query_ids`.
+      padding_id: the id of positions that neither attend nor are attended; None: no such id.
     """
 
     query_ids: Array
@@ -72,18 +66,20 @@ class Segments(Mask):
     padding_id: int | Array | None = None
 
     def __post_init__(self) -> None:
-        set_fields(self, query_ids=check_integer_array(self.query_ids, "Segments query_ids"))
-        if self.key_ids is not None:
-            set_fields(self, key_ids=check_integer_array(self.key_ids, "Segments key_ids"))
-        if self.padding_id is not None:
-            set_fields(self, padding_id=check_integer(self.padding_id, "Segments padding_id"))
-            if np.ndim(self.padding_id) != 0:
-                raise ValueError(f"Segments padding_id must be one integer; got shape {np.shape(self.padding_id)}.")
+        for name, optional in (("query_ids", False), ("key_ids", True)):
+            ids = check_array(
+                getattr(self, name), f"Segments {name}", kind="integer", optional=optional, convert=(Sequence,)
+            )
+            set_fields(self, **{name: ids})
+        padding_id = check_integer(self.padding_id, "Segments padding_id", optional=True)
+        if np.ndim(padding_id) != 0:
+            raise ValueError(f"Segments padding_id must be one integer; got shape {padding_id.shape}.")
+        set_fields(self, padding_id=padding_id)
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         query_ids = query.gather(as_at_least_int32(self.query_ids))
         key_ids = key.gather(as_at_least_int32(self.query_ids if self.key_ids is None else self.key_ids))
-        with jax.numpy_dtype_promotion("standard"):  # ids are of the user's dtypes, each of its own
+        with jax.numpy_dtype_promotion("standard"):  # the ids may have different dtypes
             same = query_ids == key_ids
             return same if self.padding_id is None else same & (query_ids != as_at_least_int32(self.padding_id))
 
@@ -100,13 +96,13 @@ class Segments(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Mask):
-    """Any bool array: of the rank of the weights `(*batch, N, *query axes, *key axes)` with ones where it broadcasts,
-    or of at most the number of query and key axes."""
+    """Any bool array that broadcasts to the weights `(*batch, N, *query axes, *key axes)`, of the same rank, or of rank
+    at most the number of query and key axes."""
 
     array: Array
 
     def __post_init__(self) -> None:
-        set_fields(self, array=check_bool_array(self.array, "mask"))
+        set_fields(self, array=_check_bool(self.array, "mask"))
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         return self.pad_to(query, key, (query.total, key.total)).evaluate(query, key)
@@ -119,12 +115,20 @@ class Dense(Mask):
 
 
 def as_mask(value: Any) -> Mask | None:
-    """A bool array becomes a Dense mask; Masks and None pass."""
+    """The mask, with a bool array as `Dense`."""
     if value is None or isinstance(value, Mask):
         return value
     if not is_array(value):
         raise TypeError(
             f"mask must be a bool array or a Mask such as attnlib.masks.Causal(); got {type(value).__name__}."
-            + (_instance(value) or " Convert nested lists with jnp.asarray(mask, bool)." * isinstance(value, list))
+            + (class_hint(value) or " Convert nested lists with jnp.asarray(mask, bool)." * isinstance(value, list))
         )
     return Dense(value)
+
+
+def _check_bool(value: Any, name: str) -> Any:
+    remedy = (
+        f"Write {name.split()[-1]}.astype(bool) for 0 and 1 (True = attend), and pass additive numbers (0 and -inf) as "
+        "`bias`."
+    )
+    return check_array(value, name, kind="bool", convert=(Sequence, bool), remedy=remedy)

@@ -1,4 +1,4 @@
-"""What every mask is: the abstract `Mask` and its algebra."""
+"""The abstract `Mask`, and its operators `&`, `|` and `~`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.pytree import Pytree
 from attnlib._core.tile_kinds import FULL, TileKinds, TileRanges, classify
-from attnlib._core.validation import check_static_int
+from attnlib._core.validation import check_int_or_ints, per_axis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask(Pytree):
-    """Which query positions may attend which key positions; abstract.
+    """The pairs of query and key positions that may attend; abstract.
 
     A subclass implements `evaluate(query, key)`; `classify_tiles(query, key)`, to skip tiles; and `check(shapes)`, if
-    it holds arrays. It is a pytree: arrays and masks in its fields are traced, plain values are static.
+    it holds arrays. A mask is a pytree: arrays and masks in its fields are traced, plain values are static.
     """
 
     static_types = (bool, int, type(None))
@@ -32,31 +32,31 @@ class Mask(Pytree):
         raise NotImplementedError
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
-        """For each tile, whether the mask empties it, fills it, or is to be asked entry by entry (PARTIAL).
+        """Whether each tile is EMPTY (no pair attends), FULL (all pairs attend) or PARTIAL.
 
-        It may say PARTIAL of an empty or a full tile, never the reverse. It decides the program, so it sees static
-        values alone: where those do not decide, it says PARTIAL.
+        The result decides the program, so it depends on static values only. PARTIAL is always correct: the mask is then
+        evaluated for each pair.
         """
         del query, key
         return classify(empty=False, full=False)
 
     def pad_to(self, query: BlockPositions, key: BlockPositions, sizes: tuple[int, int]) -> Mask:
-        """The same mask, with arrays of pairs folded and padded to `sizes` so that tiles can be cut from them."""
+        """The same mask, with arrays of pairs folded and padded to `sizes`, so that tiles are slices of them."""
         del query, key, sizes
         return self
 
     def check(self, shapes: AttentionShape) -> None:
-        """Raises ValueError where the arrays of this mask do not fit the operands."""
+        """Raises ValueError if the arrays of this mask do not fit the operands."""
 
     def as_array(self, query_shape: int | Sequence[int], key_shape: int | Sequence[int]) -> jax.Array:
-        """The mask as a bool array `(*query_shape, *key_shape)`, with `(*batch, 1 or N)` in front where it has them.
+        """The mask as a bool array `(*query_shape, *key_shape)`, after `(*batch, 1 or N)` if it depends on these.
 
         Args:
-          query_shape: length of each query attention axis (an int where there is one).
-          key_shape: length of each key attention axis.
+          query_shape: the lengths of the query attention axes, or an int for a single axis.
+          key_shape: the lengths of the key attention axes, likewise.
 
         Returns:
-          A bool array that can itself be passed as `mask=`; True = attend.
+          A bool array to pass as `mask=`; True = attend.
 
         >>> from attnlib import masks
         >>> masks.Causal().as_array(2, 3).astype(int)
@@ -77,9 +77,9 @@ class Mask(Pytree):
         block_sizes: tuple[int, int] | None = None,
         ax: Any = None,
     ) -> Any:
-        """Draws the mask on matplotlib axes, with tiles of `block_sizes` where given, and returns the axes.
+        """Draws the mask on matplotlib axes, with tiles of `block_sizes` if given, and returns the axes.
 
-        It needs the `notebooks` extra; `attnlib.plot.mask` describes the arguments.
+        Requires the `notebooks` extra. `attnlib.plot.mask` describes the arguments.
         """
         from attnlib import plot
 
@@ -162,14 +162,13 @@ class Not(Mask):
 
 
 def set_fields(mask: Mask, /, **values: Any) -> None:
-    """Sets fields of a frozen mask while it is being made."""
+    """Sets fields of a frozen mask in its `__post_init__`."""
     for name, value in values.items():
         object.__setattr__(mask, name, value)
 
 
 def _as_shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    return tuple(check_static_int(size, name, least=0) or 0 for size in sizes)
+    return per_axis(check_int_or_ints(shape, name, minimum=0), 1)
 
 
 def _as_mask(value: Any, symbol: str) -> Mask:

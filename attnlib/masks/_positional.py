@@ -1,4 +1,4 @@
-"""Masks that are read off positions: causal, windows, prefixes, lengths, any function."""
+"""Masks computed from positions: causal, windows, prefixes, lengths, user functions."""
 
 from __future__ import annotations
 
@@ -11,32 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.axes import AttentionShape
+from attnlib._core.axes import AttentionShape, broadcasts
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.suggestions import explains_callback
 from attnlib._core.tile_kinds import TileKinds, TileRanges, classify, tiles_below
-from attnlib._core.validation import check_integer, check_per_batch, check_static_int, expand_per_batch, saturating_add
+from attnlib._core.validation import check_int, check_integer, check_per_batch, expand_per_batch, saturating_add
 from attnlib.masks._base import Mask, set_fields
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Causal(Mask):
-    """Key position <= query position + offset (top-left aligned where the lengths differ).
+    """Key position <= query position + offset. Position 0 is the first query and the first key.
 
     Args:
-      offset: how far the queries are ahead of the keys, e.g. the number of cached keys in decoding. An int is static;
-        an int array `()` or `(*batch,)` is traced.
-      axis: with several attention axes, the one (by its index among `attention_axes`) along which to be causal;
-        None compares flat positions in row-major order.
+      offset: the position of the first query, e.g. the number of cached keys in decoding. An int is static; an int
+        array `()` or `(*batch,)` is traced.
+      axis: the attention axis to compare along, as an index into `attention_axes`; None: flat row-major positions.
     """
 
     offset: int | Array = 0
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        set_fields(
-            self, offset=check_integer(self.offset, "Causal offset"), axis=check_static_int(self.axis, "Causal axis")
-        )
+        offset, axis = check_integer(self.offset, "Causal offset"), check_int(self.axis, "Causal axis", optional=True)
+        set_fields(self, offset=offset, axis=axis)
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         if self.axis is None:
@@ -68,27 +66,25 @@ class SlidingWindow(Mask):
     """Query position - left <= key position <= query position + right, in flat row-major positions.
 
     Args:
-      left: how many earlier keys a query sees; None: all of them.
-      right: how many later keys a query sees; None: all of them.
+      left: the number of earlier keys that a query sees; None: all.
+      right: the number of later keys that a query sees; None: all.
     """
 
     left: int | None
     right: int | None
 
     def __post_init__(self) -> None:
-        set_fields(
-            self,
-            left=check_static_int(self.left, "SlidingWindow left", least=0),
-            right=check_static_int(self.right, "SlidingWindow right", least=0),
-        )
+        for side in ("left", "right"):
+            length = check_int(getattr(self, side), f"SlidingWindow {side}", minimum=0, optional=True)
+            set_fields(self, **{side: length})
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        inside = jnp.ones((1, 1), bool)
+        window = jnp.ones((1, 1), bool)
         if self.left is not None:
-            inside = inside & (key.position >= query.position - self.left)
+            window = window & (key.position >= query.position - self.left)
         if self.right is not None:
-            inside = inside & (key.position <= saturating_add(query.position, self.right))
-        return inside
+            window = window & (key.position <= saturating_add(query.position, self.right))
+        return window
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         empty: Any = np.False_
@@ -104,7 +100,7 @@ class SlidingWindow(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix(Mask):
-    """Key position < length: with `Causal() | Prefix(length)` the prefix language model (Raffel et al. 2020).
+    """Key position < length. `Causal() | Prefix(length)` is the prefix language model (Raffel et al. 2020).
 
     Args:
       length: an int (static) or an int array `()` or `(*batch,)` (traced).
@@ -127,11 +123,11 @@ class Prefix(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lengths(Mask):
-    """Positions < length are real, the rest is padding (flat row-major positions).
+    """Flat row-major positions < length. Later positions are padding.
 
     Args:
-      query: real query positions, an int or int array `()` or `(*batch,)`; None: all. Padded queries attend nothing.
-      key: real key positions, likewise. Padded keys are attended by none.
+      query: the number of real queries, an int or int array `()` or `(*batch,)`; None: all. Padding attends nothing.
+      key: the number of real keys, likewise. No query attends padding.
     """
 
     query: int | Array | None = None
@@ -139,8 +135,7 @@ class Lengths(Mask):
 
     def __post_init__(self) -> None:
         for side in ("query", "key"):
-            value = getattr(self, side)
-            set_fields(self, **{side: None if value is None else check_integer(value, f"Lengths {side}")})
+            set_fields(self, **{side: check_integer(getattr(self, side), f"Lengths {side}", optional=True)})
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         real = jnp.ones((1, 1), bool)
@@ -160,12 +155,12 @@ class Lengths(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predicate(Mask):
-    """A mask from a function of positions.
+    """A function of positions as a mask.
 
     Args:
-      fn: `fn(query_position, key_position) -> bool`, called with broadcastable integer arrays, or with tuples of them
-        (one for each attention axis) where there are several attention axes. Static: pass the same function object
-        to avoid recompilation.
+      fn: `fn(query_position, key_position) -> bool`, called with broadcastable integer arrays. With several attention
+        axes, each position is a tuple of one array for each axis. The function is static: pass the same function
+        object to avoid recompilation.
     """
 
     fn: Callable[[Any, Any], Any]
@@ -175,9 +170,9 @@ class Predicate(Mask):
             raise TypeError(f"Predicate fn must be a function of (query_position, key_position); got {self.fn!r}.")
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        single = len(key.shape) == 1
+        one_axis = len(key.shape) == 1
         with explains_callback("Predicate"):
-            result = jnp.asarray(self.fn(*(p.position if single else p.coordinates for p in (query, key))))
+            result = jnp.asarray(self.fn(*(p.position if one_axis else p.coordinates for p in (query, key))))
         if result.dtype != jnp.bool_:
             raise TypeError(f"Predicate fn must return bool (True = attend); got {result.dtype}.")
         return jnp.broadcast_to(result, jnp.broadcast_shapes(result.shape, (1, 1)))
@@ -185,10 +180,9 @@ class Predicate(Mask):
     def check(self, shapes: AttentionShape) -> None:
         query, key = BlockPositions(shapes.query, "query"), BlockPositions(shapes.key, "key")
         shape = jax.eval_shape(lambda: self.evaluate(query, key)).shape
-        whole = (*shapes.batch, shapes.heads, query.total, key.total)
-        aligned = zip(reversed(shape), reversed(whole), strict=False)
-        if len(shape) > len(whole) or any(size not in (1, full) for size, full in aligned):
+        weights = (*shapes.batch, shapes.heads, query.total, key.total)
+        if not broadcasts(shape, weights):
             raise ValueError(
-                f"Predicate fn must return an array that broadcasts to (*batch, heads, queries, keys) = {whole}; got "
+                f"Predicate fn must return an array that broadcasts to (*batch, heads, queries, keys) = {weights}; got "
                 f"shape {shape}."
             )

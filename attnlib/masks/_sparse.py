@@ -1,4 +1,4 @@
-"""Masks of neighbours, of blocks and of steps, which know every tile they empty or fill. Public in `attnlib.masks`."""
+"""Masks of neighbourhoods, blocks and steps, which classify tiles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.tile_kinds import TileKinds, TileRanges, classify
-from attnlib._core.validation import check_per_axis, check_static_int, check_static_ints, per_axis
+from attnlib._core.validation import check_int, check_int_or_ints, check_per_axis, per_axis
 from attnlib.masks._base import Mask, set_fields
 
 
@@ -24,13 +24,13 @@ from attnlib.masks._base import Mask, set_fields
 class Neighborhood(Mask):
     """The `size` nearest keys of each query along every attention axis (Hassani et al. 2023, NATTEN).
 
-    At a border the window is shifted inward, so that every query sees `size` keys an axis (all of them where the
-    axis is shorter); `border="clip"` cuts it off instead. With a dilation of d a query sees only keys whose
-    coordinate is congruent to its own modulo d. An even size reaches one further to the left.
+    At a border, the window shifts inward, so that every query sees `size` keys per axis, or all if the axis is shorter;
+    `border="clip"` cuts the window off instead. With dilation d, a query sees only keys whose coordinate equals its own
+    coordinate modulo d. A window of even size has one more key on the left.
 
     Args:
-      size: keys per axis, an int or one for each attention axis.
-      dilation: step between them, an int or one for each attention axis.
+      size: the number of keys per axis, an int or one for each attention axis.
+      dilation: the step between these keys, an int or one for each attention axis.
       border: "shift" or "clip".
     """
 
@@ -41,30 +41,30 @@ class Neighborhood(Mask):
     def __post_init__(self) -> None:
         set_fields(
             self,
-            size=check_static_ints(self.size, "Neighborhood size"),
-            dilation=check_static_ints(self.dilation, "Neighborhood dilation"),
+            size=check_int_or_ints(self.size, "Neighborhood size", minimum=1),
+            dilation=check_int_or_ints(self.dilation, "Neighborhood dilation", minimum=1),
         )
         if self.border not in ("shift", "clip"):
             raise ValueError(f'Neighborhood border must be "shift" or "clip"; got {self.border!r}.')
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         axes = len(key.shape)
-        near = jnp.ones((1, 1), bool)
+        mask = jnp.ones((1, 1), bool)
         for axis, (size, dilation) in enumerate(
             zip(per_axis(self.size, axes), per_axis(self.dilation, axes), strict=True)
         ):
-            place, key_place = query.coordinates[axis], key.coordinates[axis]
-            first = self._first(place, key.shape[axis], size, dilation)
-            inside = (key_place // dilation >= first) & (key_place // dilation < first + size)
-            near = near & inside & (key_place % dilation == place % dilation)
-        return near
+            query_coordinate, key_coordinate = query.coordinates[axis], key.coordinates[axis]
+            first = self._window_start(query_coordinate, key.shape[axis], size, dilation)
+            window = (key_coordinate // dilation >= first) & (key_coordinate // dilation < first + size)
+            mask = mask & window & (key_coordinate % dilation == query_coordinate % dilation)
+        return mask
 
-    def _first(self, place: Any, length: int, size: int, dilation: int) -> Any:
-        """Where the window of a query coordinate begins, in steps of the dilation."""
-        first = place // dilation - size // 2
+    def _window_start(self, coordinate: Any, length: int, size: int, dilation: int) -> Any:
+        """The first key in the window of a query coordinate, in steps of the dilation."""
+        first = coordinate // dilation - size // 2
         if self.border == "shift":
-            group = (length - place % dilation + dilation - 1) // dilation  # keys of the same residue
-            numpy = np if isinstance(place, np.ndarray) else jnp
+            group = (length - coordinate % dilation + dilation - 1) // dilation  # number of keys of this residue
+            numpy = np if isinstance(coordinate, np.ndarray) else jnp
             first = numpy.maximum(numpy.minimum(first, group - size), 0)
         return first
 
@@ -75,15 +75,15 @@ class Neighborhood(Mask):
         for axis, (size, dilation) in enumerate(
             zip(per_axis(self.size, axes), per_axis(self.dilation, axes), strict=True)
         ):
-            first = self._first(np.arange(query.shape[axis]), key.shape[axis], size, dilation)
-            least, greatest = first * dilation, (first + size) * dilation - 1  # keys that a query coordinate can reach
+            start = self._window_start(np.arange(query.shape[axis]), key.shape[axis], size, dilation)
+            first, last = start * dilation, (start + size) * dilation - 1  # keys in the window of each query coordinate
             (query_first, query_last), (key_first, key_last) = query.along_axis(axis), key.along_axis(axis)
-            # Over a run of queries: bounds by running extremes from either end, exact where the window only moves on.
-            reach_first = np.minimum.accumulate(least[::-1])[::-1][query_first]
-            reach_last = np.maximum.accumulate(greatest)[query_last]
-            empty = empty | (key_last < reach_first) | (key_first > reach_last)
-            common_first = np.maximum.accumulate(least)[query_last]
-            common_last = np.minimum.accumulate(greatest[::-1])[::-1][query_first]
+            # Running extremes bound the windows of the queries in a tile. They are exact if windows never move back.
+            union_first = np.minimum.accumulate(first[::-1])[::-1][query_first]
+            union_last = np.maximum.accumulate(last)[query_last]
+            empty = empty | (key_last < union_first) | (key_first > union_last)
+            common_first = np.maximum.accumulate(first)[query_last]
+            common_last = np.minimum.accumulate(last[::-1])[::-1][query_first]
             full = full & (dilation == 1) & (key_first >= common_first) & (key_last <= common_last)
         return classify(empty, full)
 
@@ -94,15 +94,15 @@ class Neighborhood(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockLocal(Mask):
-    """Positions are cut into blocks of `size`; a query sees its own block and some before and after it.
+    """Attention of each query to its own block of `size` positions, and to blocks before and after.
 
-    Over several attention axes the blocks are boxes, as the windows of Swin (Liu et al. 2021); `before` and `after`
-    then count along each axis.
+    With several attention axes the blocks are boxes, like the windows of Swin (Liu et al. 2021). `before` and `after`
+    count blocks along each axis.
 
     Args:
-      size: positions in a block, an int or one for each attention axis. The last block may be shorter.
-      before: how many earlier blocks a query sees; None: all of them, which is causal from block to block.
-      after: how many later blocks a query sees; None: all of them.
+      size: the number of positions in a block, an int or one for each attention axis. The last block may be shorter.
+      before: the number of earlier blocks that a query sees; None: all, which is causal attention between blocks.
+      after: the number of later blocks that a query sees; None: all.
 
     Example:
       >>> from attnlib import masks
@@ -121,27 +121,27 @@ class BlockLocal(Mask):
     def __post_init__(self) -> None:
         set_fields(
             self,
-            size=check_static_ints(self.size, "BlockLocal size"),
-            before=check_static_int(self.before, "BlockLocal before", least=0),
-            after=check_static_int(self.after, "BlockLocal after", least=0),
+            size=check_int_or_ints(self.size, "BlockLocal size", minimum=1),
+            before=check_int(self.before, "BlockLocal before", minimum=0, optional=True),
+            after=check_int(self.after, "BlockLocal after", minimum=0, optional=True),
         )
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        near = jnp.ones((1, 1), bool)
+        mask = jnp.ones((1, 1), bool)
         for axis, size in enumerate(per_axis(self.size, len(key.shape))):
             block, key_block = query.coordinates[axis] // size, key.coordinates[axis] // size
             if self.before is not None:
-                near = near & (block - key_block <= self.before)
+                mask = mask & (block - key_block <= self.before)
             if self.after is not None:
-                near = near & (key_block - block <= self.after)
-        return near
+                mask = mask & (key_block - block <= self.after)
+        return mask
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         empty: Any = np.False_
         full: Any = np.True_
         for axis, size in enumerate(per_axis(self.size, len(key.shape))):
-            first, last = (place // size for place in query.along_axis(axis))
-            key_first, key_last = (place // size for place in key.along_axis(axis))
+            first, last = (coordinate // size for coordinate in query.along_axis(axis))
+            key_first, key_last = (coordinate // size for coordinate in key.along_axis(axis))
             if self.before is not None:
                 empty = empty | (key_last < first - self.before)
                 full = full & (key_first >= last - self.before)
@@ -156,12 +156,12 @@ class BlockLocal(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dilated(Mask):
-    """A query sees the keys that are a multiple of `step` away from it, along every attention axis.
+    """Attention at distances that are multiples of `step`, along every attention axis.
 
-    With a window it is a dilated window (Longformer, Beltagy et al. 2020), `Causal() & (SlidingWindow(step, 0) |
-    Dilated(step))` is the strided pattern of the Sparse Transformer (Child et al. 2019), and with `BlockLocal` it is a
-    part of LongNet's (Ding et al. 2023). Tiles are skipped only where they are shorter than the step; `Neighborhood`
-    with a dilation, too, counts its keys in steps.
+    Together with `SlidingWindow` this is a dilated window (Longformer, Beltagy et al. 2020). `Causal() &
+    (SlidingWindow(step, 0) | Dilated(step))` is the strided pattern of the Sparse Transformer (Child et al. 2019).
+    Together with `BlockLocal` this is a part of the pattern of LongNet (Ding et al. 2023). Only tiles shorter than the
+    step can be skipped.
 
     Args:
       step: an int or one for each attention axis.
@@ -178,7 +178,7 @@ class Dilated(Mask):
     step: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        set_fields(self, step=check_static_ints(self.step, "Dilated step"))
+        set_fields(self, step=check_int_or_ints(self.step, "Dilated step", minimum=1))
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         same = jnp.ones((1, 1), bool)
@@ -191,7 +191,7 @@ class Dilated(Mask):
         full: Any = np.True_
         for axis, step in enumerate(per_axis(self.step, len(key.shape))):
             (first, last), (key_first, key_last) = query.along_axis(axis), key.along_axis(axis)
-            nearest, farthest = key_first - last, key_last - first  # all distances between occur
+            nearest, farthest = key_first - last, key_last - first  # all distances from one to the other occur
             none = farthest // step * step < nearest
             empty = empty | none
             full = full & ((step == 1) | ((nearest == farthest) & ~none))
@@ -203,16 +203,16 @@ class Dilated(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockSparse(Mask):
-    """A table says which blocks of keys each block of queries sees: any pattern of blocks, random ones as in BigBird
-    (Zaheer et al. 2020) among them. Blocks are of flat row-major positions.
+    """Attention between blocks of flat row-major positions, by a table of block pairs, such as the random pattern of
+    BigBird (Zaheer et al. 2020).
 
-    The table is static, since it decides which tiles are skipped: another table is another program. Of a traced one
-    make `Dense(jnp.repeat(jnp.repeat(table, size, 0), size, 1)[:T, :S])`.
+    The table is static, because it decides which tiles are skipped. Another table compiles another program. Write a
+    traced table as `Dense(jnp.repeat(jnp.repeat(table, size, 0), size, 1)[:T, :S])`.
 
     Args:
-      blocks: a bool array `(ceil(T / size), ceil(S / size))`, or nested sequences, or rows of text such as "1001"; True
-        or 1: all pairs of the block attend. It is kept as rows of text.
-      size: positions in a block; the last one may be shorter.
+      blocks: a bool array `(ceil(T / size), ceil(S / size))`, nested sequences, or rows of text such as "1001". True
+        or 1: all pairs of the two blocks attend. The field stores rows of text.
+      size: the number of positions in a block. The last block may be shorter.
 
     Example:
       >>> from attnlib import masks
@@ -226,31 +226,28 @@ class BlockSparse(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        size = check_static_int(self.size, "BlockSparse size", least=1)
-        if size is None:
-            raise TypeError("BlockSparse size must be an int; got None.")
-        set_fields(self, blocks=_rows(self.blocks), size=size)
+        set_fields(self, blocks=_rows(self.blocks), size=check_int(self.size, "BlockSparse size", minimum=1))
 
     @property
     def _table(self) -> np.ndarray:
         return _table(tuple(self.blocks))
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        place = query.position // self.size, key.position // self.size
-        return jnp.asarray(self._table).at[place].get(mode="fill", fill_value=False)  # nothing attends beyond the table
+        block = query.position // self.size, key.position // self.size
+        return jnp.asarray(self._table).at[block].get(mode="fill", fill_value=False)  # False beyond the table
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         table = self._table
-        sums = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # how many blocks are True before a row and a column
+        sums = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # number of True above a row and left of a column
         (first, end), (key_first, key_end) = (
-            (run.first // self.size, run.last // self.size + 1) for run in (query, key)
+            (tiles.first // self.size, tiles.last // self.size + 1) for tiles in (query, key)
         )
         (top, bottom), (left, right) = (
             (np.minimum(start, count), np.minimum(stop, count))
             for start, stop, count in ((first, end, table.shape[0]), (key_first, key_end, table.shape[1]))
         )
-        true = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-        return classify(empty=true == 0, full=true == (end - first) * (key_end - key_first))
+        count = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]  # of True in each tile
+        return classify(empty=count == 0, full=count == (end - first) * (key_end - key_first))
 
     def check(self, shapes: AttentionShape) -> None:
         expected = tuple(max(-(-math.prod(axes) // self.size), 1) for axes in (shapes.query, shapes.key))
@@ -262,15 +259,15 @@ class BlockSparse(Mask):
 
 
 def _rows(blocks: Any) -> tuple[str, ...]:
-    """A table as rows of text: hashable, and hashed once."""
-    listed = isinstance(blocks, Sequence) and not isinstance(blocks, str)
-    if listed and all(isinstance(row, str) and set(row) <= {"0", "1"} for row in blocks):
+    """The table as rows of text, which are hashable. Python caches their hashes."""
+    is_sequence = isinstance(blocks, Sequence) and not isinstance(blocks, str)
+    if is_sequence and all(isinstance(row, str) and set(row) <= {"0", "1"} for row in blocks):
         rows = tuple(blocks)
     else:
         if isinstance(blocks, jax.core.Tracer):
             raise TypeError(
-                "BlockSparse blocks must be known when the program is made, since it decides which tiles are skipped; "
-                f"got {blocks}. Make it of a NumPy array outside jit, or use masks.Dense."
+                "BlockSparse blocks must be known when the program is compiled, because they decide which tiles are "
+                f"skipped; got {blocks}. Write BlockSparse(array, size) with a NumPy array, or use masks.Dense."
             )
         table = np.asarray(blocks)
         if table.dtype != np.bool_ or table.ndim != 2:
@@ -280,7 +277,7 @@ def _rows(blocks: Any) -> tuple[str, ...]:
             )
         rows = tuple("".join("01"[int(entry)] for entry in row) for row in table)
     if not rows or not rows[0] or len(set(map(len, rows))) != 1:
-        raise ValueError(f"BlockSparse blocks must have rows of one length, at least one; got {rows!r}.")
+        raise ValueError(f"BlockSparse blocks must have at least one row and rows of equal length >= 1; got {rows!r}.")
     return rows
 
 

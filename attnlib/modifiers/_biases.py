@@ -1,7 +1,7 @@
-"""Modifiers of logits to pass as `score_mod`: biases by position that no tile ever holds whole, and a soft cap.
+"""Modifiers of logits to pass as `score_mod`: biases by position, without an array of all pairs, and a soft cap.
 
-Each is a function of (logit, batch, head, query_position, key_position), all scalars; the library batches it. They
-compose as functions do: `lambda logit, *where: cap(alibi(logit, *where), *where)`.
+A modifier is a function of the scalars (logit, batch, head, query_position, key_position), which the library batches.
+Modifiers compose like functions: `lambda logit, *indices: cap(alibi(logit, *indices), *indices)`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import numpy as np
 
 from attnlib._core.array_types import Array
 from attnlib._core.pytree import register
-from attnlib._core.validation import check_bool, check_positive_number, check_size
+from attnlib._core.validation import check_array, check_bool, check_int, check_number
 from attnlib.modifiers._base import ValidatedScoreMod
 
 __all__ = ["ALiBi", "BucketedBias", "RelativeBias", "SoftCap", "alibi_slopes"]
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """Slopes of ALiBi: a geometric sequence from 2**(-8 / N) down to 2**-8.
+    """The slopes of ALiBi: a geometric sequence from 2**(-8 / N) down to 2**-8.
 
-    For N that is no power of two: those of the largest power of two below, then every other one of twice as many.
+    If N is no power of two, these are the slopes for the largest power of two below N, followed by every second slope
+    for twice as many heads.
 
     Args:
-      num_heads: query heads N.
+      num_heads: the number of query heads N.
 
     Returns:
       float32 `(N,)`, a NumPy array.
@@ -44,11 +45,11 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
     Source: Press, Smith and Lewis, "Train Short, Test Long" (2022).
     """
-    num_heads = check_size(num_heads, "num_heads", least=1)
-    whole = 2 ** math.floor(math.log2(num_heads))
-    slopes = 2.0 ** (-8.0 / whole * np.arange(1, whole + 1))
-    between = 2.0 ** (-4.0 / whole * np.arange(1, 2 * whole + 1, 2))
-    return np.concatenate([slopes, between[: num_heads - whole]]).astype(np.float32)
+    num_heads = check_int(num_heads, "num_heads", minimum=1)
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
+    extra_slopes = 2.0 ** (-4.0 / power * np.arange(1, 2 * power + 1, 2))
+    return np.concatenate([slopes, extra_slopes[: num_heads - power]]).astype(np.float32)
 
 
 @register
@@ -57,7 +58,7 @@ class ALiBi(ValidatedScoreMod):
     """logit - slope of the head * |query position - key position|.
 
     Args:
-      slopes: `(N,)`, one for each query head, such as `alibi_slopes(N)`; learned ones get gradients.
+      slopes: `(N,)`, one for each query head, such as `alibi_slopes(N)`; differentiable.
 
     >>> import jax, jax.numpy as jnp, attnlib
     >>> from attnlib import modifiers
@@ -78,11 +79,11 @@ class ALiBi(ValidatedScoreMod):
 
     def check(self, heads: int, axes: int) -> None:
         _check_one_axis("ALiBi", axes)
-        _check_numbers(self.slopes, "ALiBi slopes")
+        check_array(self.slopes, "ALiBi slopes", kind="floating")
         if np.shape(self.slopes) != (heads,):
             raise ValueError(
                 f"ALiBi slopes must be ({heads},), one for each query head; got shape {np.shape(self.slopes)}. "
-                f"modifiers.alibi_slopes({heads}) makes them."
+                f"Write modifiers.alibi_slopes({heads})."
             )
 
 
@@ -92,8 +93,9 @@ class RelativeBias(ValidatedScoreMod):
     """logit + table[distance along each attention axis, head]: Swin's bias, over any number of axes.
 
     Args:
-      table: `(2 * M_1 - 1, ..., 2 * M_n - 1, N)` for n attention axes, of which entry M - 1 is distance 0: query
-        position minus key position, clipped to -(M - 1) .. M - 1. With M the length of the axis nothing is clipped.
+      table: `(2 * M_1 - 1, ..., 2 * M_n - 1, N)` for n attention axes. The distance is query position minus key
+        position, clipped to -(M - 1) .. M - 1; entry M - 1 is for distance 0. If M is the length of the axis, no
+        distance is clipped.
 
     >>> import jax, jax.numpy as jnp, attnlib
     >>> from attnlib import modifiers
@@ -116,28 +118,28 @@ class RelativeBias(ValidatedScoreMod):
         return logit + _entry(self.table, (*index, head), logit)
 
     def check(self, heads: int, axes: int) -> None:
-        _check_numbers(self.table, "RelativeBias table")
+        check_array(self.table, "RelativeBias table", kind="floating")
         *sizes, last = np.shape(self.table) or (0,)
         if len(sizes) != axes or last != heads or any(size % 2 == 0 for size in sizes):
             raise ValueError(
-                f"RelativeBias table must be (2 * M - 1 for each of {axes} attention axes, {heads} query heads), the "
-                f"first of odd size; got shape {np.shape(self.table)}."
+                f"RelativeBias table must be (2 * M - 1 for each of {axes} attention axes, {heads} query heads), where "
+                f"2 * M - 1 is odd; got shape {np.shape(self.table)}."
             )
 
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
 class BucketedBias(ValidatedScoreMod):
-    """logit + table[bucket of the distance, head]: T5's bias, one axis.
+    """logit + table[bucket of the distance, head]: T5's bias, over one axis.
 
-    Distances share buckets: half of those of a direction hold one distance each, the others grow in size
-    logarithmically up to `max_distance`, and the last holds all beyond.
+    Half of the buckets of a direction hold one distance each. The others grow logarithmically in size up to
+    `max_distance`. The last bucket holds all larger distances.
 
     Args:
       table: `(buckets, N)`.
-      bidirectional: whether earlier and later keys have buckets of their own, half of them each; else all later keys
-        share the bucket of distance 0, as fits causal attention.
-      max_distance: where the last bucket begins, more or less.
+      bidirectional: whether earlier keys have half of the buckets and later keys the other half. Otherwise all later
+        keys share the bucket of distance 0, which suits causal attention.
+      max_distance: approximately the first distance of the last bucket.
 
     >>> import jax, jax.numpy as jnp, attnlib
     >>> from attnlib import modifiers
@@ -160,22 +162,22 @@ class BucketedBias(ValidatedScoreMod):
 
     def check(self, heads: int, axes: int) -> None:
         _check_one_axis("BucketedBias", axes)
-        _check_numbers(self.table, "BucketedBias table")
-        shape, least = np.shape(self.table), 4 if check_bool(self.bidirectional, "BucketedBias bidirectional") else 2
-        if len(shape) != 2 or shape[1] != heads or shape[0] < least or shape[0] % (least // 2):
+        check_array(self.table, "BucketedBias table", kind="floating")
+        shape, minimum = np.shape(self.table), 4 if check_bool(self.bidirectional, "BucketedBias bidirectional") else 2
+        if len(shape) != 2 or shape[1] != heads or shape[0] < minimum or shape[0] % (minimum // 2):
             raise ValueError(
-                f"BucketedBias table must be (buckets, {heads} query heads), with at least {least} buckets and an even "
-                f"number of them where bidirectional; got shape {shape}."
+                f"BucketedBias table must be (buckets, {heads} query heads), with at least {minimum} buckets, and an "
+                f"even number if bidirectional; got shape {shape}."
             )
-        single = shape[0] // least
-        if check_size(self.max_distance, "BucketedBias max_distance", least=1) <= single:
+        single = shape[0] // minimum
+        if check_int(self.max_distance, "BucketedBias max_distance", minimum=1) <= single:
             raise ValueError(
                 f"BucketedBias max_distance must be above {single}, the distances with buckets of their own; got "
                 f"{self.max_distance}."
             )
 
     def bucket(self, distance: jax.Array, buckets: int) -> jax.Array:
-        """The bucket of a distance, key position minus query position, of so many in all."""
+        """The bucket of a distance, key position minus query position, among `buckets`."""
         first: Any = 0
         if self.bidirectional:
             buckets //= 2
@@ -183,19 +185,19 @@ class BucketedBias(ValidatedScoreMod):
         else:
             distance = jnp.maximum(-distance, 0)
         single = buckets // 2
-        # In whole numbers: a logarithm would put a distance on a boundary into one bucket or the other by rounding.
+        # Compares integers, because the rounding of a logarithm could move a distance at a bound to another bucket.
         bounds = _log_bounds(single, buckets - single, self.max_distance)
         return first + jnp.minimum(distance, single) + sum((distance >= bound).astype(jnp.int32) for bound in bounds)
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftCap:
-    """cap * tanh(logit / cap): bounds logits to (-cap, cap), where other modifiers come first or after.
+    """cap * tanh(logit / cap), which bounds logits to (-cap, cap), to compose with other modifiers.
 
     >>> from attnlib import modifiers
     >>> cap, alibi = modifiers.SoftCap(50.0), modifiers.ALiBi(modifiers.alibi_slopes(4))
-    >>> def capped_first(logit, *where):
-    ...     return alibi(cap(logit, *where), *where)
+    >>> def capped_first(logit, *indices):
+    ...     return alibi(cap(logit, *indices), *indices)
 
     Source: Bello et al. (2016); Gemma Team, "Gemma 2" (2024).
     """
@@ -204,7 +206,7 @@ class SoftCap:
 
     def __post_init__(self) -> None:
         if not isinstance(self.cap, jax.Array):
-            object.__setattr__(self, "cap", check_positive_number(self.cap, "SoftCap cap"))
+            object.__setattr__(self, "cap", check_number(self.cap, "SoftCap cap", positive=True))
         elif self.cap.shape != () or not jnp.issubdtype(self.cap.dtype, jnp.floating):
             raise TypeError(f"SoftCap cap must be a number; got {self.cap!r}.")
 
@@ -215,9 +217,9 @@ class SoftCap:
 
 
 def _log_bounds(single: int, count: int, max_distance: int) -> Sequence[int]:
-    """The least distance of each bucket of growing size but the first, which begins at `single`.
+    """The first distance of each bucket of growing size after the first one, which begins at `single`.
 
-    A distance d is in bucket floor(count * log(d / single) / log(max_distance / single)) of these, at most the last.
+    Distance d is in the bucket floor(count * log(d / single) / log(max_distance / single)), or else in the last one.
     """
     ratio = max_distance / single
     return [math.ceil(single * ratio ** (n / count) - 1e-9) for n in range(1, count)]
@@ -225,13 +227,9 @@ def _log_bounds(single: int, count: int, max_distance: int) -> Sequence[int]:
 
 def _check_one_axis(name: str, axes: int) -> None:
     if axes != 1:
-        raise ValueError(f"{name} is for one attention axis; there are {axes}. modifiers.RelativeBias takes several.")
+        raise ValueError(f"{name} needs one attention axis; got {axes}. Use modifiers.RelativeBias for several axes.")
 
 
-def _check_numbers(array: Any, name: str) -> None:
-    if not (hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating)):
-        raise TypeError(f"{name} must be an array of floating-point numbers; got {array!r}.")
-
-
-def _entry(table: Array, index: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(table).astype(like.dtype)[index]
+def _entry(table: Array, index: Any, logit: jax.Array) -> jax.Array:
+    """The entry of a table in the dtype of the logit."""
+    return jnp.asarray(table).astype(logit.dtype)[index]

@@ -1,9 +1,9 @@
-"""Scores: frozen values that turn a block of queries and a block of keys into logits.
+"""Scores: frozen values that compute logits from a block of queries and a block of keys.
 
-A score knows neither masks, softmax, dropout nor implementation; an implementation knows nothing of a score but
-`prepare`, once a call, and `block`, for the tiles of what was prepared. Operands reach it folded and in the dtype to
-compute in: query `(*batch, K, G, T, D)`, key `(*batch, K, S, D)`, where query head n = k * G + g reads key head k;
-logits are `(*batch, K, G, T, S)`. Arrays inside a score are its parameters: traced, and differentiable.
+A score is independent of masks, softmax, dropout and implementations. An implementation calls `prepare` once, and
+`block` for each tile of the prepared operands. Operands are folded and in the compute dtype: query
+`(*batch, K, G, T, D)` and key `(*batch, K, S, D)`, where query head n = k * G + g reads key head k. Logits are
+`(*batch, K, G, T, S)`. Arrays inside a score are its parameters, which are traced and differentiable.
 """
 
 from attnlib.scores._additive import Additive, Concat

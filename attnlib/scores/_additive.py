@@ -1,4 +1,4 @@
-"""Scores that add up tanh of sums of a query and a key."""
+"""Additive scores: sums of tanh(query + key) over features."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlib.scores._base import Score, _cast, _check_shape, _per_head
+from attnlib.scores._base import Score, _cast, _per_head, check_parameter
 from attnlib.scores._tanh_sum import additive_logits
 
 
@@ -23,7 +23,7 @@ class Additive(Score):
     scale: Any = None
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
-        del precision  # no contraction that a matrix unit would round
+        del precision  # there is no matrix product
         features = jnp.tanh(query[..., :, None, :] + key[..., None, None, :, :])  # (*batch, K, G, T, S, D)
         return jnp.sum(features if self.scale is None else features * _per_head(self.scale, 1, query), -1)
 
@@ -39,12 +39,12 @@ class Additive(Score):
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         super().check(heads, query_features, key_features)
-        _check_shape(self.scale, "additive scale", ((), (query_features,), (heads, query_features)))
+        check_parameter(self.scale, "additive scale", (), (query_features,), (heads, query_features))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TanhSum(Score):
-    """sum_d scale_d tanh(query_d + key_d), fast: what Additive and Concat leave to the tiles.
+    """sum_d scale_d tanh(query_d + key_d), computed fast: the prepared form of Additive and Concat.
 
     Args:
       scale: `(K, G, D)`.
@@ -89,5 +89,5 @@ class Concat(Score):
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         super().check(heads, query_features, key_features)
-        _check_shape(self.weight, "Concat weight", ((),))
-        _check_shape(self.scale, "Concat scale", ((),))
+        check_parameter(self.weight, "Concat weight", ())
+        check_parameter(self.scale, "Concat scale", ())

@@ -1,4 +1,4 @@
-"""What every score is: the abstract `Score`, and how its parameters are laid out."""
+"""The abstract `Score`, and the checks and the layout of its parameters."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnlib._core.pytree import Pytree
-from attnlib._core.suggestions import _instance
-from attnlib._core.validation import is_number, is_safe_float32
+from attnlib._core.suggestions import class_hint
+from attnlib._core.validation import check_array, is_array, is_safe_float32
 
 
 def check_score(value: Any) -> None:
     if not isinstance(value, Score):
         raise TypeError(
             f"score must be a Score such as attnlib.scores.Dot() or scores.Custom(fn, *params); got {value!r}."
-            f"{_instance(value)}"
+            f"{class_hint(value)}"
         )
     scale = getattr(value, "scale", None)
-    if isinstance(scale, str):  # a name, as of a field of another library
+    if isinstance(scale, str):  # other libraries take names
         raise TypeError(f"the scale must be a number or an array, such as features**-0.5; got {scale!r}.")
-    for part in jax.tree.leaves(value):
-        if not is_number(part):  # and a key, say, or text, is no argument of a compiled function
-            raise TypeError(f"score {type(value).__name__} must hold numbers or arrays of them; got {part!r}.")
-        if isinstance(part, float) and not is_safe_float32(part):
-            raise ValueError(f"score {type(value).__name__} must hold finite numbers, in float32 too; got {part}.")
+    for leaf in jax.tree.leaves(value):
+        if not _is_number(leaf):
+            raise TypeError(f"score {type(value).__name__} must hold numbers or arrays of numbers; got {leaf!r}.")
+        if isinstance(leaf, float) and not is_safe_float32(leaf):
+            raise ValueError(
+                f"score {type(value).__name__} must hold numbers in [-1e30, 1e30], for float32; got {leaf}."
+            )
 
 
 class Score(Pytree):
-    """How well a query and a key match; abstract. A kind of score implements `block` and `check`.
+    """How well a query and a key match; abstract. A subclass implements `block` and `check`.
 
-    It is a pytree: arrays and numbers in its fields are parameters, traced and differentiable.
+    A score is a pytree: arrays and numbers in its fields are parameters, which are traced and differentiable.
     """
 
-    may_close_over_arrays = False  # whether `closure_converted` has to be asked
-    is_inner_product = False  # whether `prepare` leaves only <query, key> to compute
+    may_close_over_arrays = False  # whether `closure_converted` must be called
+    is_inner_product = False  # whether the prepared score is <query, key>
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
-        """(query, key, score) with the same logits, work on single positions being done once, outside the tiles."""
+        """(query, key, score) with the same logits, after all work on single positions, which tiles would repeat."""
         del precision
         return query, key, self
 
     def features_per_pair(self, features: int) -> int:
-        """How many numbers a pair costs in the largest array that `block` or a derivative of it may make."""
+        """The numbers per query-key pair in the largest array of `block` and its derivatives."""
         return features
 
     def prepared_features_per_pair(self, features: int) -> int:
-        """The same of the score that `prepare` gives."""
+        """`features_per_pair` of the score that `prepare` returns."""
         return self.features_per_pair(features)
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
@@ -56,12 +57,12 @@ class Score(Pytree):
         raise NotImplementedError
 
     def closure_converted(self, query_features: int, key_features: int, dtype: Any) -> Score:
-        """The same score for such queries and keys, with all its arrays where JAX finds them: it is a pytree."""
+        """The score for these queries and keys, with the arrays that its functions capture as leaves of the pytree."""
         del query_features, key_features, dtype
         return self
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
-        """Raises ValueError where the parameters or features do not fit; by default features must be equal."""
+        """Raises ValueError if the parameters or features do not fit. By default the features must be equal."""
         if query_features != key_features:
             raise ValueError(
                 f"query and key must have equally many features (last axis) for {type(self).__name__}; got "
@@ -70,12 +71,12 @@ class Score(Pytree):
             )
 
 
-def _cast(parameter: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(parameter).astype(like.dtype)
+def _cast(parameter: Any, operand: jax.Array) -> jax.Array:
+    return jnp.asarray(parameter).astype(operand.dtype)
 
 
 def _per_head(parameter: Any, features: int, query: jax.Array) -> jax.Array:
-    """A parameter `()`, `(D,)` or `(N, D)` (with `features` trailing axes) against `(*batch, K, G, T, ..., D)`."""
+    """A parameter of `features` axes, after heads or none, broadcastable to `(*batch, K, G, T, ..., D)`."""
     parameter = _cast(parameter, query)
     if parameter.ndim <= features:
         return parameter
@@ -83,14 +84,15 @@ def _per_head(parameter: Any, features: int, query: jax.Array) -> jax.Array:
     return parameter.reshape(*heads, 1, 1, *parameter.shape[1:])
 
 
-def _check_shape(parameter: Any, name: str, allowed: tuple[tuple[int, ...], ...]) -> None:
-    if parameter is None:
-        return
-    if not is_number(parameter):
-        raise TypeError(f"{name} must be a number or an array; got {type(parameter).__name__}. Use jnp.asarray.")
-    dtype = jnp.result_type(parameter)
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{name} must be a real number or array; got {dtype}.")
-    if np.shape(parameter) not in allowed:
-        shapes = " or ".join(map(str, allowed))
-        raise ValueError(f"{name} must have shape {shapes}; got {np.shape(parameter)}.")
+def check_parameter(value: Any, name: str, *shapes: tuple[int, ...], optional: bool = True) -> None:
+    """Raises TypeError or ValueError unless `value` is a real number or array of one of `shapes`."""
+    check_array(value, name, kind="real", shapes=shapes, optional=optional, convert=(int, float))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether the value is a number or an array of numbers for JAX, unlike text and random keys."""
+    if isinstance(value, int):
+        return -(2**31) <= value < 2**31
+    if is_array(value):
+        return bool(jnp.issubdtype(value.dtype, jnp.number) or value.dtype == jnp.bool_)
+    return isinstance(value, (float, complex))

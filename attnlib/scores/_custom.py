@@ -1,4 +1,4 @@
-"""A score of a function of the user's."""
+"""A user function as a score."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from attnlib.scores._base import Score
 
 
 class Custom(Score):
-    """Any function of one query vector and one key vector; the library batches it.
+    """Any function of one query vector and one key vector, which the library batches.
 
     Args:
-      fn: `fn(query (D,), key (D_key,), *params) -> scalar`. Arrays that it captures are traced and differentiable, as
-        `params` are; otherwise pass the same function object again to avoid recompilation.
-      *params: arrays or pytrees of arrays, shared by all heads; differentiable.
+      fn: `fn(query (D,), key (D_key,), *params) -> scalar`. Arrays that the function captures are traced and
+        differentiable, like `params`. Pass the same function object again to avoid recompilation.
+      *params: arrays or pytrees of arrays, which all heads share; differentiable.
 
     >>> import jax.numpy as jnp
     >>> from attnlib import scores
@@ -35,7 +35,7 @@ class Custom(Score):
         self.fn, self.params = fn, params
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
-        del precision  # the function's own business
+        del precision  # the function sets the precision of its own products
         pairwise = jnp.vectorize(lambda q, k: self.fn(q, k, *self.params), signature="(d),(e)->()")
         return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
 
@@ -54,15 +54,16 @@ class Custom(Score):
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         del heads
         query, key = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (query_features, key_features))
-        # A question of shapes: the dtypes to come are not known here.
+        # Only the shape matters. The compute dtype is not known yet, so mixed dtypes must not be an error. The lambda
+        # is a new function in each call, so that JAX traces `fn` anew.
         with jax.numpy_dtype_promotion("standard"), explains_callback("Custom"):
-            result = jax.eval_shape(lambda *args: self.fn(*args), query, key, *self.params)  # new: not remembered
+            result = jax.eval_shape(lambda *args: self.fn(*args), query, key, *self.params)
         _check_result(result, query_features, key_features)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Converted(Score):
-    """A Custom whose function was traced: what it captured is a part of the program, and traced too."""
+    """A closure-converted `Custom`."""
 
     function: ClosureConverted
     params: Sequence[jax.Array]
@@ -73,14 +74,14 @@ class _Converted(Score):
         return pairwise(query[..., :, None, :], key[..., None, None, :, :]).astype(query.dtype)
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
-        """It was checked when it was made."""
+        """`Custom` has checked the features."""
 
 
 def _check_result(result: Any, query_features: int, key_features: int) -> None:
     if getattr(result, "shape", None) != ():
         raise ValueError(
             f"Custom fn must return a scalar for one query ({query_features},) and one key ({key_features},); got "
-            f"{result}. It is written for one pair: the library batches it over positions and heads."
+            f"{result}. Write it for one pair: the library batches it over positions and heads."
         )
     if jnp.issubdtype(result.dtype, jnp.complexfloating) or result.dtype == jnp.bool_:
         raise TypeError(f"Custom fn must return a real number; got {result.dtype}.")

@@ -1,4 +1,4 @@
-"""Scores that are inner products."""
+"""Scores with inner products of queries and keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._autodiff.matmul import qk_product
-from attnlib.scores._base import Score, _cast, _check_shape, _per_head
+from attnlib.scores._base import Score, _cast, _per_head, check_parameter
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,7 +17,7 @@ class Dot(Score):
     """scale * <query, key> (Luong et al. 2015; scaled: Vaswani et al. 2017).
 
     Args:
-      scale: a scalar, or `(N,)` for one a head; None: 1 / sqrt(D).
+      scale: a scalar, or `(N,)` for a scale per head; None: 1 / sqrt(D).
     """
 
     scale: Any = None
@@ -36,12 +36,12 @@ class Dot(Score):
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         super().check(heads, query_features, key_features)
-        _check_shape(self.scale, "Dot scale", ((), (heads,)))
+        check_parameter(self.scale, "Dot scale", (), (heads,))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InnerProduct(Score):
-    """<query, key>: what Dot and Bilinear leave to the tiles."""
+    """<query, key>: the prepared form of Dot and Bilinear."""
 
     is_inner_product = True
 
@@ -57,7 +57,7 @@ class Bilinear(Score):
     """query^T kernel key, unscaled (Luong et al. 2015, "general").
 
     Args:
-      kernel: `(D, D_key)`, or `(N, D, D_key)` for one a head; query and key features may differ.
+      kernel: `(D, D_key)`, or `(N, D, D_key)` for a kernel per head; query and key features may differ.
     """
 
     kernel: Any
@@ -81,6 +81,4 @@ class Bilinear(Score):
 
     def check(self, heads: int, query_features: int, key_features: int) -> None:
         shape = (query_features, key_features)
-        if self.kernel is None:
-            raise TypeError(f"Bilinear kernel must be an array {shape} or {(heads, *shape)}; got None.")
-        _check_shape(self.kernel, "Bilinear kernel", (shape, (heads, *shape)))
+        check_parameter(self.kernel, "Bilinear kernel", shape, (heads, *shape), optional=False)

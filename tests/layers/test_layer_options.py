@@ -196,7 +196,7 @@ WRONG = [
     (dict(use_scale=True, score=scores.Dot()), {}, ValueError, 'use_scale is for score="dot"'),
     (dict(rotary="yes"), {}, TypeError, "rotary must be True, False or a function"),
     (dict(use_sink=True), dict(sink=0.0), ValueError, "Leave sink=None"),
-    (dict(score_mod=attnlib.RelativePositionBias(sizes=0)), {}, ValueError, "sizes must be a positive int"),
+    (dict(score_mod=attnlib.RelativePositionBias(sizes=0)), {}, ValueError, "sizes must be an int >= 1"),
     (dict(score_mod=attnlib.RelativePositionBias(sizes=(3, 3))), {}, ValueError, "each of 1 attention axes"),
     ({}, dict(query_positions=np.zeros((3, LENGTH), int)), ValueError, "query_positions must have shape"),
 ]

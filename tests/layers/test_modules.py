@@ -362,8 +362,8 @@ def test_a_module_in_setup_and_called_twice():
         (attnlib.DotProductAttention(score_mode="general"), 'score_mode must be "dot" or "concat"; got \'general\''),
         (attnlib.AdditiveAttention(attention_axes=3), "attention_axes must name axes among the first 2"),
         (attnlib.AdditiveAttention(implementation="flash"), "implementation 'flash' is unknown"),
-        (attnlib.MultiHeadAttention(num_heads=4, sliding_window=0), "sliding_window must be a positive int; got 0"),
-        (attnlib.MultiHeadAttention(num_heads=4, logits_soft_cap=-1.0), "logits_soft_cap must be a positive"),
+        (attnlib.MultiHeadAttention(num_heads=4, sliding_window=0), "sliding_window must be an int >= 1; got 0"),
+        (attnlib.MultiHeadAttention(num_heads=4, logits_soft_cap=-1.0), "logits_soft_cap must be a number in"),
     ],
 )
 def test_wrong_fields_are_refused(layer, text):

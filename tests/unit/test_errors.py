@@ -68,11 +68,12 @@ SHAPES = [
 ]  # fmt: skip
 
 TYPES = [
-    wrong("query a list", TypeError, "query must be an array", "list", "jnp.asarray", query=[[1.0]]),
-    wrong("key None", TypeError, "key must be an array", "NoneType", key=None),
-    wrong("value a float", TypeError, "value must be an array", "float", value=1.0),
+    wrong("query a list", TypeError, "query must be a floating-point array", "list", "jnp.asarray(query, jnp.float32)",
+          query=[[1.0]]),
+    wrong("key None", TypeError, "key must be a floating-point array", "NoneType", key=None),
+    wrong("value a float", TypeError, "value must be a floating-point array", "got float", value=1.0),
     *(
-        wrong(f"{name} {dtype}", TypeError, f"{name} must hold real floating-point numbers", dtype, "astype",
+        wrong(f"{name} {dtype}", TypeError, f"{name} must be a floating-point array", dtype, "astype",
               **{name: zeros(*shape, dtype=dtype)})
         for name, shape, dtype in [("query", QUERY.shape, "int32"), ("key", KEY.shape, "complex64"),
                                    ("value", KEY.shape, "bool")]
@@ -126,8 +127,8 @@ MASKS = [
 
 OPTIONS = [
     wrong("bias of other shape", ValueError, "bias must broadcast", "(7, 5)", bias=zeros(7, 5)),
-    wrong("bias of ints", TypeError, "bias must hold real", "int32", bias=zeros(5, 7, dtype=np.int32)),
-    wrong("bias a list", TypeError, "bias must be an array", "list", bias=[1.0]),
+    wrong("bias of ints", TypeError, "bias must be a floating-point array", "int32", bias=zeros(5, 7, dtype=np.int32)),
+    wrong("bias a list", TypeError, "bias must be a floating-point array or None", "list", bias=[1.0]),
     *(wrong(f"rate {rate}", ValueError, "dropout_rate must be in [0, 1)", str(rate), dropout_rate=rate)
       for rate in (1.0, 1.5, -0.1, NAN, float("inf"))),
     wrong("rate a string", TypeError, "dropout_rate must be a number", "'0.1'", dropout_rate="0.1"),
@@ -138,7 +139,7 @@ OPTIONS = [
     wrong("many keys", TypeError, "dropout_rng must be one JAX random key", "[2]",
           dropout_rate=0.1, dropout_rng=Later(lambda: jax.random.split(jax.random.key(0)))),
     wrong("wrong key without rate", TypeError, "dropout_rng must be one JAX random key", dropout_rng="seed"),
-    *(wrong(f"soft cap {cap}", ValueError, "logits_soft_cap must be a positive finite number", str(cap),
+    *(wrong(f"soft cap {cap}", ValueError, "logits_soft_cap must be a number in [1e-30, 1e30] or None", str(cap),
             logits_soft_cap=cap) for cap in (0.0, -1.0, NAN, float("inf"), 1e300, 1e-50)),
     wrong("soft cap a string", TypeError, "logits_soft_cap must be a number", logits_soft_cap="30"),
     wrong("is_causal a number", TypeError, "is_causal must be True or False", "1", is_causal=1),
@@ -161,7 +162,8 @@ MODIFIERS = [
     wrong("score_mod not a function", TypeError, "score_mod must be a function", "modifiers.ALiBi", score_mod=1.0),
     wrong("slopes of key heads", ValueError, "ALiBi slopes must be (4,)", "(2,)", "alibi_slopes(4)",
           score_mod=Later(lambda: modifiers.ALiBi(zeros(2)))),
-    wrong("slopes a list", TypeError, "ALiBi slopes must be an array", score_mod=Later(lambda: modifiers.ALiBi([1.0]))),
+    wrong("slopes a list", TypeError, "ALiBi slopes must be a floating-point array",
+          score_mod=Later(lambda: modifiers.ALiBi([1.0]))),
     wrong("relative bias of other heads", ValueError, "RelativeBias table", "4 query heads", "(5, 2)",
           score_mod=Later(lambda: modifiers.RelativeBias(zeros(5, 2)))),
     wrong("relative bias of even size", ValueError, "RelativeBias table", "odd", "(6, 4)",
@@ -176,15 +178,17 @@ MODIFIERS = [
           score_mod=Later(lambda: modifiers.BucketedBias(zeros(32, 4), max_distance=10**30))),
     wrong("max_distance", ValueError, "max_distance must be above 8", "got 8",
           score_mod=Later(lambda: modifiers.BucketedBias(zeros(32, 4), max_distance=8))),
-    wrong("sink of ints", TypeError, "sink must be a number", sink=zeros(4, dtype=np.int32)),
-    *(wrong(f"sink {sink}", ValueError, "sink must be a number that float32 can hold", str(sink), sink=sink)
+    wrong("sink of ints", TypeError, "sink must be a number, a floating-point array or None",
+          sink=zeros(4, dtype=np.int32)),
+    *(wrong(f"sink {sink}", ValueError, "sink must be infinite or in [-1e30, 1e30]", str(sink), sink=sink)
       for sink in (NAN, 1e300)),
-    *(wrong(f"scale {scale}", ValueError, "score Dot must hold finite numbers", str(scale),
+    *(wrong(f"scale {scale}", ValueError, "score Dot must hold numbers in [-1e30, 1e30]", str(scale),
             score=scores.Dot(scale)) for scale in (NAN, float("inf"), 1e300)),
-    wrong("sink True", TypeError, "sink must be a number", "True", sink=True),
-    wrong("positions of floats", TypeError, "query_positions must be an array of integers", "float32[5]",
+    wrong("sink True", TypeError, "sink must be a number", "bool", sink=True),
+    wrong("positions of floats", TypeError, "query_positions must be an integer array or None", "float32[5]",
           query_positions=zeros(5)),
-    wrong("positions a list", TypeError, "key_positions must be an array of integers", "[1, 2]", key_positions=[1, 2]),
+    wrong("positions a list", TypeError, "key_positions must be an integer array or None", "list",
+          key_positions=[1, 2]),
     wrong("positions of other length", ValueError, "key_positions must have shape", "(2, 7)", "(5,)",
           key_positions=zeros(5, dtype=np.int32)),
 ]  # fmt: skip
@@ -195,7 +199,7 @@ SCORES = [
     wrong("dot scale a list", TypeError, "Dot scale", "list", score=Later(lambda: scores.Dot([1.0]))),
     wrong("dot scale a bool", TypeError, "Dot scale", "bool", score=Later(lambda: scores.Dot(True))),
     wrong("dot scale complex", TypeError, "Dot scale", "complex", score=Later(lambda: scores.Dot(1j))),
-    wrong("additive scale of heads", ValueError, "additive scale", "() or (8,) or (4, 8)", "(4,)",
+    wrong("additive scale of heads", ValueError, "additive scale", "(), (8,) or (4, 8)", "(4,)",
           score=Later(lambda: scores.Additive(zeros(4)))),
     wrong("concat weight", ValueError, "Concat weight", "()", score=Later(lambda: scores.Concat(zeros(8)))),
     wrong("concat scale", ValueError, "Concat scale", "()", score=Later(lambda: scores.Concat(scale=zeros(8)))),
@@ -235,44 +239,44 @@ def test_wrong_calls_are_refused(case, through):
 
 
 MASK_MAKERS = [
-    ("causal offset a float", TypeError, "Causal offset must hold integers", lambda: masks.Causal(1.5)),
-    ("causal offset a bool", TypeError, "Causal offset must hold integers", lambda: masks.Causal(True)),
-    ("causal offset a string", TypeError, "Causal offset must be an array", lambda: masks.Causal("1")),
-    ("causal axis a float", TypeError, "Causal axis must be a Python int", lambda: masks.Causal(axis=0.5)),
-    ("window negative", ValueError, "SlidingWindow left must be at least 0", lambda: masks.SlidingWindow(-1, 0)),
-    ("window a float", TypeError, "SlidingWindow right must be a Python int", lambda: masks.SlidingWindow(1, 1.5)),
-    ("neighborhood 0", ValueError, "Neighborhood size must be at least 1; got 0", lambda: masks.Neighborhood(0)),
+    ("causal offset a float", TypeError, "Causal offset must be an int or an integer", lambda: masks.Causal(1.5)),
+    ("causal offset a bool", TypeError, "Causal offset must be an int or an integer", lambda: masks.Causal(True)),
+    ("causal offset a string", TypeError, "Causal offset must be an int or an integer", lambda: masks.Causal("1")),
+    ("causal axis a float", TypeError, "Causal axis must be an int or None", lambda: masks.Causal(axis=0.5)),
+    ("window negative", ValueError, "SlidingWindow left must be an int >= 0", lambda: masks.SlidingWindow(-1, 0)),
+    ("window a float", TypeError, "SlidingWindow right must be an int", lambda: masks.SlidingWindow(1, 1.5)),
+    ("neighborhood 0", ValueError, "Neighborhood size must be an int >= 1 or a", lambda: masks.Neighborhood(0)),
     ("neighborhood None", TypeError, "Neighborhood size must be an int", lambda: masks.Neighborhood(None)),
-    ("dilation 0", ValueError, "Neighborhood dilation must be at least 1", lambda: masks.Neighborhood(3, (1, 0))),
+    ("dilation 0", ValueError, "Neighborhood dilation must be an int >= 1", lambda: masks.Neighborhood(3, (1, 0))),
     ("border", ValueError, 'border must be "shift" or "clip"; got \'wrap\'', lambda: masks.Neighborhood(3, 1, "wrap")),
-    ("block of nothing", ValueError, "BlockLocal size must be at least 1; got 0", lambda: masks.BlockLocal(0)),
-    ("blocks before", ValueError, "BlockLocal before must be at least 0", lambda: masks.BlockLocal(2, -1)),
-    ("blocks after", TypeError, "BlockLocal after must be a Python int", lambda: masks.BlockLocal(2, after=1.5)),
-    ("step 0", ValueError, "Dilated step must be at least 1; got 0", lambda: masks.Dilated(0)),
+    ("block of nothing", ValueError, "BlockLocal size must be an int >= 1", lambda: masks.BlockLocal(0)),
+    ("blocks before", ValueError, "BlockLocal before must be an int >= 0", lambda: masks.BlockLocal(2, -1)),
+    ("blocks after", TypeError, "BlockLocal after must be an int >= 0 or None", lambda: masks.BlockLocal(2, after=1.5)),
+    ("step 0", ValueError, "Dilated step must be an int >= 1", lambda: masks.Dilated(0)),
     ("table of ints", TypeError, "must be a bool array of rank 2", lambda: masks.BlockSparse(np.eye(2), 3)),
     ("table of one row", TypeError, "must be a bool array of rank 2", lambda: masks.BlockSparse([True], 3)),
     ("table of a text", TypeError, "must be a bool array of rank 2", lambda: masks.BlockSparse("101", 3)),
-    ("table of nothing", ValueError, "rows of one length, at least one", lambda: masks.BlockSparse([], 3)),
-    ("table of ragged text", ValueError, "rows of one length", lambda: masks.BlockSparse(["1", "10"], 3)),
-    ("table of blocks of 0", ValueError, "BlockSparse size must be at least 1", lambda: masks.BlockSparse(["1"], 0)),
-    ("table without size", TypeError, "BlockSparse size must be an int", lambda: masks.BlockSparse(["1"], None)),
+    ("table of nothing", ValueError, "at least one row", lambda: masks.BlockSparse([], 3)),
+    ("table of ragged text", ValueError, "rows of equal length", lambda: masks.BlockSparse(["1", "10"], 3)),
+    ("table of blocks of 0", ValueError, "BlockSparse size must be an int >= 1", lambda: masks.BlockSparse(["1"], 0)),
+    ("table without size", TypeError, "BlockSparse size must be an int >= 1", lambda: masks.BlockSparse(["1"], None)),
     (
         "table traced",
         TypeError,
-        "must be known when the program is made",
+        "must be known when the program is compiled",
         lambda: jax.jit(lambda table: masks.BlockSparse(table, 2).as_array(2, 2))(np.ones((1, 1), bool)),
     ),
-    ("padding of ints", TypeError, "KeyPadding mask must be bool", lambda: masks.KeyPadding(np.ones((2, 7), int))),
-    ("padding None", TypeError, "QueryPadding mask must be an array", lambda: masks.QueryPadding(None)),
-    ("lengths of floats", TypeError, "Lengths key must hold integers", lambda: masks.Lengths(key=np.ones(2))),
+    ("padding of ints", TypeError, "KeyPadding mask must be a bool", lambda: masks.KeyPadding(np.ones((2, 7), int))),
+    ("padding None", TypeError, "QueryPadding mask must be a bool array", lambda: masks.QueryPadding(None)),
+    ("lengths of floats", TypeError, "Lengths key must be an int, an integer", lambda: masks.Lengths(key=np.ones(2))),
     ("a length of 41 bits", ValueError, "Lengths query must fit in 32 bits", lambda: masks.Lengths(query=2**40)),
-    ("segments of floats", TypeError, "Segments query_ids must hold integers", lambda: masks.Segments(np.ones(5))),
+    ("segments of floats", TypeError, "Segments query_ids must be an integer", lambda: masks.Segments(np.ones(5))),
     ("predicate", TypeError, "Predicate fn must be a function", lambda: masks.Predicate(True)),
     ("and with an array", TypeError, "masks.Dense(array)", lambda: masks.Causal() & jnp.ones((5, 7), bool)),
     ("or with None", TypeError, "`|` combines a Mask with another Mask; got NoneType", lambda: None | masks.Causal()),
     ("not", TypeError, "no truth value", lambda: not masks.Causal()),
-    ("shape a float", TypeError, "query_shape must be a Python int", lambda: masks.Causal().as_array(2.0, 3)),
-    ("shape negative", ValueError, "key_shape must be at least 0", lambda: masks.Causal().as_array(2, -3)),
+    ("shape a float", TypeError, "query_shape must be an int", lambda: masks.Causal().as_array(2.0, 3)),
+    ("shape negative", ValueError, "key_shape must be an int >= 0", lambda: masks.Causal().as_array(2, -3)),
 ]
 
 
@@ -291,8 +295,8 @@ def test_wrong_masks_are_refused_when_made(error, text, make):
          [zeros(2, 5, 4, 8)], [zeros(2, 5, 4)]),
         (ValueError, "got outputs[1] (2, 6, 4, 8)", [zeros(2, 5, 4, 8), zeros(2, 6, 4, 8)], [zeros(2, 4, 5)] * 2),
         (ValueError, "outputs[0] must have rank 3", [zeros(4, 8)], [zeros(4)]),
-        (TypeError, "outputs[0] must hold real", [zeros(2, 5, 4, 8, dtype=np.int32)], [zeros(2, 4, 5)]),
-        (TypeError, "lses[0] must be an array", [zeros(2, 5, 4, 8)], ["lse"]),
+        (TypeError, "outputs[0] must be a floating-point array", [zeros(2, 5, 4, 8, dtype=np.int32)], [zeros(2, 4, 5)]),
+        (TypeError, "lses[0] must be a floating-point array", [zeros(2, 5, 4, 8)], ["lse"]),
     ],
 )  # fmt: skip
 def test_merge_attention_refuses(error, text, outputs, lses):
@@ -316,7 +320,7 @@ calls = {
     "must name axes": lambda: attnlib.dot_product_attention(x, x, x, attention_axes=3),
     "additive scale": lambda: attnlib.additive_attention(x, x, x, scale=ones(5)),
     "num_heads must be": lambda: attnlib.init_multi_head_attention(jax.random.key(0), 8, num_heads=0),
-    "at least 0": lambda: masks.SlidingWindow(-1, 1),
+    "int >= 0": lambda: masks.SlidingWindow(-1, 1),
 }
 assert False, "asserts are off"
 refused = 0
@@ -340,5 +344,7 @@ def test_predicates_that_capture_traced_arrays():
         return attnlib.dot_product_attention(x, x, x, mask=mask, implementation=implementation)
 
     assert jax.jit(run, static_argnums=1)(2, "reference").shape == x.shape
-    with pytest.raises(TypeError, match=r"Predicate captures a traced array.*masks.Dense.*implementation='reference'"):
+    with pytest.raises(
+        TypeError, match=r"Predicate must not capture traced arrays.*masks.Dense.*implementation='reference'"
+    ):
         jax.jit(run, static_argnums=1)(2, "blockwise")

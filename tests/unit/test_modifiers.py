@@ -197,7 +197,7 @@ def test_soft_cap_as_a_modifier(implementation, keys):
     made = attend(*arrays, score_mod=modifiers.SoftCap(0.8), implementation=implementation)
     assert_close(made, attend(*arrays, logits_soft_cap=0.8, implementation=implementation))
     for cap in (0, -1.0, 1e300):  # float32 has no such number: it would be infinite, and infinity times 0 is NaN
-        with pytest.raises(ValueError, match="SoftCap cap must be a positive finite number"):
+        with pytest.raises(ValueError, match="SoftCap cap must be a number in"):
             modifiers.SoftCap(cap)
 
 

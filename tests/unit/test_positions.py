@@ -141,18 +141,20 @@ X = np.ones((2, 5, 3, 6), np.float32)
 
 
 @pytest.mark.parametrize(("error", "text", "call"), [
-    (TypeError, "x must be floating; got int32.", lambda: rotary_embedding(np.ones((2, 5, 3, 6), np.int32))),
+    (TypeError, "x must be a floating-point array; got int32[2, 5, 3, 6]. Write x.astype(jnp.float32).",
+     lambda: rotary_embedding(np.ones((2, 5, 3, 6), np.int32))),
     (ValueError, "x must be (*batch and attention axes, heads, features); got shape (5, 6).",
      lambda: rotary_embedding(X[0, :, 0])),
     (ValueError, "features must be a multiple of 2 (pairs for each of 1 attention axes) and at most the 6 of x; got 5. "
      "Rotate fewer with features=4.", lambda: rotary_embedding(X, features=5)),
     (ValueError, "features must be a multiple of 4 (pairs for each of 2 attention axes) and at most the 6 of x; got 6. "
      "Rotate fewer with features=4.", lambda: rotary_embedding(X, attention_axes=(0, 1))),
-    (ValueError, "positions must broadcast to the axes of x before heads and features, (2, 5), or have one entry for "
-     "each of the 5 places along axis 1; got shape (4,).", lambda: rotary_embedding(X, np.arange(4))),
+    (ValueError, "positions must broadcast to the axes of x before heads and features, (2, 5), or have shape (5,), "
+     "the length of axis 1; got shape (4,).", lambda: rotary_embedding(X, np.arange(4))),
     (ValueError, "positions must be one array for each of 2 attention axes; got 1.",
      lambda: rotary_embedding(X, [np.arange(5)], attention_axes=(0, 1), features=4)),
-    (TypeError, "positions must be integers or floating; got bool.", lambda: rotary_embedding(X, np.ones(5, bool))),
+    (TypeError, "positions must be a number or an array of real numbers; got bool[5]. Write "
+     "positions.astype(jnp.float32).", lambda: rotary_embedding(X, np.ones(5, bool))),
     (ValueError, "factor must be at least 1, new length over old length; got 0.5.", lambda: LinearScaling(0.5)),
 ])  # fmt: skip
 def test_errors(error, text, call):

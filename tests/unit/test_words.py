@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import attnlib
-from attnlib._core.suggestions import LEAVE, WORDS, suggests_arguments
+from attnlib._core.suggestions import OMIT, SUGGESTIONS, suggests_arguments
 
 dot, MHA = attnlib.dot_product_attention, attnlib.MultiHeadAttention
 
@@ -28,7 +28,7 @@ def own_words():
 
 
 def test_what_is_to_be_written_exists():
-    assert {ours for meant in WORDS.values() for ours in meant} - {LEAVE} <= own_words()
+    assert {ours for meant in SUGGESTIONS.values() for ours in meant} - {OMIT} <= own_words()
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_what_is_to_be_written_exists():
 )  # fmt: skip
 def test_every_argument_of_jax_and_flax_is_known_or_answered(theirs):
     own = own_words() | {"module", "parent", "name", "self"}
-    assert set(inspect.signature(theirs).parameters) - own <= set(WORDS)
+    assert set(inspect.signature(theirs).parameters) - own <= set(SUGGESTIONS)
 
 
 def test_every_argument_of_keras_is_known_or_answered():
     table = rows(read("docs/migration/keras.md"))
     theirs = {name for theirs, *_ in table for name in names_in(theirs) if re.fullmatch("[a-z_]+", name)}
     assert len(theirs) > 30
-    assert theirs - own_words() <= set(WORDS)
+    assert theirs - own_words() <= set(SUGGESTIONS)
 
 
 def test_signatures_stay_and_call_what_they_did():
