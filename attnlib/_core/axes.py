@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlib._core.array_types import Array
 
@@ -116,10 +117,13 @@ def split_heads(array: jax.Array, kv_heads: int, rank: int) -> jax.Array:
     return array.reshape(*(1,) * (rank - len(batch) - 4), *batch, *groups, *array.shape[-2:])
 
 
-def align_ranks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays with leading axes of one, so that all have the same rank and broadcast without rank promotion."""
-    rank = max(array.ndim for array in arrays)
-    return tuple(jnp.expand_dims(array, tuple(range(rank - array.ndim))) for array in arrays)
+def align_ranks(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays with leading axes of one, so that all have the same rank; scalars stay.
+
+    JAX can forbid the broadcasting of arrays of different ranks, `jax.numpy_rank_promotion("raise")`.
+    """
+    rank = max(map(np.ndim, arrays))
+    return tuple(jnp.expand_dims(x, range(rank - x.ndim)) if 0 < np.ndim(x) < rank else x for x in arrays)
 
 
 class AttentionShape(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.axes import AttentionShape, broadcasts
+from attnlib._core.axes import AttentionShape, align_ranks, broadcasts
 from attnlib._core.suggestions import require_static
 
 # Each kind of array: its name in errors, its dtypes, and the dtype that a remedy converts to.
@@ -221,6 +221,7 @@ def expand_per_batch(value: int | Array) -> int | Array:
 
 def saturating_add(index: jax.Array, by: int | Array) -> jax.Array:
     """`index + by`, or the largest int32 where the sum overflows."""
+    index, by = align_ranks(index, by)
     total = index + by
     if isinstance(by, int) and by <= 0:
         return total

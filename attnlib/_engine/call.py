@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
+from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import OperandPositions
 from attnlib._core.operand_checks import (
     check_arrays,
@@ -130,8 +131,10 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     check_sink_shape(options.sink, heads)
     if options.is_causal:
         mask = Causal() if mask is None else mask & Causal()
-    if options.query_positions is not None or options.key_positions is not None:
-        check_explicit_positions(options.query_positions, options.key_positions, shapes)
+    explicit = options.query_positions, options.key_positions
+    if any(positions is not None for positions in explicit):
+        check_explicit_positions(*explicit, shapes)
+        explicit = _of_one_rank(*explicit, shapes)
         mask = ExplicitPositions() if mask is None else mask & ExplicitPositions()
 
     if bias is not None:
@@ -146,8 +149,8 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         mask=mask,
         bias=bias,
         dropout_seeds=None if options.dropout_rng is None else _dropout.hash_seeds(options.dropout_rng),
-        query_positions=OperandPositions(shapes.query, "query", explicit=options.query_positions),
-        key_positions=OperandPositions(shapes.key, "key", explicit=options.key_positions),
+        query_positions=OperandPositions(shapes.query, "query", explicit=explicit[0]),
+        key_positions=OperandPositions(shapes.key, "key", explicit=explicit[1]),
         batch=shapes.batch,
         dtype=shapes.dtype,
         dropout_rate=options.dropout_rate,
@@ -159,3 +162,11 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         sink=options.sink,
     )
     return problem, axes
+
+
+def _of_one_rank(query: Array | None, key: Array | None, shapes: AttentionShape) -> tuple[Array, Array]:
+    """Explicit positions of both sides, so that masks compare blocks of the same rank."""
+    lengths = (*shapes.query, *shapes.key)
+    arrays = [jnp.arange(n) if x is None else jnp.asarray(x) for x, n in zip((query, key), lengths, strict=True)]
+    first, second = _axes.align_ranks(*arrays)
+    return first, second

@@ -11,7 +11,7 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.axes import AttentionShape
+from attnlib._core.axes import AttentionShape, align_ranks
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.suggestions import class_hint
 from attnlib._core.validation import as_at_least_int32, check_array, check_integer, check_positions, is_array
@@ -79,6 +79,7 @@ class Segments(Mask):
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         query_ids = query.gather(as_at_least_int32(self.query_ids))
         key_ids = key.gather(as_at_least_int32(self.query_ids if self.key_ids is None else self.key_ids))
+        query_ids, key_ids = align_ranks(query_ids, key_ids)
         with jax.numpy_dtype_promotion("standard"):  # the ids may have different dtypes
             same = query_ids == key_ids
             return same if self.padding_id is None else same & (query_ids != as_at_least_int32(self.padding_id))

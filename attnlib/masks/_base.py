@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib._core.axes import AttentionShape
+from attnlib._core.axes import AttentionShape, align_ranks
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.pytree import Pytree
 from attnlib._core.tile_kinds import FULL, TileKinds, TileRanges, classify
@@ -125,7 +127,7 @@ class And(_BinaryMask):
     """`left & right`."""
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        return self.left.evaluate(query, key) & self.right.evaluate(query, key)
+        return all_of(self.left.evaluate(query, key), self.right.evaluate(query, key))
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return np.minimum(self.left.classify_tiles(query, key), self.right.classify_tiles(query, key))
@@ -136,7 +138,8 @@ class Or(_BinaryMask):
     """`left | right`."""
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        return self.left.evaluate(query, key) | self.right.evaluate(query, key)
+        left, right = align_ranks(self.left.evaluate(query, key), self.right.evaluate(query, key))
+        return left | right
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return np.maximum(self.left.classify_tiles(query, key), self.right.classify_tiles(query, key))
@@ -159,6 +162,11 @@ class Not(Mask):
 
     def check(self, shapes: AttentionShape) -> None:
         self.mask.check(shapes)
+
+
+def all_of(*blocks: jax.Array) -> jax.Array:
+    """The conjunction of blocks of a mask, which may have different ranks; without any, all True."""
+    return functools.reduce(operator.and_, align_ranks(*blocks or (jnp.ones((1, 1), bool),)))
 
 
 def set_fields(mask: Mask, /, **values: Any) -> None:

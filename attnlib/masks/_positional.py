@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
-from attnlib._core.axes import AttentionShape, broadcasts
+from attnlib._core.axes import AttentionShape, align_ranks, broadcasts
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.suggestions import explains_callback
 from attnlib._core.tile_kinds import TileKinds, TileRanges, classify, tiles_below
 from attnlib._core.validation import check_int, check_integer, check_per_batch, expand_per_batch, saturating_add
-from attnlib.masks._base import Mask, set_fields
+from attnlib.masks._base import Mask, all_of, set_fields
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +41,8 @@ class Causal(Mask):
             query_index, key_index = query.position, key.position
         else:
             query_index, key_index = query.coordinates[self.axis], key.coordinates[self.axis]
-        return key_index <= saturating_add(query_index, expand_per_batch(self.offset))
+        last, key_index = align_ranks(saturating_add(query_index, expand_per_batch(self.offset)), key_index)
+        return key_index <= last
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         if not isinstance(self.offset, int):
@@ -79,12 +80,12 @@ class SlidingWindow(Mask):
             set_fields(self, **{side: length})
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        window = jnp.ones((1, 1), bool)
+        sides = []
         if self.left is not None:
-            window = window & (key.position >= query.position - self.left)
+            sides.append(key.position >= query.position - self.left)
         if self.right is not None:
-            window = window & (key.position <= saturating_add(query.position, self.right))
-        return window
+            sides.append(key.position <= saturating_add(query.position, self.right))
+        return all_of(*sides)
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         empty: Any = np.False_
@@ -112,7 +113,7 @@ class Prefix(Mask):
         set_fields(self, length=check_integer(self.length, "Prefix length"))
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        return key.position < expand_per_batch(self.length)
+        return _before(key, self.length)
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return tiles_below(key, self.length)
@@ -138,12 +139,8 @@ class Lengths(Mask):
             set_fields(self, **{side: check_integer(getattr(self, side), f"Lengths {side}", optional=True)})
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        real = jnp.ones((1, 1), bool)
-        if self.query is not None:
-            real = real & (query.position < expand_per_batch(self.query))
-        if self.key is not None:
-            real = real & (key.position < expand_per_batch(self.key))
-        return real
+        sides = (query, self.query), (key, self.key)
+        return all_of(*(_before(positions, length) for positions, length in sides if length is not None))
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return np.minimum(tiles_below(query, self.query), tiles_below(key, self.key))
@@ -151,6 +148,11 @@ class Lengths(Mask):
     def check(self, shapes: AttentionShape) -> None:
         check_per_batch(self.query, "Lengths query", shapes)
         check_per_batch(self.key, "Lengths key", shapes)
+
+
+def _before(positions: BlockPositions, length: int | Array) -> jax.Array:
+    position, end = align_ranks(positions.position, expand_per_batch(length))
+    return position < end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -76,12 +76,13 @@ def _cast(parameter: Any, operand: jax.Array) -> jax.Array:
 
 
 def _per_head(parameter: Any, features: int, query: jax.Array) -> jax.Array:
-    """A parameter of `features` axes, after heads or none, broadcastable to `(*batch, K, G, T, ..., D)`."""
+    """A parameter of `features` axes, after heads or none, as `(1, ..., K | 1, G | 1, 1, 1, *features)`."""
     parameter = _cast(parameter, query)
-    if parameter.ndim <= features:
+    if parameter.ndim == 0:
         return parameter
-    heads = query.shape[-4:-2]
-    return parameter.reshape(*heads, 1, 1, *parameter.shape[1:])
+    heads = (1, 1) if parameter.ndim <= features else query.shape[-4:-2]
+    batch, axes = (1,) * (query.ndim - 4), parameter.shape[parameter.ndim - features :]
+    return parameter.reshape(*batch, *heads, 1, 1, *axes)
 
 
 def check_parameter(value: Any, name: str, *shapes: tuple[int, ...], optional: bool = True) -> None:

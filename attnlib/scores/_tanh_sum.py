@@ -63,7 +63,7 @@ def additive_logits(query: jax.Array, key: jax.Array, scale: jax.Array) -> jax.A
     """
     weight = scale.reshape((1,) * (query.ndim - 4) + scale.shape[:-1] + (1, scale.shape[-1]))
     rates = pair_sum(PairSumSpec("ts", (QUERY,), (PairSumTerm(0, (0,)),)), query, key[..., None, :, :], (weight,))
-    return jnp.sum(scale, -1)[..., None, None] - 2 * rates
+    return jnp.sum(weight, -1, keepdims=True) - 2 * rates
 
 
 def pair_sum(spec: PairSumSpec, query: jax.Array, key: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
