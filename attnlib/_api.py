@@ -227,14 +227,17 @@ def explain(
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
       >>> query = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.float32)
-      >>> print(attnlib.explain(query, query, query, is_causal=True))
+      >>> explanation = attnlib.explain(query, query, query, is_causal=True)
+      >>> print(explanation)
       implementation: blockwise
       axes: batch (1,), queries (4096,), keys (4096,), 1 heads, 64 features
       tiles: 1024 queries x 512 keys, 20 of 32 computed
       memory: about 8.4 MB of temporaries in a forward pass
       cost: about 2.75 GFLOP, 4.19 MB read and written
       not reference: blockwise is likely faster at this size
-      not cudnn: query, key and value must all be float16 or all bfloat16; they are float32, float32, float32
+      ...
+      >>> explanation.refusals["cudnn"]
+      'query, key and value must all be float16 or all bfloat16; they are float32, float32, float32'
     """
     score = Dot() if score is None else score
     arguments = _call.arguments(query, key, value, score, Options(**options))  # type: ignore[arg-type]  # shapes will do

@@ -1,7 +1,8 @@
 """The options of every attention function: names, types, defaults and documentation.
 
-A new option is a field of `Options`, a key of one of the dictionaries, a check in `_engine/call.py`, and an entry in
-`supports` of each implementation that computes it. All other implementations refuse it by name.
+A new option is a field of `Options` with its check, a key of one of the dictionaries, and an entry in `supports` of
+each implementation that computes it, which reads it from `problem.options`. All other implementations refuse it by
+name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, TypeVar, Un
 from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
 from attnlib._core.pytree import register_with_jax
 from attnlib._core.suggestions import suggests_arguments
+from attnlib._core.validation import check_bool
 
 if TYPE_CHECKING:
     from attnlib.masks import Mask
@@ -133,8 +135,15 @@ class AttentionOptions(SharedOptions, ResultOptions, total=False):
 # Values of the options.
 
 
-def _option(default: Any, doc: str, *, static: bool = True, resolved: bool = False) -> Any:
-    metadata = {"static": static, "resolved": resolved, "doc": " ".join(doc.split())}
+def _option(
+    default: Any,
+    doc: str,
+    *,
+    static: bool = True,
+    resolved: bool = False,
+    check: Callable[[Any, str], Any] | None = None,
+) -> Any:
+    metadata = {"static": static, "resolved": resolved, "check": check, "doc": " ".join(doc.split())}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -147,7 +156,8 @@ class Options:
     """The options of one call.
 
     Metadata of a field: `static` options decide the program, the others may be traced; `resolved` options never reach
-    an implementation, because the engine replaces or uses them first; `doc` is the documentation.
+    an implementation, because the engine replaces or uses them first; `check` is a function of a value and a name that
+    returns the value to use, for options that can be checked alone; `doc` is the documentation.
     """
 
     mask: BoolMask | Mask | None = _traced(
@@ -159,8 +169,9 @@ class Options:
     )
     bias: Bias | None = _traced(None, "added to the scaled logits; shapes as for mask. Differentiable.")
     is_causal: bool = _option(
-        False, "whether to mask keys after the query (flat row-major positions, aligned at 0).", resolved=True
-    )
+        False, "whether to mask keys after the query (flat row-major positions, aligned at 0).", resolved=True,
+        check=check_bool,
+    )  # fmt: skip
     attention_axes: int | Sequence[int] | None = _option(
         None,
         """the axes attended over, numbered in query, key and value as passed (the last sequence axis is -3). Default:
@@ -194,8 +205,10 @@ class Options:
     key_positions: Array | None = _traced(
         None, "positions of the keys, likewise. No query attends keys at negative positions.", resolved=True
     )
-    return_weights: bool = _option(False, "whether to return the weights (after dropout) too.")
-    return_lse: bool = _option(False, "whether to return the log-sum-exp of the logits over the keys too.")
+    return_weights: bool = _option(False, "whether to return the weights (after dropout) too.", check=check_bool)
+    return_lse: bool = _option(
+        False, "whether to return the log-sum-exp of the logits over the keys too.", check=check_bool
+    )
     implementation: str | Sequence[str] | None = _option(
         None,
         """"blockwise" (tiles; memory linear in the lengths), "reference" (all pairs at once), "cudnn" (the fused
@@ -228,6 +241,7 @@ class Options:
 
 
 FIELDS = {option.name: option for option in dataclasses.fields(Options)}
+CHECKS = {name: option.metadata["check"] for name, option in FIELDS.items() if option.metadata["check"] is not None}
 _DEFAULTS = {name: option.default for name, option in FIELDS.items()}
 
 

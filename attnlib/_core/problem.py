@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._core.block_positions import BlockPositions, OperandPositions
-from attnlib._core.options import FIELDS
+from attnlib._core.options import FIELDS, Options
 from attnlib._core.pytree import register
 from attnlib._core.tile_kinds import EMPTY, tile_kinds
 
@@ -42,6 +42,7 @@ class AttentionProblem:
       dtype: of the logits and of the softmax statistics: float32, or float64 if an operand is.
       to_support: names of the options that are set, which an implementation has to support.
       sink: `()` or `(N,)`, or None; `softmax.add_sink` adds the sink to the result of an implementation.
+      options: those options that nothing above is made of, as they were given; the others have their defaults there.
     """
 
     query: jax.Array
@@ -63,6 +64,7 @@ class AttentionProblem:
     to_support: tuple[str, ...] = dataclasses.field(metadata=_STATIC)
     return_lse: bool = dataclasses.field(default=True, metadata=_STATIC)
     sink: Any = None
+    options: Options = dataclasses.field(default_factory=Options)
 
     @property
     def kv_heads(self) -> int:

@@ -26,10 +26,10 @@ from attnlib._core.operand_checks import (
     check_sink_shape,
     check_soft_cap,
 )
-from attnlib._core.options import Options
+from attnlib._core.options import CHECKS, FIELDS, Options
 from attnlib._core.problem import Asked, AttentionProblem, AttentionResult
 from attnlib._core.pytree import jit
-from attnlib._core.validation import check_array, check_bool
+from attnlib._core.validation import check_array
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
 from attnlib._engine.softmax import add_sink
@@ -61,14 +61,12 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
     check_score(score)
     rate = check_dropout(options.dropout_rate, options.dropout_rng)
     axes = check_axes(options.attention_axes)
-    checked: dict[str, Any] = dict(
-        is_causal=check_bool(options.is_causal, "is_causal"),
+    checked: dict[str, Any] = {name: check(getattr(options, name), name) for name, check in CHECKS.items()}
+    checked |= dict(
         attention_axes=axes,
         dropout_rate=rate,
         dropout_rng=options.dropout_rng if rate else None,
         logits_soft_cap=check_soft_cap(options.logits_soft_cap),
-        return_weights=check_bool(options.return_weights, "return_weights"),
-        return_lse=check_bool(options.return_lse, "return_lse"),
         implementation=check_implementation(options.implementation, _choose.NAMES),
         block_sizes=check_block_sizes(options.block_sizes),
         precision=check_precision(options.precision),
@@ -160,6 +158,7 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         to_support=options.to_support(),
         return_lse=options.return_lse,
         sink=options.sink,
+        options=options.replace(**_ELSEWHERE),
     )
     return problem, axes
 
@@ -170,3 +169,13 @@ def _of_one_rank(query: Array | None, key: Array | None, shapes: AttentionShape)
     arrays = [jnp.arange(n) if x is None else jnp.asarray(x) for x, n in zip((query, key), lengths, strict=True)]
     first, second = _axes.align_ranks(*arrays)
     return first, second
+
+
+# Options of which something else of the problem is made, beside those that implementations never see.
+_CONVERTED = (
+    "mask", "bias", "score_mod", "logits_soft_cap", "dropout_rate", "sink", "return_weights", "return_lse",
+    "block_sizes", "precision",
+)  # fmt: skip
+_ELSEWHERE = {
+    name: option.default for name, option in FIELDS.items() if option.metadata["resolved"] or name in _CONVERTED
+}

@@ -6,11 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import modifier_catalogue
 import numpy as np
+import option_catalogue
+import score_catalogue
 from fuzzing import FLOATS, INTEGERS, LENGTHS, Sizes, arrays, broadcasting, mask_trees, pairs
 from hypothesis import strategies as st
 
 from attnlib import masks, modifiers, scores
+from attnlib._core.options import FIELDS
+from attnlib._engine.dispatch import IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,32 +72,32 @@ def calls(draw, floats=FLOATS, lengths=LENGTHS):
 def some_scores(draw, heads, features, floats):
     """(a score, the features of keys that it takes)."""
     of = (*floats, "int32")  # numbers of a score may be integers
-    kind = draw(st.sampled_from(("dot", "dot", "additive", "concat", "bilinear", "custom")))
-    number = st.sampled_from((None, 2, 0.5, np.float32(0.5), np.float64(0.5))) | arrays((), of)
-    if kind == "dot":
-        return scores.Dot(draw(number | arrays((heads,), of))), features
-    if kind == "additive":
-        return scores.Additive(draw(number | arrays((features,), of) | arrays((heads, features), of))), features
-    if kind == "concat":
-        return scores.Concat(draw(number), draw(number)), features
-    other = draw(st.integers(0, 3))
-    if kind == "bilinear":
-        lead = draw(st.sampled_from(((), (heads,))))
-        return scores.Bilinear(draw(arrays((*lead, features, other), of))), other
-    return draw(st.sampled_from((scores.Custom(sums), scores.Custom(sums_of, jnp.float32(0.5))))), other
+    number = st.sampled_from((2, 0.5, np.float32(0.5), np.float64(0.5)))
+    row = draw(st.sampled_from(score_catalogue.ROWS))
+    key_features = draw(st.integers(0, 3)) if row.other_features else features
+    form = draw(st.sampled_from(list(row.forms.values())))
+
+    def parameter(*shape):
+        return draw(arrays(shape, of) if shape else number | arrays((), of))
+
+    return row(**form(parameter, score_catalogue.Fits(heads, features, key_features))), key_features
 
 
-def sums(query, key):
-    return jnp.sum(query) * jnp.sum(key)
-
-
-def sums_of(query, key, number):
-    return jnp.sum(query) - number.astype(key.dtype) * jnp.sum(key)
+@st.composite
+def some_modifiers(draw, sizes, floats):
+    """A modifier of any kind that fits, or a function."""
+    one_axis = len(sizes.key) == 1
+    row = draw(st.sampled_from([None, *(row for row in modifier_catalogue.ROWS if one_axis or not row.one_axis)]))
+    if row is None:
+        return moved
+    fits = modifier_catalogue.Fits(sizes.heads, tuple(draw(st.integers(1, 3)) for _ in sizes.key))
+    return row.kind(**row.arguments(lambda *shape: draw(arrays(shape, floats)), fits))
 
 
 def moved(logit, batch, head, query, key):
-    """A modifier that looks at all it is told."""
-    return logit * 0.5 + sum(place.astype(logit.dtype) for place in jax.tree.leaves((batch, head, query, key)))
+    """A modifier that looks at all it is told: arrays of JAX, or in the definition numbers of Python."""
+    places = jax.tree.leaves((batch, head, query, key))
+    return logit * 0.5 + sum(place.astype(logit.dtype) if hasattr(place, "astype") else place for place in places)
 
 
 @st.composite
@@ -112,25 +117,31 @@ def options(draw, sizes, floats):
     maybe("return_weights", st.booleans())
     maybe("return_lse", st.booleans())
     maybe("precision", st.sampled_from((None, "highest", "default", jax.lax.Precision.HIGH, ("high", "highest"))))
-    modify = [st.just(moved), st.just(modifiers.SoftCap(2.0))]
-    tables = tuple(2 * draw(st.integers(1, 3)) - 1 for _ in sizes.key)
-    modify.append(arrays((*tables, sizes.heads), floats).map(modifiers.RelativeBias))
     if one_axis:
-        modify.append(arrays((sizes.heads,), floats).map(modifiers.ALiBi))
-        modify.append(arrays((8, sizes.heads), floats).map(modifiers.BucketedBias))
         for name, side in (("query_positions", sizes.query), ("key_positions", sizes.key)):
             lead = draw(st.sampled_from(((), draw(broadcasting(sizes.batch)))))
             maybe(name, st.none(), arrays((*lead, *side), INTEGERS))
-    maybe("score_mod", st.none(), *modify)
+    maybe("score_mod", st.none(), some_modifiers(sizes, floats))
     if draw(st.integers(0, 3)) == 0:
         made["dropout_rate"] = draw(st.sampled_from((0.3, 0, np.float32(0.5), 1 - 1e-12, 1e-12)))
         made["dropout_rng"] = draw(st.sampled_from((jax.random.key(1), jax.random.PRNGKey(1))))
     block_sizes = st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)) | st.just([np.int64(2), 10**6])
     which = draw(st.sampled_from((None, "reference", "blockwise", ("cudnn", "blockwise"), ["reference", "blockwise"])))
     maybe("implementation", st.just(which))
-    if made.get("implementation") != "reference":
-        maybe("block_sizes", block_sizes)
+    maybe("block_sizes", block_sizes)
+    for row in option_catalogue.ROWS:
+        if row.random is not None:
+            maybe(row.names[0], row.random(sizes))
+    asked = made.get("implementation")
+    asked = (asked,) if isinstance(asked, str) else asked
+    for name in [*made][::-1]:  # the last ones are left out, until one of those asked for supports all
+        supports = [each.supports for each in IMPLEMENTATIONS if asked is None or each.name in asked]
+        if not any(supported >= made.keys() - RESOLVED for supported in supports):
+            del made[name]
     return made
+
+
+RESOLVED = {name for name, field in FIELDS.items() if field.metadata["resolved"]}  # no implementation has to
 
 
 def expected(arguments):

@@ -17,14 +17,12 @@ def attention(
     key,
     value,
     *,
-    score="dot",
-    scale=None,
-    weight=1.0,
-    kernel=None,
+    score=None,
     attention_axes=None,
     mask=None,
     bias=None,
     logits_soft_cap=None,
+    score_mod=None,
     is_causal=False,
     keep=None,
     dropout_rate=0.0,
@@ -34,9 +32,9 @@ def attention(
     ``query (*batch and attention axes, N, D)``, ``key (..., K, D)``, ``value (..., K, E)``; batch axes may be 1.
     ``output (*query's axes, N, E)``, ``weights (*batch, N, *query axes, *key axes)``, ``lse (*batch, N, *query axes)``.
 
-    ``score``: "dot" (``scale`` () or (N,), by default ``D**-0.5``), "additive" (``scale`` (), (D,) or (N, D)), "concat"
-    (``weight``, ``scale``), "bilinear" (``kernel`` (D, Dk) or (N, D, Dk)), or a function of two vectors.
-    ``keep`` has the shape of the weights: True where dropout keeps an entry.
+    ``score``: a function of a query vector, a key vector and the number of the query head; by default the product over
+    ``D**0.5``. ``score_mod``: a function as attnlib takes it. ``keep`` has the shape of the weights: True where dropout
+    keeps an entry.
     """
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     attended = _attended_axes(query.ndim, attention_axes)
@@ -66,9 +64,11 @@ def attention(
                 continue
             q = _vector(query, batch_axes, b, attended, t, n)
             k = _vector(key, batch_axes, b, attended, s, kv_head)
-            logit = _score(q, k, n, score, scale, weight, kernel) + bias[(*b, n, *t, *s)]
+            logit = (_scaled_dot if score is None else score)(q, k, n) + bias[(*b, n, *t, *s)]
             if logits_soft_cap is not None:
                 logit = logits_soft_cap * math.tanh(logit / logits_soft_cap)
+            if score_mod is not None:
+                logit = float(score_mod(logit, _alone(b), n, _alone(t), _alone(s)))
             logits[s] = logit
 
         largest = max(logits.values(), default=-math.inf)
@@ -126,27 +126,13 @@ def _flat(position, sizes):
     return index
 
 
-def _of_head(parameter, head, rank):
-    """A score's parameter for one head: ``rank`` is its rank without a head axis."""
-    parameter = np.asarray(parameter, np.float64)
-    return parameter[head] if parameter.ndim == rank + 1 else parameter
+def _scaled_dot(q, k, head):
+    return sum(float(a) * float(b) for a, b in zip(q, k, strict=True)) / max(len(q), 1) ** 0.5
 
 
-def _score(q, k, head, score, scale, weight, kernel):
-    if callable(score):
-        return float(score(q, k))
-    if score == "dot":
-        scale = len(q) ** -0.5 if scale is None else _of_head(scale, head, rank=0)
-        return float(scale) * sum(float(a) * float(b) for a, b in zip(q, k, strict=True))
-    if score == "bilinear":
-        matrix = _of_head(kernel, head, rank=2)
-        return sum(float(q[i] * matrix[i, j] * k[j]) for i in range(len(q)) for j in range(len(k)))
-    scale = np.broadcast_to(_of_head(1.0 if scale is None else scale, head, rank=1), (len(q),))
-    if score == "additive":
-        return sum(float(c) * math.tanh(a + b) for a, b, c in zip(q, k, scale, strict=True))
-    if score == "concat":
-        return float(weight) * sum(math.tanh(c * (a + b)) for a, b, c in zip(q, k, scale, strict=True))
-    raise ValueError(f"unknown score {score!r}")
+def _alone(index):
+    """An index along one axis is a number."""
+    return index[0] if len(index) == 1 else index
 
 
 # Masks, by positions.  True means attend.  Sizes of several attention axes come as tuples; the result has the axes

@@ -170,6 +170,10 @@ def check_second_derivatives(case, names):
             assert_close(made, expected, length=16)
 
 
+def test_some_take_every_call():
+    assert {"blockwise", "reference"} <= set(COMPLETE)
+
+
 @pytest.mark.parametrize("implementation", [*COMPLETE, IN_TURN, SIDE_BY_SIDE])
 def test_enough_cases_ran(implementation):
     """A suite that refuses its way through proves nothing."""

@@ -10,11 +10,14 @@ import traceback
 
 import fuzzing_calls
 import jax
+import mask_catalogue
+import modifier_catalogue
 import numpy as np
 import pytest
+import score_catalogue
 from cases import kinds_of_tiles
-from conftest import fuzz, x64
-from fuzzing import Sizes, define, few_and_many, mask_trees
+from conftest import fuzz
+from fuzzing import Sizes, define, few_and_many, mask_trees, wide
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +27,8 @@ from attnlib._core.tile_kinds import EMPTY, FULL
 PACKAGE = str(pathlib.Path(attnlib.__file__).parent)
 NAMES = tuple(signatures.signature(attnlib.attention).parameters)
 # What a refusal may name beside the arguments of the function itself.
-PARTS = "scale weight kernel fn offset axis left size dilation border length array table slopes step blocks Segments"
+ROWS = [*mask_catalogue.ROWS, *score_catalogue.ROWS, *modifier_catalogue.ROWS]
+PARTS = {"Segments", *(name for row in ROWS for name in signatures.signature(row.kind).parameters)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,16 +61,10 @@ def outcome(function, arguments, names=NAMES):
 def assert_refusal(error, names):
     """It is raised by attnlib, of a type that says what is wrong, in words that name an argument."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    named = re.search(rf"\b({'|'.join([*names, *PARTS.split()])})\b", str(error))
+    named = re.search(rf"\b({'|'.join([*names, *PARTS])})\b", str(error))
     of_jax = "recision" in str(error)  # JAX' own words name it
     if not of_jax and not (last.filename.startswith(PACKAGE) and named and len(str(error)) > 20):
         raise AssertionError(f"no refusal of ours: {type(error).__name__}: {error}") from error
-
-
-def wide(arguments):
-    """A context in which 64-bit arrays exist, if there are any: elsewhere JAX warns of a struct of them, since 0.12."""
-    leaves = jax.tree.leaves(arguments)
-    return x64(any(getattr(x, "dtype", None) in map(np.dtype, ("float64", "int64", "uint64")) for x in leaves))
 
 
 @few_and_many(100, 250)

@@ -4,17 +4,21 @@ As in test_fuzz.py, whose laws these are.
 """
 
 import functools
+import inspect as signatures
 
 import fuzzing_calls
 import jax
 import jax.numpy as jnp
+import mask_catalogue
+import modifier_catalogue
 import numpy as np
 import pytest
+import score_catalogue
 from conftest import fuzz
-from fuzzing import few_and_many
+from fuzzing import few_and_many, wide
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fuzz import outcome, whole_tracebacks, wide
+from test_fuzz import outcome, whole_tracebacks
 
 import attnlib
 from attnlib import inspect, masks, modifiers, positions, scores
@@ -71,30 +75,33 @@ def initialised(**arguments):
     return attnlib.multi_head_attention(params, jnp.ones((1, 3, 12)))
 
 
-# By name: the function, arguments that are right, and those of it that may be spoilt (default: all).
-TABLE = {
-    "Causal": (used("mask", masks.Causal), dict(offset=1, axis=0)),
-    "SlidingWindow": (used("mask", masks.SlidingWindow), dict(left=1, right=None)),
-    "Neighborhood": (used("mask", masks.Neighborhood), dict(size=3, dilation=2, border="clip")),
-    "BlockLocal": (used("mask", masks.BlockLocal), dict(size=3, before=1, after=None)),
-    "BlockSparse": (used("mask", masks.BlockSparse), dict(blocks=["10", "11"], size=4)),
-    "Dilated": (used("mask", masks.Dilated), dict(step=2)),
-    "Prefix": (used("mask", masks.Prefix), dict(length=3)),
-    "Lengths": (used("mask", masks.Lengths), dict(query=3, key=np.array([3, 4]))),
-    "KeyPadding": (used("mask", masks.KeyPadding), dict(mask=np.ones((2, 7), bool))),
-    "QueryPadding": (used("mask", masks.QueryPadding), dict(mask=np.ones(5, bool))),
-    "Segments": (used("mask", masks.Segments),
-                 dict(query_ids=np.ones(5, int), key_ids=np.ones((2, 7), int), padding_id=0)),
-    "Dense": (used("mask", masks.Dense), dict(array=np.ones((5, 7), bool))),
-    "Dot": (used("score", scores.Dot), dict(scale=0.5)),
-    "Additive": (used("score", scores.Additive), dict(scale=np.ones(6, np.float32))),
-    "Concat": (used("score", scores.Concat), dict(weight=0.5, scale=2)),
-    "Bilinear": (used("score", scores.Bilinear), dict(kernel=np.ones((6, 6), np.float32))),
-    "ALiBi": (used("score_mod", modifiers.ALiBi), dict(slopes=np.ones(4, np.float32))),
-    "RelativeBias": (used("score_mod", modifiers.RelativeBias), dict(table=np.ones((5, 4), np.float32))),
-    "BucketedBias": (used("score_mod", modifiers.BucketedBias),
-                     dict(table=np.ones((8, 4), np.float32), bidirectional=True, max_distance=20)),
-    "SoftCap": (used("score_mod", modifiers.SoftCap), dict(cap=2.0)),
+def numbers(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def made(name, row, make, given):
+    """What makes a mask, score or modifier and calls attention with it; all its arguments."""
+    parameters = signatures.signature(row.kind).parameters.values()
+    return used(name, make), {p.name: p.default for p in parameters if p.default is not p.empty} | given
+
+
+def right_arguments(row):
+    """Of a score, with all parameters that are given by name."""
+    form = row.last_form if row.make is None else row.forms[row.name]
+    return form(numbers, score_catalogue.Fits(4, 6, 6))
+
+
+# By name: a function, and arguments that are right, any of which may be spoilt.
+OF_ATTENTION = {
+    row.kind.__name__: made(name, row, make, given)
+    for name, row, make, given in [
+        *(("mask", row, row.kind, row.first_example) for row in mask_catalogue.ROWS),
+        *(("score", row, row, right_arguments(row)) for row in score_catalogue.ROWS),
+        *(("score_mod", row, row.kind, row.arguments(numbers, modifier_catalogue.Fits(4, (3,))))
+          for row in modifier_catalogue.ROWS),
+    ]
+}  # fmt: skip
+TABLE = OF_ATTENTION | {
     "as_array": (masks.Causal().as_array, dict(query_shape=3, key_shape=(4,))),
     "alibi_slopes": (modifiers.alibi_slopes, dict(num_heads=4)),
     "rotary_embedding": (positions.rotary_embedding,
@@ -131,9 +138,8 @@ TABLE = {
         dict(inputs=X, num_heads=4, key_dim=3, value_dim=2, num_kv_heads=2, output_shape=(3, 2), use_bias=False,
              dropout_rate=0.1, use_gate=True, sliding_window=2, rotary=False, normalize_qk="rms", use_sink=True)),
 }  # fmt: skip
-OF_ATTENTION = tuple(TABLE)[: tuple(TABLE).index("as_array")]
-for made in OF_ATTENTION:
-    TABLE[made][1].update(operands=OPERANDS)
+for name in OF_ATTENTION:
+    TABLE[name][1].update(operands=OPERANDS)
 WORDS = {name for _, arguments in TABLE.values() for name in arguments}
 
 

@@ -9,29 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import score_catalogue
 from conftest import x64
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks
 
 IMPLEMENTATIONS = "blockwise", "reference"
 BLOCKS = (5, 4)  # neither divides the lengths below
 
 
-def _custom(query, key, sharpness):
-    return jnp.sin(sharpness) * jnp.sum(jnp.tanh(query * key[: query.shape[0]]))
-
-
-SCORES = {
-    "dot": lambda: scores.Dot(),
-    "additive": lambda: scores.Additive(np.linspace(-1.0, 1.0, 3)),
-    "concat": lambda: scores.Concat(np.float64(0.7), np.float64(1.3)),
-    "bilinear": lambda: scores.Bilinear(np.cos(np.arange(9.0)).reshape(3, 3)),
-    "custom": lambda: scores.Custom(_custom, np.float64(0.6)),
-}
+def score_of(name):
+    """A score of a kind with all its parameters; of dot products, which all transformations run, without."""
+    row = score_catalogue.BY_NAME[name]
+    form = row.forms[name] if name == "dot" else row.last_form
+    rng = np.random.default_rng(1)
+    return row(**form(lambda *shape: rng.normal(size=shape), score_catalogue.Fits(4, 3, 3)))
 
 
 def draw(score):
@@ -44,7 +40,7 @@ def draw(score):
         tangents=tuple(rng.normal(size=x.shape) for x in (query, key, value)),
         out_bar=out_bar,
         bias=bias,
-        score=SCORES[score](),
+        score=score_of(score),
         mask=masks.Causal(1) & masks.SlidingWindow(7, None) & masks.Segments(np.arange(12) // 9, np.arange(11) // 9),
         dropout_rng=jax.random.key(3),
     )
@@ -209,7 +205,8 @@ OF_SCORES = ("value", "jvp", "grad", "forward over reverse", "grad of grad", "vm
              "grad of score", "second order of score and bias")  # fmt: skip
 CASES = [("dot", name) for name in TRANSFORMATIONS if name != "grad of score"]
 CASES += [(score, name) for score in ("additive", "custom") for name in OF_SCORES]
-CASES += [(score, "second order of score and bias") for score in ("concat", "bilinear")]
+CASES += [(score, "second order of score and bias") for score in score_catalogue.BY_NAME
+          if score not in ("dot", "additive", "custom")]  # fmt: skip
 
 PARTS_OF_OTHERS = (
     "value", "grad", "vmap", "jacfwd", "vmap of grad", "linearize of vmap", "grad of checkpoint", "grad of scan",

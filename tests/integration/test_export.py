@@ -2,26 +2,34 @@
 
 import functools
 import itertools
+import operator
 
 import flax.linen
 import jax
 import jax.numpy as jnp
+import mask_catalogue
+import modifier_catalogue
 import numpy as np
 import pytest
+import score_catalogue
 from cases import COMPLETE, by_name
 from conftest import assert_close
 from jax import export
 
 import attnlib
-from attnlib import convert, inspect, masks, modifiers, positions, scores
+from attnlib import convert, inspect, masks, positions
 
-# What only those use who write a mask or a score, and the scores that the pure functions are named after.
-ABSTRACT = ("Mask", "BlockPositions", "TileRanges", "Score", "Dot", "Additive")
 PLATFORMS = ("cpu", "cuda", "tpu")
 QUERY, KEY = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((2, 5, 4, 8), (2, 7, 2, 8)))
 X = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
 REAL = np.arange(14).reshape(2, 7) % 3 != 1
 BIAS = np.random.default_rng(2).normal(size=(1, 4, 5, 7)).astype(np.float32)
+DATA = 0.2 * np.arange(28, dtype=np.float32).reshape(7, 4)
+# Of each kind the example with most arrays.
+MASKS = [
+    max((row.kind(**arguments) for arguments in row.examples.values()), key=lambda mask: len(jax.tree.leaves(mask)))
+    for row in mask_catalogue.ROWS
+]
 EVERYTHING = dict(
     is_causal=True, logits_soft_cap=5.0, return_weights=True, return_lse=True, attention_axes=-3, precision="highest"
 )  # fmt: skip
@@ -35,26 +43,23 @@ def dropped(how, query, key, real, bias, data):
     )  # fmt: skip
 
 
-def all_masks(how, query, key, real, lengths):
-    causal = masks.Causal(lengths) & masks.Lengths(query=4, key=lengths + 3)
-    others = masks.Neighborhood(3) | masks.Prefix(lengths) | masks.Predicate(lambda q, k: (q + k) % 2 == 0)
-    segments = masks.Segments(jnp.where(real[:, :5], 1, 0), jnp.where(real, 1, 0), padding_id=0)
-    mask = (causal | others) & ~(segments & masks.QueryPadding(real[:, :5])) | masks.Dense(real[:, None, None])
+def all_masks(how, query, key, real, arrays):
+    """Every kind of mask, with its arrays traced, and under a mask of which no tile is empty or full."""
+    masks_of_kinds = jax.tree.unflatten(jax.tree.structure(MASKS), arrays)
+    mask = functools.reduce(operator.or_, masks_of_kinds) & masks.KeyPadding(real) & ~masks.Dense(~real[:, None, None])
     return attnlib.additive_attention(query, key, key, scale=jnp.ones(8), mask=mask, **how)
-
-
-def sparse_masks(how, query, key):
-    blocks = masks.BlockSparse(["1010", "1101", "0011"], 2)
-    mask = masks.BlockLocal(2, before=1) | masks.Dilated(3) | blocks
-    return attnlib.dot_product_attention(query, key, key, mask=mask, **how)
 
 
 def modified(how, query, key, data):
     """Every modifier, with a sink and explicit positions."""
-    named = [
-        modifiers.ALiBi(modifiers.alibi_slopes(4)), modifiers.RelativeBias(data), modifiers.SoftCap(3.0),
-        modifiers.BucketedBias(data[:4], max_distance=5), lambda logit, b, head, i, j: logit * data[0, head] + i - j,
-    ]  # fmt: skip
+    taken = itertools.count()
+
+    def part(*shape):  # of the data, another one each time
+        return jnp.resize(jnp.roll(data, next(taken)), shape)
+
+    fits = modifier_catalogue.Fits(4, (4,))
+    named = [row.kind(**row.arguments(part, fits)) for row in modifier_catalogue.ROWS]
+    named.append(lambda logit, b, head, i, j: logit * data[0, head] + i - j)
     places = dict(query_positions=np.arange(5), key_positions=np.arange(7) - 1)
     return [
         attnlib.dot_product_attention(query, key, key, score_mod=each, sink=data[1], **places, **how) for each in named
@@ -90,9 +95,14 @@ def merged(how, query, key):
     return attnlib.merge_attention(*zip(*parts, strict=True))
 
 
-def other_scores(how, query, key):
-    kernel = jnp.eye(8) * 0.3
-    made = [scores.Bilinear(kernel), scores.Concat(0.5, 2.0), scores.Custom(lambda q, k: -jnp.sum((q - k) ** 2))]
+def other_scores(how, query, key, data):
+    """Every score but those that the pure functions are named after."""
+
+    def part(*shape):
+        return jnp.resize(data, shape)
+
+    fits = score_catalogue.Fits(4, 8, 8)
+    made = [row(**row.last_form(part, fits)) for row in score_catalogue.ROWS if row.name not in ("dot", "additive")]
     return [attnlib.attention(query, key, key, score=score, **how) for score in made]
 
 
@@ -160,13 +170,12 @@ def training_step(how, x):
 
 PROGRAMS = {
     "dot product, every option": (dropped, (QUERY, KEY, REAL, BIAS, np.array([1, 2], np.uint32))),
-    "additive, every mask": (all_masks, (QUERY, KEY, REAL, np.array([1, 3]))),
-    "sparse masks": (sparse_masks, (QUERY, KEY)),
-    "every modifier": (modified, (QUERY, KEY, 0.2 * np.arange(28, dtype=np.float32).reshape(7, 4))),
+    "additive, every mask": (all_masks, (QUERY, KEY, REAL, jax.tree.leaves(MASKS))),
+    "every modifier": (modified, (QUERY, KEY, DATA)),
     "inspect": (looked_into, (QUERY, KEY)),
     "layers with all that is around": (biased_layers, (X,)),
     "convert": (converted, (X,)),
-    "other scores": (other_scores, (QUERY, KEY)),
+    "other scores": (other_scores, (QUERY, KEY, DATA)),
     "merge": (merged, (QUERY, KEY)),
     "first and second derivatives": (gradients, (QUERY, KEY, BIAS)),
     "pure layer": (pure_layer, (X,)),
@@ -218,7 +227,10 @@ def exported_of(name, implementation):
 
 
 def test_the_whole_api_is_exported_here():
-    """A new public function must join the programs above, or the list of those that run on the host."""
+    """A new public function must join the programs above, or the list of those that run on the host.
+
+    Every kind of mask, score and modifier is in a catalogue, which test_catalogues.py checks.
+    """
     host = {"Explanation", "constrain", "convert", "explain", "inspect", "masks", "modifiers", "positions", "scores"}
     traced = {
         "AdditiveAttention", "BucketedPositionBias", "DotProductAttention", "KVCache", "MultiHeadAttention",
@@ -228,9 +240,7 @@ def test_the_whole_api_is_exported_here():
     }  # fmt: skip
     assert set(attnlib.__all__) == host | traced
     used = {name for function, _ in PROGRAMS.values() for name in names_of(function)}
-    kinds = {name for name in (*masks.__all__, *scores.__all__) if name not in ABSTRACT}
-    assert kinds - {"Dense"} <= used  # Dense: arrays
-    assert {"rotary_embedding", "YaRNScaling", *modifiers.__all__, *inspect.__all__} <= used
+    assert {"rotary_embedding", "YaRNScaling", *inspect.__all__} <= used
 
 
 def names_of(function):

@@ -10,6 +10,7 @@ import pytest
 from conftest import assert_close, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_catalogue import definition
 
 import attnlib
 from attnlib import KVCache, masks, scores
@@ -158,7 +159,9 @@ def test_one_by_one_is_the_definition(window):
         mask &= ~np.tril(mask, -window)
     distance = np.abs(np.subtract.outer(np.arange(TOKENS), np.arange(TOKENS)))
     bias = -SLOPES[:, None, None] * distance
-    output, _, lse = oracle.attention(query, key, value, score="additive", scale=SCALE, mask=mask, bias=bias[None])
+    output, _, lse = oracle.attention(
+        query, key, value, score=definition(scores.Additive(SCALE)), mask=mask, bias=bias[None]
+    )
     share = 1 / (1 + np.exp(SINK[:, None] - lse))
     output = (output * np.moveaxis(share, 1, 2)[..., None]).astype(np.float32)
     options = dict(score=scores.Additive(SCALE), score_mod=alibi, sink=jnp.asarray(SINK))

@@ -1,23 +1,23 @@
 """Random calls that are right, in numbers: each gives what the oracle gives, on every complete implementation.
 
-Drawn as in test_fuzz.py; without dropout, modifiers and explicit positions, of which the oracle knows nothing.
+Drawn as in test_fuzz.py; without dropout and explicit positions, of which the oracle knows nothing.
 """
 
 import fuzzing_calls
 import jax
+import modifier_catalogue
 import numpy as np
 import oracle
+import score_catalogue
 from cases import BLOCK_SIZES, COMPLETE
 from conftest import assert_close, fuzz
-from fuzzing import define, few_and_many, numbers
+from fuzzing import define, few_and_many, numbers, wide
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fuzz import wide
 
 import attnlib
-from attnlib import scores
 
-OPTIONS = ("score", "attention_axes", "mask", "bias", "is_causal", "logits_soft_cap", "sink")
+OPTIONS = ("score", "attention_axes", "mask", "bias", "is_causal", "logits_soft_cap", "score_mod", "sink")
 
 
 def concrete(tree, seed):
@@ -27,26 +27,15 @@ def concrete(tree, seed):
     )
 
 
-def by_definition(query, key, value, *, score, sizes, mask=None, attention_axes=None, sink=None, **options):
+def by_definition(query, key, value, *, sizes, mask=None, attention_axes=None, sink=None, **options):
     """(output, weights, lse) in float64."""
-    match score:
-        case scores.Dot():
-            # Without features each logit is 0, whatever the scale.
-            how = dict(score="dot", scale=score.scale if query.shape[-1] else 1.0)
-        case scores.Additive():
-            how = dict(score="additive", scale=score.scale)
-        case scores.Concat():
-            how = dict(score="concat", weight=1.0 if score.weight is None else score.weight, scale=score.scale)
-        case scores.Bilinear():
-            how = dict(score="bilinear", kernel=score.kernel)
-        case scores.Custom(fn=fuzzing_calls.sums):
-            how = dict(score=lambda q, k: q.sum() * k.sum())
-        case scores.Custom():
-            how = dict(score=lambda q, k: q.sum() - 0.5 * k.sum())
+    options["score"] = score_catalogue.definition(options["score"])
+    if options.get("score_mod") is not None:
+        options["score_mod"] = modifier_catalogue.definition(options["score_mod"])
     if isinstance(mask, attnlib.masks.Mask):
         mask = define(mask, sizes)
     axes = None if attention_axes is None else [int(axis) for axis in np.atleast_1d(attention_axes)]
-    output, weights, lse = oracle.attention(query, key, value, mask=mask, attention_axes=axes, **how, **options)
+    output, weights, lse = oracle.attention(query, key, value, mask=mask, attention_axes=axes, **options)
     if sink is not None:  # one more key of that logit, whose value is 0
         sink = np.reshape(np.float64(sink), (-1, *[1] * len(sizes.query)))
         add_sink = np.logaddexp(lse, sink)

@@ -10,6 +10,7 @@ import oracle
 import pytest
 from conftest import assert_close, assert_same, assert_zero, x64
 from keras_cases import keras, our_module, parameters_of
+from score_catalogue import definition
 
 import attnlib
 
@@ -218,7 +219,7 @@ def test_float64_becomes_float32_inside_keras_and_stays_in_ours():
     with x64():
         x = np.random.default_rng(9).normal(size=(1, 4, 5))
         layer = keras.layers.AdditiveAttention(use_scale=False, dtype="float64")
-        expected = oracle.attention(*[x[..., None, :]] * 3, score="additive")[0][..., 0, :]
+        expected = oracle.attention(*[x[..., None, :]] * 3, score=definition(attnlib.scores.Additive()))[0][..., 0, :]
         assert 1e-9 < np.abs(layer([x, x]) - expected).max() < 1e-5
         assert_close(attnlib.AdditiveAttention(use_scale=False).apply({}, x), jnp.asarray(expected), length=5)
 

@@ -15,18 +15,18 @@ import oracle
 import pytest
 from cases import COMPLETE
 from conftest import assert_close, x64
+from score_catalogue import BY_NAME, Fits
 
 import attnlib
-from attnlib import scores
 
-SEEDS = range(108)
-KINDS = ("dot", "additive", "concat", "bilinear", "custom", "dot")
+KINDS = (*BY_NAME, "dot")
+SEEDS = range(18 * len(KINDS))
 RANKS = (3, 4, 5, 6, 5, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """One random case: NumPy float64 operands, and the options that attnlib and the oracle share."""
+    """One random case: NumPy float64 operands, and the parameters and options that attnlib and the oracle share."""
 
     kind: str
     query: np.ndarray
@@ -52,7 +52,7 @@ def draw(seed):
     axes, attended = draw_axes(rng, rank)
     heads, kv_heads = [(1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (6, 3)][rng.integers(6)]
     features, key_features, value_features = rng.permutation([2, 3, 4, 5])[:3]
-    if kind != "bilinear" and kind != "custom":
+    if not BY_NAME[kind].other_features:
         key_features = features
 
     # one attended axis: lengths up to 9; three: 2, 3 and 4 in different orders for query and key
@@ -104,22 +104,9 @@ def draw_shape(rng, weights_shape, attended):
 
 
 def draw_parameters(rng, kind, heads, features, key_features):
-    if kind == "dot":
-        return {"scale": [None, rng.uniform(0.1, 2, ()), rng.uniform(0.1, 2, heads)][rng.integers(3)]}
-    if kind == "additive":
-        shape = [None, (), (features,), (heads, features)][rng.integers(4)]
-        return {"scale": None if shape is None else rng.normal(size=shape)}
-    if kind == "concat":
-        return {"weight": rng.normal(size=()), "scale": rng.uniform(0.5, 2, ())}
-    if kind == "bilinear":
-        shape = (features, key_features) if rng.random() < 0.5 else (heads, features, key_features)
-        return {"kernel": rng.normal(size=shape)}
-    return {}
-
-
-def squared_sum(q, k):
-    """A score that no named one can express, with features of different sizes."""
-    return (q**2).sum() - k.sum() * q[0]
+    forms = list(BY_NAME[kind].forms.values())
+    draw = lambda *shape: np.asarray(rng.normal(size=shape))  # noqa: E731
+    return forms[rng.integers(len(forms))](draw, Fits(int(heads), int(features), int(key_features)))
 
 
 def run_attnlib(configuration, dtype, **static):
@@ -132,21 +119,25 @@ def run_attnlib(configuration, dtype, **static):
     traced = {name: x for name, x in configuration.options.items() if isinstance(x, np.ndarray)}
     static |= {name: x for name, x in configuration.options.items() if name not in traced}
 
+    arrays, others = split(configuration.parameters)
+
     @jax.jit
-    def run(operands, parameters, traced):
+    def run(operands, arrays, traced):
         options = static | traced | {"return_weights": True, "return_lse": True}
+        parameters = arrays | others
         if configuration.kind == "dot":
             return attnlib.dot_product_attention(*operands, **parameters, **options)
         if configuration.kind == "additive":
             return attnlib.additive_attention(*operands, **parameters, **options)
-        score = {
-            "concat": lambda: scores.Concat(**parameters),
-            "bilinear": lambda: scores.Bilinear(**parameters),
-            "custom": lambda: scores.Custom(squared_sum),
-        }[configuration.kind]()
-        return attnlib.attention(*operands, score=score, **options)
+        return attnlib.attention(*operands, score=BY_NAME[configuration.kind](**parameters), **options)
 
-    return run(*jax.tree.map(cast, (operands, configuration.parameters, traced)))
+    return run(*jax.tree.map(cast, (operands, arrays, traced)))
+
+
+def split(parameters):
+    """(those that are arrays, the functions and Python numbers)."""
+    static = {name: x for name, x in parameters.items() if callable(x) or isinstance(x, float)}
+    return {name: x for name, x in parameters.items() if name not in static}, static
 
 
 def run_oracle(configuration, dtype):
@@ -155,12 +146,11 @@ def run_oracle(configuration, dtype):
     def rounded(x):
         return np.asarray(x, dtype).astype(np.float64) if isinstance(x, (np.ndarray, float)) else x
 
-    score = squared_sum if configuration.kind == "custom" else configuration.kind
+    row, parameters = BY_NAME[configuration.kind], jax.tree.map(rounded, configuration.parameters)
     options = {name: x if name == "mask" else rounded(x) for name, x in configuration.options.items()}
     return oracle.attention(
         *(rounded(x) for x in (configuration.query, configuration.key, configuration.value)),
-        score=score,
-        **{name: rounded(x) for name, x in configuration.parameters.items()},
+        score=lambda q, k, head: row.logit(q, k, head, **parameters),
         **options,
     )
 

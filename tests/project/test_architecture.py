@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import attnlib
+from attnlib._engine.dispatch import IMPLEMENTATIONS
 
 PACKAGE = Path(attnlib.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -117,7 +118,11 @@ def test_the_levels_name_what_exists():
 
 
 def test_implementations_never_import_each_other():
-    implementations = ("_engine.reference", "_engine.blockwise", "_engine.cudnn")
+    """Each is the module that makes it, or the package where this is called `implementation`."""
+    estimates = [getattr(each.estimate, "func", each.estimate) for each in IMPLEMENTATIONS]
+    modules = {estimate.__module__.removeprefix("attnlib.") for estimate in estimates}
+    implementations = {module.removesuffix(".implementation") for module in modules}
+    assert len(implementations) == len(IMPLEMENTATIONS)
     for one in implementations:
         paths = [path for module, path in MODULES.items() if module == one or module.startswith(f"{one}.")]
         assert paths

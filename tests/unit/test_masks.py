@@ -1,15 +1,18 @@
-"""Masks: each kind against a definition in plain loops, the algebra, traced parameters, and masks as pytrees."""
+"""Masks: each kind against its definition, the algebra, traced parameters, and masks as pytrees."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+import mask_catalogue
 import numpy as np
 import pytest
 from cases import NAMES, by_name, unsupported
 from conftest import assert_close, assert_same
+from mask_catalogue import GRID_KEY, GRID_QUERY, GRID_REAL, IDS, KEYS, QUERIES, QUERY_IDS, REAL, Pairs, draw
 
 import attnlib
 from attnlib import masks
@@ -26,73 +29,38 @@ def loop(rule, query_shape, key_shape):
     return array
 
 
-def flat(position, shape):
-    index = 0
-    for place, size in zip(position, shape, strict=True):
-        index = index * size + place
-    return index
+# name: (mask, a function of pairs of positions that says which attend)
+def examples(of_row):
+    return {
+        name: (row.kind(**arguments), functools.partial(row.attends, **arguments))
+        for row in mask_catalogue.ROWS
+        for name, arguments in of_row(row).items()
+    }
 
 
-def draw(*shape, rate=0.5, seed=0):
-    return np.random.default_rng(seed).random(shape) < rate
-
-
-IDS = np.array([1, 1, 2, 0, 2, 3, 0])
-QUERY_IDS = np.array([2, 0, 1, 3, 9])
-REAL = draw(7)
-TABLE = ["1010", "0111", "1001"]
-
-# name: (mask, rule on flat positions), over 5 queries and 7 keys
-ONE_AXIS = {
-    "causal": (masks.Causal(), lambda q, k: k <= q),
-    "causal ahead": (masks.Causal(2), lambda q, k: k <= q + 2),
-    "causal behind": (masks.Causal(-1), lambda q, k: k <= q - 1),
-    "causal, traced": (masks.Causal(jnp.int32(1)), lambda q, k: k <= q + 1),
-    "causal along its only axis": (masks.Causal(axis=-1), lambda q, k: k <= q),
-    "window": (masks.SlidingWindow(2, 1), lambda q, k: q - 2 <= k <= q + 1),
-    "window of one": (masks.SlidingWindow(0, 0), lambda q, k: k == q),
-    "window open on the left": (masks.SlidingWindow(None, 1), lambda q, k: k <= q + 1),
-    "window open on the right": (masks.SlidingWindow(1, None), lambda q, k: q - 1 <= k),
-    "window open": (masks.SlidingWindow(None, None), lambda q, k: True),
-    "blocks": (masks.BlockLocal(3), lambda q, k: k // 3 == q // 3),
-    "blocks and neighbours": (masks.BlockLocal(2, 1, 1), lambda q, k: abs(k // 2 - q // 2) <= 1),
-    "blocks, causal": (masks.BlockLocal(2, before=None), lambda q, k: k // 2 <= q // 2),
-    "blocks, later ones": (masks.BlockLocal(2, after=None), lambda q, k: k // 2 >= q // 2),
-    "blocks of one": (masks.BlockLocal(1), lambda q, k: k == q),
-    "blocks by a table": (masks.BlockSparse(TABLE, 2), lambda q, k: TABLE[q // 2][k // 2] == "1"),
-    "blocks by a bool table": (masks.BlockSparse(draw(2, 3), 3), lambda q, k: draw(2, 3)[q // 3, k // 3]),
-    "dilated": (masks.Dilated(3), lambda q, k: (k - q) % 3 == 0),
-    "dilated by one": (masks.Dilated(1), lambda q, k: True),
-    "prefix": (masks.Prefix(3), lambda q, k: k < 3),
-    "prefix of nothing": (masks.Prefix(0), lambda q, k: False),
-    "lengths": (masks.Lengths(query=3, key=5), lambda q, k: q < 3 and k < 5),
-    "lengths of keys": (masks.Lengths(key=jnp.int32(4)), lambda q, k: k < 4),
-    "lengths of nothing": (masks.Lengths(), lambda q, k: True),
-    "key padding": (masks.KeyPadding(REAL), lambda q, k: REAL[k]),
-    "query padding": (masks.QueryPadding(REAL[:5]), lambda q, k: REAL[q]),
-    "segments": (masks.Segments(QUERY_IDS, IDS), lambda q, k: QUERY_IDS[q] == IDS[k]),
-    "segments with padding": (masks.Segments(QUERY_IDS, IDS, padding_id=0),
-                              lambda q, k: QUERY_IDS[q] == IDS[k] != 0),
-    "dense": (masks.Dense(draw(5, 7)), lambda q, k: draw(5, 7)[q, k]),
-    "dense, keys alone": (masks.Dense(REAL), lambda q, k: REAL[k]),
-    "dense, one": (masks.Dense(np.array(True)), lambda q, k: True),
-    "predicate": (masks.Predicate(lambda q, k: (q * k) % 3 == 0), lambda q, k: (q * k) % 3 == 0),
-    "predicate of queries": (masks.Predicate(lambda q, k: q > 1), lambda q, k: q > 1),
-    "and": (masks.Causal() & masks.KeyPadding(REAL), lambda q, k: k <= q and REAL[k]),
-    "or": (masks.Causal() | masks.Prefix(4), lambda q, k: k <= q or k < 4),
-    "not": (~masks.Causal(), lambda q, k: not k <= q),
+ONE_AXIS = examples(lambda row: row.examples) | {
+    "and": (masks.Causal() & masks.KeyPadding(REAL), lambda at: (at.key <= at.query) & REAL[at.key]),
+    "or": (masks.Causal() | masks.Prefix(4), lambda at: (at.key <= at.query) | (at.key < 4)),
+    "not": (~masks.Causal(), lambda at: ~(at.key <= at.query)),
     "three": (masks.Causal(1) & ~(masks.Prefix(2) | masks.SlidingWindow(1, None)),
-              lambda q, k: k <= q + 1 and not (k < 2 or q - 1 <= k)),
+              lambda at: (at.key <= at.query + 1) & ~((at.key < 2) | (at.query - 1 <= at.key))),
 }  # fmt: skip
+
+
+def assert_is_defined(mask, attends, query_axes, key_axes):
+    pairs = Pairs(query_axes, key_axes)
+    expected = np.broadcast_to(attends(pairs), (pairs.query.size, pairs.key.size)).reshape(*query_axes, *key_axes)
+    array = mask.as_array(query_axes, key_axes)
+    assert array.dtype == jnp.bool_
+    np.testing.assert_array_equal(array, expected)
+    return array
 
 
 @pytest.mark.parametrize("name", ONE_AXIS)
 def test_definition_over_one_axis(name):
-    mask, rule = ONE_AXIS[name]
-    array = mask.as_array(5, 7)
-    assert array.dtype == jnp.bool_
-    np.testing.assert_array_equal(array, loop(lambda q, k: rule(q[0], k[0]), (5,), (7,)))
-    np.testing.assert_array_equal(mask.as_array((5,), [7]), array)
+    mask, attends = ONE_AXIS[name]
+    array = assert_is_defined(mask, attends, (QUERIES,), (KEYS,))
+    np.testing.assert_array_equal(mask.as_array(5, [7]), array)
 
 
 def test_segments_of_one_side():
@@ -109,34 +77,15 @@ def test_segment_ids_may_be_of_any_integers(dtypes):
     assert expected.sum() == 3
 
 
-GRID_QUERY, GRID_KEY = (2, 3), (4, 2)
-GRID_REAL = draw(4, 2, seed=1)
-SEVERAL_AXES = {
-    "causal, row-major": (masks.Causal(), lambda q, k: flat(k, GRID_KEY) <= flat(q, GRID_QUERY)),
-    "causal along the first": (masks.Causal(axis=0), lambda q, k: k[0] <= q[0]),
-    "causal along the last": (masks.Causal(1, axis=-1), lambda q, k: k[1] <= q[1] + 1),
-    "window": (masks.SlidingWindow(2, 1),
-               lambda q, k: flat(q, GRID_QUERY) - 2 <= flat(k, GRID_KEY) <= flat(q, GRID_QUERY) + 1),
-    "boxes": (masks.BlockLocal((1, 2)), lambda q, k: k[0] == q[0] and k[1] // 2 == q[1] // 2),
-    "boxes of one size": (masks.BlockLocal(2, before=1),
-                          lambda q, k: all(0 <= q[axis] // 2 - k[axis] // 2 <= 1 for axis in (0, 1))),
-    "blocks by a table": (masks.BlockSparse(["101", "010"], 3),
-                          lambda q, k: (flat(q, GRID_QUERY) // 3 + flat(k, GRID_KEY) // 3) % 2 == 0),
-    "dilated": (masks.Dilated((2, 1)), lambda q, k: (k[0] - q[0]) % 2 == 0),
-    "dilated along all": (masks.Dilated(2), lambda q, k: (k[0] - q[0]) % 2 == 0 and (k[1] - q[1]) % 2 == 0),
-    "lengths": (masks.Lengths(key=5), lambda q, k: flat(k, GRID_KEY) < 5),
-    "key padding": (masks.KeyPadding(GRID_REAL), lambda q, k: GRID_REAL[k]),
-    "predicate": (masks.Predicate(lambda q, k: (q[0] == k[0]) | (q[1] == k[1])),
-                  lambda q, k: q[0] == k[0] or q[1] == k[1]),
-    "dense, partly broadcast": (masks.Dense(draw(3, 4, 1, seed=2)), lambda q, k: draw(3, 4, 1, seed=2)[q[1], k[0], 0]),
-    "composed": (masks.Causal(axis=1) & ~masks.KeyPadding(GRID_REAL), lambda q, k: k[1] <= q[1] and not GRID_REAL[k]),
+SEVERAL_AXES = examples(lambda row: row.grid_examples) | {
+    "composed": (masks.Causal(axis=1) & ~masks.KeyPadding(GRID_REAL),
+                 lambda at: (at.along[1][1] <= at.along[1][0]) & ~GRID_REAL.reshape(-1)[at.key]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SEVERAL_AXES)
 def test_definition_over_several_axes(name):
-    mask, rule = SEVERAL_AXES[name]
-    np.testing.assert_array_equal(mask.as_array(GRID_QUERY, GRID_KEY), loop(rule, GRID_QUERY, GRID_KEY))
+    assert_is_defined(*SEVERAL_AXES[name], GRID_QUERY, GRID_KEY)
 
 
 # Neighborhoods
@@ -208,11 +157,6 @@ def test_a_table_is_the_same_however_it_is_written():
     assert len({jax.tree.structure(mask) for mask in made}) == 1
     assert jax.tree.leaves(made) == []
     assert jax.tree.structure(made[0]) != jax.tree.structure(masks.BlockSparse(~draw(2, 3), 4))
-
-
-def test_nothing_attends_beyond_a_table():
-    array = masks.BlockSparse(["11", "11"], 2).as_array(5, 6)
-    np.testing.assert_array_equal(array, np.pad(np.ones((4, 4), bool), ((0, 1), (0, 2))))
 
 
 # Per batch

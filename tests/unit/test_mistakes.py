@@ -17,6 +17,7 @@ import pytest
 
 import attnlib
 from attnlib import convert, masks, modifiers, scores
+from attnlib._engine.dispatch import NAMES
 
 dot, attention, explain = attnlib.dot_product_attention, attnlib.attention, attnlib.explain
 MHA = attnlib.MultiHeadAttention
@@ -137,7 +138,7 @@ OPTIONS = [
     ("an array for a bool", lambda g: dot(g.q, g.k, g.k, is_causal=np.array(True)), TypeError,
      "is_causal must be True or False; got array(True). Write bool(is_causal)."),
     ("jax.nn's implementation", lambda g: dot(g.q, g.k, g.k, implementation="xla"), ValueError,
-     "implementation 'xla' is unknown; known are 'blockwise', 'reference', 'cudnn', and None to choose."),
+     f"implementation 'xla' is unknown; known are {', '.join(map(repr, NAMES))}, and None to choose."),
     ("cuDNN in float32", lambda g: dot(g.q, g.k, g.k, implementation="cudnn"), ValueError,
      "cudnn: query, key and value must all be float16 or all bfloat16; they are float32",
      "implementation=None chooses among all that can."),

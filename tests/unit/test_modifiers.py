@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import modifier_catalogue
 import numpy as np
 import oracle
 import pytest
@@ -30,7 +31,7 @@ def attend(*args, implementation, **options):
     return attnlib.dot_product_attention(*args, return_weights=True, return_lse=True, **options)
 
 
-# Each scheme as a bias (N, T, S) in NumPy, from its paper.
+# Modifiers by their papers: their definitions are in modifier_catalogue.py
 
 
 def alibi_of_paper(heads):
@@ -47,54 +48,25 @@ def test_slopes_are_those_of_the_paper(heads):
     np.testing.assert_allclose(modifiers.alibi_slopes(heads), alibi_of_paper(heads), rtol=1e-6)
 
 
-def bucket_of_paper(distance, buckets, bidirectional, max_distance):
-    """Raffel et al., for one distance, key minus query."""
-    first = 0
-    if bidirectional:
-        buckets //= 2
-        first = buckets if distance > 0 else 0
-        distance = abs(distance)
-    else:
-        distance = max(-distance, 0)
-    exact = buckets // 2
-    if distance < exact:
-        return first + distance
-    steps = (buckets - exact) * math.log(distance / exact) / math.log(max_distance / exact)
-    return first + min(exact + math.floor(steps + 1e-9), buckets - 1)
-
-
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 20), (6, 7)])
 def test_buckets_are_those_of_the_paper(buckets, max_distance, bidirectional):
     bias = modifiers.BucketedBias(jnp.zeros((buckets, 1)), bidirectional, max_distance)
     distances = np.arange(-300, 300)
     made = bias.bucket(jnp.asarray(distances), buckets)
-    expected = [bucket_of_paper(int(d), buckets, bidirectional, max_distance) for d in distances]
+    expected = [modifier_catalogue.bucket(int(d), buckets, bidirectional, max_distance) for d in distances]
     np.testing.assert_array_equal(made, expected)
     # With two directions distance 0 counts as earlier, and its bucket among the later ones is never used.
     assert set(expected) == set(range(buckets)) - ({buckets // 2} if bidirectional else set())
 
 
-def alibi_bias(slopes):
-    return np.array([[[-s * abs(i - j) for j in range(KEYS)] for i in range(QUERIES)] for s in slopes])
+SCHEMES = {row.name: row for row in modifier_catalogue.ROWS if row.is_bias}
 
 
-def bucketed_bias(table):
-    rows = [[table[bucket_of_paper(j - i, len(table), True, 9)] for j in range(KEYS)] for i in range(QUERIES)]
-    return np.array(rows).transpose(2, 0, 1)
-
-
-def relative_bias(table):
-    reach = (len(table) - 1) // 2
-    rows = [[table[min(max(i - j, -reach), reach) + reach] for j in range(KEYS)] for i in range(QUERIES)]
-    return np.array(rows).transpose(2, 0, 1)
-
-
-SCHEMES = {
-    "alibi": (modifiers.ALiBi, (HEADS,), alibi_bias),
-    "bucketed": (lambda table: modifiers.BucketedBias(table, max_distance=9), (8, HEADS), bucketed_bias),
-    "relative": (modifiers.RelativeBias, (11, HEADS), relative_bias),
-}
+def bias_of(row, arguments):
+    """What a modifier adds to the logits, (N, T, S), in NumPy."""
+    places = np.ndindex(HEADS, QUERIES, KEYS)
+    return np.reshape([row.modified(0.0, *place, **arguments) for place in places], (HEADS, QUERIES, KEYS))
 
 
 @jax.jit
@@ -110,7 +82,7 @@ def with_bias(mask, bias, arrays, cotangent):
 
 MASKS = {"all": None, "window": masks.SlidingWindow(3, 1)}
 # A scheme knows nothing of masks: each has one of the two by default.
-PAIRS = {("alibi", "all"), ("bucketed", "all"), ("relative", "window")}
+PAIRS = [(scheme, list(MASKS)[n % len(MASKS)]) for n, scheme in enumerate(SCHEMES)]
 
 
 @pytest.mark.parametrize(
@@ -122,28 +94,35 @@ PAIRS = {("alibi", "all"), ("bucketed", "all"), ("relative", "window")}
     ],
 )
 def test_schemes_are_their_biases(mask, scheme, keys):
-    """Values and every gradient, of the scheme's own array too, which the bias's gradient adds up."""
-    modifier, shape, bias_of = SCHEMES[scheme]
-    mask = MASKS[mask]
-    table, arrays = keys.normal(*shape), operands(keys, 2)
-    cotangent = keys.normal(2, QUERIES, HEADS, 5)
-    linear = np.stack([bias_of(np.asarray(unit)) for unit in np.eye(table.size).reshape(-1, *shape)])
+    """Values and every gradient, of the scheme's own arrays too, which the bias's gradient adds up."""
+    row, mask = SCHEMES[scheme], MASKS[mask]
+    given = row.arguments(keys.normal, modifier_catalogue.Fits(HEADS, (6,)))
+    tables = {name: value for name, value in given.items() if isinstance(value, jax.Array)}
+    arrays, cotangent = operands(keys, 2), keys.normal(2, QUERIES, HEADS, 5)
+
+    def by_entry(bias_bar, name):
+        """The gradient of a table, by the bias that each of its entries alone makes."""
+        nothing = {other: np.zeros(table.shape) for other, table in tables.items()}
+        shape = tables[name].shape
+        units = [bias_of(row, given | nothing | {name: unit}) for unit in np.eye(tables[name].size).reshape(-1, *shape)]
+        return np.einsum("pnts,nts->p", units, bias_bar).reshape(shape).astype(np.float32)
 
     @jax.jit
-    def with_modifier(table, arrays):
-        def loss(table, arrays, implementation):
-            results = attend(*arrays, score_mod=modifier(table), mask=mask, implementation=implementation)
+    def with_modifier(tables, arrays):
+        def loss(tables, arrays, implementation):
+            modifier = row.kind(**(given | tables))
+            results = attend(*arrays, score_mod=modifier, mask=mask, implementation=implementation)
             return jnp.sum(results[0] * cotangent), results
 
-        return [jax.grad(loss, (0, 1), has_aux=True)(table, arrays, implementation) for implementation in COMPLETE]
+        return [jax.grad(loss, (0, 1), has_aux=True)(tables, arrays, implementation) for implementation in COMPLETE]
 
-    bias = jnp.asarray(bias_of(np.asarray(table)), jnp.float32)[None]
+    bias = jnp.asarray(bias_of(row, jax.tree.map(np.asarray, given)), jnp.float32)[None]
     (bias_bar, expected_bar), expected = with_bias(mask, bias, arrays, cotangent)
-    expected_table_bar = np.einsum("pnts,nts->p", linear, np.asarray(bias_bar)[0]).reshape(shape).astype(np.float32)
-    for (table_bar, arrays_bar), results in with_modifier(table, arrays):
+    expected_tables_bar = {name: by_entry(np.asarray(bias_bar)[0], name) for name in tables}
+    for (tables_bar, arrays_bar), results in with_modifier(tables, arrays):
         assert_close(results, expected)
         assert_close(arrays_bar, expected_bar)
-        assert_close(table_bar, expected_table_bar, length=QUERIES * KEYS)
+        assert_close(tables_bar, expected_tables_bar, length=QUERIES * KEYS)
 
 
 @on_every_implementation
@@ -189,16 +168,6 @@ def test_modifiers_come_after_bias_and_cap(implementation, keys):
     )  # fmt: skip
     logits = 3 * 0.7 * np.tanh((np.einsum("btnd,bsnd->bnts", query, key) / 2 + bias) / 0.7)
     np.testing.assert_allclose(weights, np.asarray(jax.nn.softmax(logits)), rtol=2e-5, atol=1e-6)
-
-
-@on_every_implementation
-def test_soft_cap_as_a_modifier(implementation, keys):
-    arrays = operands(keys, 2)
-    made = attend(*arrays, score_mod=modifiers.SoftCap(0.8), implementation=implementation)
-    assert_close(made, attend(*arrays, logits_soft_cap=0.8, implementation=implementation))
-    for cap in (0, -1.0, 1e300):  # float32 has no such number: it would be infinite, and infinity times 0 is NaN
-        with pytest.raises(ValueError, match="SoftCap cap must be a number in"):
-            modifiers.SoftCap(cap)
 
 
 def test_a_learned_soft_cap_has_a_gradient(keys):

@@ -5,7 +5,10 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import option_catalogue
 import pytest
+from cases import NAMES, by_name, unsupported
+from conftest import assert_close
 
 import attnlib
 from attnlib import scores
@@ -96,8 +99,24 @@ def problem_of(**given):
 def test_implementations_list_options_that_they_see():
     seen = {name for name, field in FIELDS.items() if not field.metadata["resolved"]}
     for each in _choose.IMPLEMENTATIONS:
-        assert each.supports | each.reasons.keys() == seen
+        assert each.supports | each.reasons.keys() <= seen
         assert not each.supports & each.reasons.keys()
+    assert set().union(*(each.supports for each in _choose.IMPLEMENTATIONS)) == seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("options", "same"), [pair for row in option_catalogue.ROWS for pair in row.same],
+    ids=lambda options: ", ".join(options),
+)  # fmt: skip
+def test_options_that_mean_the_same_give_the_same(name, options, same, keys):
+    query, key, value = keys.normal(2, 5, 4, 3), keys.normal(2, 7, 2, 3), keys.normal(2, 7, 2, 6)
+    reason = unsupported(name, query, key, value, **options) or unsupported(name, query, key, value, **same)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    every = dict(return_weights=True, return_lse=True, **by_name(name))
+    made, expected = (attnlib.dot_product_attention(query, key, value, **each, **every) for each in (options, same))
+    assert_close(made, expected, length=7)
 
 
 def test_a_new_option_is_refused_by_name(monkeypatch):

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import score_catalogue
 from cases import COMPLETE, NAMES, by_name, unsupported
 from conftest import assert_close, assert_finite, x64
+from score_catalogue import Fits
 
 import attnlib
 from attnlib import scores
@@ -27,42 +29,26 @@ def euclidean(q, k, sharpness):
     return -sharpness * ((q - k) ** 2).sum()
 
 
-def of_head(parameter, head, rank):
-    parameter = np.asarray(parameter)
-    return parameter[head] if parameter.ndim > rank else parameter
-
-
-# name: (score, the same for one query and one key of query head n)
+# name: (row, arguments)
 SCORES = {
-    "dot": (scores.Dot(), lambda q, k, n: q @ k / 2),
-    "dot, number": (scores.Dot(0.7), lambda q, k, n: 0.7 * (q @ k)),
-    "dot, scalar": (scores.Dot(numbers()), lambda q, k, n: numbers() * (q @ k)),
-    "dot, heads": (scores.Dot(numbers(HEADS)), lambda q, k, n: numbers(HEADS)[n] * (q @ k)),
-    "additive": (scores.Additive(), lambda q, k, n: np.tanh(q + k).sum()),
-    "additive, number": (scores.Additive(0.5), lambda q, k, n: 0.5 * np.tanh(q + k).sum()),
-    "additive, features": (scores.Additive(numbers(4)), lambda q, k, n: numbers(4) @ np.tanh(q + k)),
-    "additive, heads": (scores.Additive(numbers(HEADS, 4)), lambda q, k, n: numbers(HEADS, 4)[n] @ np.tanh(q + k)),
-    "concat": (scores.Concat(), lambda q, k, n: np.tanh(q + k).sum()),
-    "concat, both": (scores.Concat(0.6, 1.7), lambda q, k, n: 0.6 * np.tanh(1.7 * (q + k)).sum()),
-    "bilinear": (scores.Bilinear(numbers(4, 4)), lambda q, k, n: q @ numbers(4, 4) @ k),
-    "bilinear, heads": (scores.Bilinear(numbers(HEADS, 4, 4)), lambda q, k, n: q @ numbers(HEADS, 4, 4)[n] @ k),
-    "custom": (scores.Custom(euclidean, 0.3), lambda q, k, n: euclidean(q, k, 0.3)),
+    name: (row, form(numbers, Fits(HEADS, 4, 4))) for row in score_catalogue.ROWS for name, form in row.forms.items()
 }
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_block_is_a_loop_over_pairs(name):
     """In float64, directly and after `prepare`, which may move work but no number."""
-    score, rule = SCORES[name]
+    row, arguments = SCORES[name]
+    score = row(**arguments)
     query, key = numbers(*QUERY), numbers(*KEY)
     expected = np.zeros((*QUERY[:-1], KEY[-2]))
     for b, k, g, t, s in np.ndindex(*expected.shape):
-        expected[b, k, g, t, s] = rule(query[b, k, g, t], key[b, k, s], k * QUERY[2] + g)
+        expected[b, k, g, t, s] = row.logit(query[b, k, g, t], key[b, k, s], k * QUERY[2] + g, **arguments)
     with x64():
         score.check(HEADS, 4, 4)
-        arguments = jnp.asarray(query), jnp.asarray(key)
-        np.testing.assert_allclose(score.block(*arguments), expected, atol=1e-13)
-        *prepared, rest = score.prepare(*arguments)
+        operands = jnp.asarray(query), jnp.asarray(key)
+        np.testing.assert_allclose(score.block(*operands), expected, atol=1e-13)
+        *prepared, rest = score.prepare(*operands)
         np.testing.assert_allclose(rest.block(*prepared), expected, atol=1e-13)
         assert rest.features_per_pair(4) >= 1
 
@@ -114,20 +100,22 @@ def test_additive_is_exact_for_large_inputs(implementation, size, keys):
     np.testing.assert_allclose(gradients[0][0, :, 0], query_bar, atol=3e-6)
 
 
-def test_parameters_are_leaves():
-    for score, count in [
-        (scores.Dot(), 0),
-        (scores.Dot(jnp.ones(3)), 1),
-        (scores.Additive(jnp.ones(3)), 1),
-        (scores.Concat(jnp.float32(1), jnp.float32(2)), 2),
-        (scores.Bilinear(jnp.ones((2, 2))), 1),
-        (scores.Custom(euclidean, {"a": jnp.ones(2), "b": [jnp.ones(3)]}, jnp.float32(2)), 3),
-    ]:
-        leaves, structure = jax.tree.flatten(score)
-        assert len(leaves) == count
-        again = jax.tree.unflatten(structure, leaves)
-        assert type(again) is type(score)
-        assert jax.tree.structure(again) == structure
+@pytest.mark.parametrize("name", SCORES)
+def test_parameters_are_leaves(name):
+    row, arguments = SCORES[name]
+    assert_leaves(row(**arguments), sum(not callable(leaf) for leaf in jax.tree.leaves(arguments)))
+
+
+def test_parameters_may_be_trees():
+    assert_leaves(scores.Custom(euclidean, {"a": jnp.ones(2), "b": [jnp.ones(3)]}, jnp.float32(2)), 3)
+
+
+def assert_leaves(score, count):
+    leaves, structure = jax.tree.flatten(score)
+    assert len(leaves) == count
+    again = jax.tree.unflatten(structure, leaves)
+    assert type(again) is type(score)
+    assert jax.tree.structure(again) == structure
 
 
 @pytest.mark.parametrize("implementation", NAMES)

@@ -1,37 +1,26 @@
 """`Mask.tile` against `Mask.at`: a tile called empty holds no True, one called full no False; and it does see them."""
 
-import jax.numpy as jnp
+import jax
+import mask_catalogue
 import numpy as np
 import pytest
 from cases import kinds_of_tiles
+from fuzzing import Drawing, Sizes, masks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlib import masks
 from attnlib._core.tile_kinds import EMPTY, FULL, PARTIAL, TileRanges
 
-lengths = st.integers(1, 23)
-offsets = st.integers(-9, 9)
-reaches = st.none() | st.integers(0, 9)
-tables = st.integers(1, 6).flatmap(
-    lambda columns: st.lists(st.lists(st.booleans(), min_size=columns, max_size=columns), min_size=1, max_size=6)
-)
+LENGTH = 23  # of the longest axis
 
 
 def leaves(axes):
     """Masks of every kind that knows tiles, over `axes` attention axes; and one that never does."""
-    sizes = st.integers(1, 6) | st.tuples(*[st.integers(1, 6)] * axes)
-    return st.one_of(
-        st.builds(masks.Causal, offsets, st.none() | st.integers(0, axes - 1)),
-        st.builds(masks.SlidingWindow, reaches, reaches),
-        st.builds(masks.Neighborhood, sizes, sizes, st.sampled_from(["shift", "clip"])),
-        st.builds(masks.BlockLocal, sizes, reaches, reaches),
-        st.builds(masks.BlockSparse, tables, st.integers(1, 9)),
-        st.builds(masks.Dilated, sizes),
-        st.builds(masks.Prefix, st.integers(0, 25)),
-        st.builds(masks.Lengths, st.none() | st.integers(0, 25), st.none() | st.integers(0, 25)),
-        st.just(masks.Predicate(lambda q, k: (sum(q) if isinstance(q, tuple) else q) % 3 != 1)),
-    )
+    sizes = Sizes((), 1, (LENGTH if axes == 1 else 5,) * axes, (LENGTH if axes == 1 else 5,) * axes)
+    drawing = Drawing(sizes, numbers=("static",), concrete=True, far=9, longest=LENGTH)
+    rows = [row for row in mask_catalogue.ROWS if row.knows_tiles or row.kind is masks.Predicate]
+    return st.one_of([masks_of(row, drawing) for row in rows])
 
 
 def algebra(axes):
@@ -48,7 +37,7 @@ def algebra(axes):
 @st.composite
 def problems(draw):
     axes = draw(st.integers(1, 3))
-    shape = st.tuples(*[st.integers(1, 23 if axes == 1 else 5)] * axes)
+    shape = st.tuples(*[st.integers(1, LENGTH if axes == 1 else 5)] * axes)
     return draw(algebra(axes)), draw(shape), draw(shape), (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
 
 
@@ -76,13 +65,14 @@ def test_tile_never_contradicts_at(problem):
 
 @pytest.mark.parametrize(
     "mask",
-    [masks.Causal(), masks.Causal(3), masks.SlidingWindow(7, 2), masks.Prefix(19), masks.Lengths(11, 29),
-     masks.Neighborhood(7), masks.Causal() & masks.SlidingWindow(5, None), ~masks.Causal(2),
-     masks.Causal() | masks.Prefix(9), masks.BlockLocal(8), masks.BlockLocal(5, 1, 0), masks.BlockLocal(7, None),
-     masks.BlockSparse(["1001000", "0110000", "1111000", "0000111", "0100000", "1100000", "0111001"], 5),
-     masks.Dilated(1), masks.Dilated(11), masks.Dilated(16)],
+    [
+        *(row.kind(**arguments) for row in mask_catalogue.ROWS for arguments in row.exact),
+        masks.Causal() & masks.SlidingWindow(5, None),
+        ~masks.Causal(2),
+        masks.Causal() | masks.Prefix(9),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_tile_is_exact_along_one_axis(mask):
     """For masks along one axis nothing is left to be asked that could be known."""
     dense = np.asarray(mask.as_array(32, 32))
@@ -99,18 +89,30 @@ def test_neighborhood_of_an_image_skips_most_tiles():
 
 
 TRACED = [
-    masks.Causal(jnp.array(3)),
-    masks.Lengths(key=jnp.array([3])),
-    masks.Prefix(jnp.array(3)),
-    masks.KeyPadding(jnp.ones(32, bool)),
-    masks.Segments(jnp.zeros(32, int)),
-    masks.Dense(jnp.zeros((32, 32), bool)),
+    (name, row.kind(**arguments))
+    for row in mask_catalogue.ROWS
+    for name, arguments in row.examples.items()
+    if jax.tree.leaves(row.kind(**arguments))
 ]
 
 
-@pytest.mark.parametrize("mask", TRACED, ids=lambda mask: type(mask).__name__)
+@pytest.mark.parametrize("mask", [mask for _, mask in TRACED], ids=[name for name, _ in TRACED])
 def test_traced_values_decide_nothing(mask):
-    assert (kinds_of_tiles(mask, (32,), (32,), (8, 8)) == PARTIAL).all()
+    def kinds(mask):
+        found.append(kinds_of_tiles(mask, (mask_catalogue.QUERIES,), (mask_catalogue.KEYS,), (2, 2)))
+
+    found = []
+    kinds(mask)
+    jax.eval_shape(kinds, mask)  # where they have no values
+    assert (found[0] == PARTIAL).all()
+    np.testing.assert_array_equal(*found)
+
+
+def test_every_kind_that_is_traced_is_tried():
+    """A kind of which tiles are known by static values, but not by traced ones, has an example of these."""
+    assert {type(mask) for _, mask in TRACED} >= {
+        masks.Causal, masks.Lengths, masks.Prefix, masks.KeyPadding, masks.Segments, masks.Dense
+    }  # fmt: skip
 
 
 def test_a_short_last_tile_is_never_full():
