@@ -221,9 +221,9 @@ def check_rank(operand: Any, name: str) -> None:
         )
 
 
-def check_bias(value: Any) -> None:
+def check_bias(value: Any) -> Any:
     remedy = "Pass a bool array as `mask`, and convert others with bias.astype(jnp.float32)."
-    check_array(value, "bias", kind="floating", optional=True, remedy=remedy)
+    return check_array(value, "bias", kind="floating", optional=True, remedy=remedy)
 
 
 def check_bias_shape(value: Any, shapes: AttentionShape) -> None:

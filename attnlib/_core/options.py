@@ -223,7 +223,7 @@ class Options:
     precision: Any = _option(None, "precision of matrix products, as in `jax.lax.Precision`.")
 
     def __init__(self, **options: Unpack[AttentionOptions]) -> None:
-        vars(self).update(_DEFAULTS, **options)  # every call comes here: setting fields one by one is slower
+        vars(self).update(DEFAULTS, **options)  # every call comes here: setting fields one by one is slower
 
     def replace(self, **changes: Any) -> Options:
         """A copy with some options changed."""
@@ -242,7 +242,7 @@ class Options:
 
 FIELDS = {option.name: option for option in dataclasses.fields(Options)}
 CHECKS = {name: option.metadata["check"] for name, option in FIELDS.items() if option.metadata["check"] is not None}
-_DEFAULTS = {name: option.default for name, option in FIELDS.items()}
+DEFAULTS = {name: option.default for name, option in FIELDS.items()}
 
 
 def _is_set(value: Any, option: dataclasses.Field[Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +28,7 @@ from attnlib._core.operand_checks import (
     check_sink_shape,
     check_soft_cap,
 )
-from attnlib._core.options import CHECKS, FIELDS, Options
+from attnlib._core.options import CHECKS, DEFAULTS, FIELDS, Options
 from attnlib._core.problem import Asked, AttentionProblem, AttentionResult
 from attnlib._core.pytree import jit
 from attnlib._core.validation import check_array
@@ -43,7 +45,7 @@ from attnlib.scores._base import check_score
 
 
 class Arguments(NamedTuple):
-    """The arguments of one call, checked: what `attend` compiles for. Only static options are not traced."""
+    """The checked arguments of one call. All but static options are traced."""
 
     query: Array
     key: Array
@@ -52,44 +54,50 @@ class Arguments(NamedTuple):
     options: Options  # its mask a Mask, its score_mod a TracedScoreMod
 
     def change(self, **options: Any) -> Arguments:
-        """These arguments, some of the options changed."""
+        """The arguments with some options changed."""
         return self._replace(options=self.options.replace(**options))
 
 
 def arguments(query: Array, key: Array, value: Array, score: Score, options: Options) -> Arguments:
-    """Checks the arguments but for shapes, makes static options hashable and what functions capture traced."""
+    """The arguments, checked except for shapes: static options are hashable, and captured arrays are traced."""
     check_score(score)
-    rate = check_dropout(options.dropout_rate, options.dropout_rng)
-    axes = check_axes(options.attention_axes)
-    checked: dict[str, Any] = {name: check(getattr(options, name), name) for name, check in CHECKS.items()}
-    checked |= dict(
-        attention_axes=axes,
-        dropout_rate=rate,
-        dropout_rng=options.dropout_rng if rate else None,
-        logits_soft_cap=check_soft_cap(options.logits_soft_cap),
-        implementation=check_implementation(options.implementation, _choose.NAMES),
-        block_sizes=check_block_sizes(options.block_sizes),
-        precision=check_precision(options.precision),
-        mask=as_mask(options.mask),
-    )
     check_arrays(query=query, key=key, value=value)
-    check_bias(options.bias)
-    check_array(options.query_positions, "query_positions", kind="integer", optional=True)
-    check_array(options.key_positions, "key_positions", kind="integer", optional=True)
-    score_mod = options.score_mod
-    if score.may_close_over_arrays or score_mod is not None:
-        _, shapes = check_operands(query, key, value, axes)
+    # Most options of a call have their defaults, which need no check: this is on the way of every eager call.
+    given = {name: option for name, option in vars(options).items() if option is not DEFAULTS.get(name)}
+    checked = {name: _CHECKS[name](option) for name, option in given.items() if name in _CHECKS}
+    if "dropout_rate" in given or "dropout_rng" in given:
+        rate = check_dropout(options.dropout_rate, options.dropout_rng)
+        checked |= dict(dropout_rate=rate, dropout_rng=options.dropout_rng if rate else None)
+    if score.may_close_over_arrays or "score_mod" in given:
+        _, shapes = check_operands(query, key, value, checked.get("attention_axes"))
         score = score.closure_converted(*shapes.features, shapes.dtype)
-        if score_mod is not None:
-            checked["score_mod"] = TracedScoreMod.of(score_mod, shapes)
-    checked["sink"] = check_sink(options.sink)
-    return Arguments(query, key, value, score, options.replace(**checked))
+        if "score_mod" in given:
+            checked["score_mod"] = TracedScoreMod.of(options.score_mod, shapes)
+    return Arguments(query, key, value, score, options.replace(**checked) if checked else options)
+
+
+# The check of each option that can be checked by itself; it returns the value to use.
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    **{name: partial(check, name=name) for name, check in CHECKS.items()},
+    "mask": as_mask,
+    "bias": check_bias,
+    "attention_axes": check_axes,
+    "logits_soft_cap": check_soft_cap,
+    "sink": check_sink,
+    **{
+        name: partial(check_array, name=name, kind="integer", optional=True)
+        for name in ("query_positions", "key_positions")
+    },
+    "implementation": partial(check_implementation, registered=_choose.NAMES),
+    "block_sizes": check_block_sizes,
+    "precision": check_precision,
+}
 
 
 @jit
 @jax.named_scope("attnlib.attention")  # so that profiles show the name
 def attend(arguments: Arguments) -> Any:
-    """The output, or a tuple of it and what else is asked for."""
+    """The output, or a tuple of the output and of the other results that the options ask for."""
     problem, axes = canonicalize(arguments)
     output, lse, weights = run_problem(problem, arguments.options.implementation)
 
@@ -105,12 +113,12 @@ def attend(arguments: Arguments) -> Any:
 
 
 def run_problem(problem: AttentionProblem, implementation: Asked) -> AttentionResult:
-    """What the chosen implementation gives, with the sink."""
+    """The result of the chosen implementation, with the sink."""
     return add_sink(_choose.choose(problem, implementation).run(problem), problem)
 
 
 def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
-    """Checks the shapes and brings the arguments into the canonical form."""
+    """(the problem in canonical form, the axes of the operands), after a check of all shapes."""
     query, key, value, score, options = arguments
     mask, bias = options.mask, options.bias
     assert mask is None or isinstance(mask, Mask)
@@ -171,7 +179,7 @@ def _of_one_rank(query: Array | None, key: Array | None, shapes: AttentionShape)
     return first, second
 
 
-# Options of which something else of the problem is made, beside those that implementations never see.
+# Options that the problem has in another form, besides those that implementations never see.
 _CONVERTED = (
     "mask", "bias", "score_mod", "logits_soft_cap", "dropout_rate", "sink", "return_weights", "return_lse",
     "block_sizes", "precision",

@@ -145,7 +145,7 @@ ROWS = [
             wrong("dot scale a list", TypeError, "Dot scale", "list", scale=[1.0]),
             wrong("dot scale a bool", TypeError, "Dot scale", "bool", scale=True),
             wrong("dot scale complex", TypeError, "Dot scale", "complex", scale=1j),
-            *(wrong(f"scale {scale}", ValueError, "score Dot must hold numbers in [-1e30, 1e30]", str(scale), scale=scale)
+            *(wrong(f"scale {scale}", ValueError, "score Dot must hold numbers in [-1e30", str(scale), scale=scale)
               for scale in (NAN, float("inf"), 1e300)),
         ],
     ),
