@@ -245,7 +245,8 @@ def _attention_entropy(arguments: Arguments) -> jax.Array:
     (_, total), (weight, weighed) = jax.jvp(hot, primals, (primals[0], jnp.ones_like(arguments.value)))
     weight = _axes.fold_operand(weight, axes)[..., 0].reshape(total.shape)
     if sink is not None:
-        weight += jnp.exp(sink.reshape(-1, *(1,) * len(axes.attention)) - total)
+        sink, _ = _axes.align_ranks(sink.reshape(-1, *(1,) * len(axes.attention)), total)
+        weight += jnp.exp(sink - total)
     empty = total == -jnp.inf
     return jnp.where(empty, 0, total) - weighed / jnp.where(empty, 1, weight)
 

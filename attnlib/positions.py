@@ -13,7 +13,7 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
-from attnlib._core.operand_checks import check_axes
+from attnlib._core.operand_checks import check_axes, compute_dtype
 from attnlib._core.validation import check_array, check_bool, check_int, check_number
 
 __all__ = ["LinearScaling", "NTKScaling", "RotaryScaling", "YaRNScaling", "rotary_embedding"]
@@ -162,13 +162,14 @@ def rotary_embedding(
             f"features must be a multiple of {2 * len(axes)} (pairs for each of {len(axes)} attention axes) and at "
             f"most the {x.shape[-1]} of x; got {rotated}. Rotate fewer with features={rotated - remainder}."
         )
-    dtype = jnp.promote_types(x.dtype, jnp.float32) if x.dtype.itemsize > 1 else jnp.float32
+    dtype = compute_dtype(x)
     size = rotated // len(axes)
     frequencies = _frequencies(base, size) if scaling is None else scaling.frequencies(base, size)
     magnitude = 1.0 if scaling is None else scaling.magnitude
     parts = []
     for n, position in enumerate(_positions(x, positions, axes)):
-        angles = position.astype(dtype)[..., None, None] * jnp.asarray(frequencies, dtype)
+        position, rates = _axes.align_ranks(position.astype(dtype)[..., None, None], jnp.asarray(frequencies, dtype))
+        angles = position * rates
         part = x[..., n * size : (n + 1) * size].astype(dtype)
         parts.append(_rotate(part, magnitude * jnp.cos(angles), magnitude * jnp.sin(angles), interleaved))
     return jnp.concatenate([*(part.astype(x.dtype) for part in parts), x[..., rotated:]], -1)

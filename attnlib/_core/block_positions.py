@@ -75,12 +75,12 @@ class BlockPositions:
 
         Positions beyond the end, in the padding of the last tile, return the last entry.
         """
-        lead = array.shape[: array.ndim - len(self.shape)]
-        run = jnp.asarray(array).reshape(*lead, self.total)
+        batch = array.shape[: array.ndim - len(self.shape)]
+        entries = jnp.asarray(array).reshape(*batch, self.total)
         if self.length != self.total:
-            run = jnp.take(run, self.array_index.reshape(-1), axis=-1, mode="clip")
-        run = run[..., None] if self.side == "query" else run[..., None, :]
-        return run[..., None, :, :] if lead else run  # batch entries get a head axis of one
+            entries = jnp.take(entries, self.array_index.reshape(-1), axis=-1, mode="clip")
+        entries = entries[..., None] if self.side == "query" else entries[..., None, :]
+        return entries[..., None, :, :] if batch else entries  # batch entries get a head axis of one
 
     def cut(self, array: jax.Array, axis: int) -> jax.Array:
         """The slice of a flattened axis at these positions; an axis of size 1 stays."""

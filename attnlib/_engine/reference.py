@@ -72,10 +72,10 @@ def _softmax(masked: bool, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _softmax_jvp(masked: bool, primals: Any, tangents: Any) -> Any:
     weights, lse = _softmax(masked, *primals)
     mean = jnp.sum(weights * tangents[0], -1)
-    moved = weights * (tangents[0] - mean[..., None])
+    weights_dot = weights * (tangents[0] - mean[..., None])
     if masked:  # likewise: the mean of a NaN row must not reach what the row does not attend
-        moved = jnp.where(weights == 0, 0, moved)
-    return (weights, lse), (moved, mean)
+        weights_dot = jnp.where(weights == 0, 0, weights_dot)
+    return (weights, lse), (weights_dot, mean)
 
 
 def _dense_mask(problem: AttentionProblem) -> jax.Array | None:
@@ -90,9 +90,9 @@ def _non_finite(array: jax.Array) -> jax.Array:
 
 def _keep(problem: AttentionProblem) -> jax.Array:
     query, key = problem.positions
-    lead = _dropout.batch_head_index(problem.batch, problem.kv_heads, problem.groups)
+    heads = _dropout.batch_head_index(problem.batch, problem.kv_heads, problem.groups)
     assert problem.dropout_seeds is not None
-    return _dropout.keep_mask(problem.dropout_seeds, problem.dropout_rate, lead, query.array_index, key.array_index)
+    return _dropout.keep_mask(problem.dropout_seeds, problem.dropout_rate, heads, query.array_index, key.array_index)
 
 
 def _estimate(problem: AttentionProblem) -> Estimate:

@@ -13,6 +13,7 @@ import numpy as np
 
 from attnlib._api import attention
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
+from attnlib._core.axes import align_ranks
 from attnlib._core.operand_checks import compute_dtype, is_concrete
 from attnlib._core.options import CacheOptions, takes_options
 from attnlib._core.pytree import register, serializable
@@ -313,8 +314,7 @@ class KVCache:
 
     def _key_positions(self) -> jax.Array:
         """The position of the token in each slot, `([*batch,] capacity)`; negative for an empty slot."""
-        slots = jnp.arange(self.capacity, dtype=jnp.int32)
-        newest = self.length[..., None] - 1
+        slots, newest = align_ranks(jnp.arange(self.capacity, dtype=jnp.int32), self.length[..., None] - 1)
         if self.window is None:
             return jnp.where(slots <= newest, slots, -1)
         return newest - (newest - slots) % self.capacity
@@ -365,8 +365,11 @@ class KVCache:
             start = length if self.window is None else length % capacity
             storage = jax.tree.map(partial(_storage.write_slice, start), self._arrays, tokens)
         else:
-            index = jnp.arange(num_new, dtype=jnp.int32)
-            slots, valid_length = length[..., None] + index, jnp.asarray(num_valid, jnp.int32)[..., None]
+            valid_length = jnp.asarray(num_valid, jnp.int32)[..., None]
+            index, start, valid_length = align_ranks(
+                jnp.arange(num_new, dtype=jnp.int32), length[..., None], valid_length
+            )
+            slots = start + index
             is_written = index < valid_length
             if self.window is not None:  # the ring keeps the newest tokens
                 slots, is_written = slots % capacity, is_written & (index >= valid_length - capacity)

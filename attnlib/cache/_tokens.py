@@ -13,9 +13,9 @@ from attnlib._core.operand_checks import check_arrays, check_axes
 
 def new_positions(first: Any, num_valid: int | jax.Array, num_new: int) -> jax.Array:
     """Positions of new tokens, from `first` on, `(n,)` or `(*batch, n)`; negative for tokens that are not real."""
-    index = jnp.arange(num_new, dtype=jnp.int32)
-    is_real = index < jnp.asarray(num_valid, jnp.int32)[..., None]
-    return jnp.where(is_real, jnp.asarray(first, jnp.int32)[..., None] + index, -1)
+    start, end = (jnp.asarray(x, jnp.int32)[..., None] for x in (first, num_valid))
+    index, start, end = _axes.align_ranks(jnp.arange(num_new, dtype=jnp.int32), start, end)
+    return jnp.where(index < end, start + index, -1)
 
 
 def canonical_tokens(array: Any, name: str, rank: int, attention_axes: Any) -> tuple[jax.Array, int]:

@@ -113,4 +113,7 @@ def apply_projection(inputs: jax.Array, affine: Params, name: str, precision: An
         )
     axes = tuple(range(inputs.ndim - num_axes, inputs.ndim)), tuple(range(num_axes))
     output = jax.lax.dot_general(inputs, kernel, (axes, ((), ())), precision=precision)
-    return output + affine["bias"] if "bias" in affine else output
+    if "bias" not in affine:
+        return output
+    output, bias = _axes.align_ranks(output, affine["bias"])
+    return output + bias

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from attnlib._api import attention
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, BoolMask, Rng
-from attnlib._core.operand_checks import check_key
+from attnlib._core.operand_checks import check_key, compute_dtype
 from attnlib._core.options import LayerOptions, takes_options
 from attnlib._core.suggestions import suggests_arguments
 from attnlib._core.validation import check_bool, check_int
@@ -250,11 +250,12 @@ def _normalize_heads(x: jax.Array, scale: jax.Array, norm: str) -> jax.Array:
 
     Sources: Ba et al. (2016) for "layer"; Zhang and Sennrich (2019) for "rms".
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(compute_dtype(x))
     if norm == "layer":
         wide = wide - jnp.mean(wide, -1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
-    return (wide * scale.astype(wide.dtype)).astype(x.dtype)
+    wide, scale = _axes.align_ranks(wide, scale.astype(wide.dtype))
+    return (wide * scale).astype(x.dtype)
 
 
 def _apply_rotary(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _axes.Axes) -> jax.Array:

@@ -222,4 +222,4 @@ def _all_of_batch(axis_size: int, in_batched: Any, array: jax.Array) -> tuple[ja
 def _merge_axes(array: jax.Array, first: int, last: int) -> jax.Array:
     """The array with the axes from `first` to `last`, both counted from the end, merged into one."""
     shape, stop = array.shape, last + array.ndim + 1
-    return array.reshape(*shape[:first], -1, *shape[stop:])
+    return array.reshape(*shape[:first], math.prod(shape[first:stop]), *shape[stop:])

@@ -235,7 +235,7 @@ def _output(problem: AttentionProblem, training: bool) -> jax.Array:
         if given
     ]
     static = native.static._replace(training=training)
-    output = kernel(static, _laid_out(_scaled(problem, query), 3), _laid_out(key, 2), _laid_out(value, 2), lengths)
+    output = kernel(static, _laid_out(_scaled(problem, query), 2), _laid_out(key, 1), _laid_out(value, 1), lengths)
     output = jnp.swapaxes(output, 1, 2).reshape(query.shape).astype(problem.dtype)
     if non_finite is not None:
         # By `where`, so that no derivative passes through the rows that are replaced.
@@ -286,10 +286,10 @@ def _scaled(problem: AttentionProblem, query: jax.Array) -> jax.Array:
     return (query.astype(jnp.float32) * ratio).astype(query.dtype)
 
 
-def _laid_out(array: jax.Array, lead: int) -> jax.Array:
+def _laid_out(array: jax.Array, head_axes: int) -> jax.Array:
     """(*batch, [K, G] or K, positions, features) -> (B, positions, heads, features): jax.nn's layout, one batch axis.
 
     Several batch axes are merged, which gathers operands that are sharded along another axis than the first.
     """
-    heads = math.prod(array.shape[-1 - lead : -2])
+    heads = math.prod(array.shape[-2 - head_axes : -2])
     return jnp.swapaxes(array.reshape(-1, heads, *array.shape[-2:]), 1, 2)
