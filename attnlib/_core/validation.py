@@ -56,6 +56,8 @@ def check_array(
         argument, dtype = name.split()[-1], _KINDS[kind][2]
         if is_array(value):
             received = f"{value.dtype}{list(value.shape)}"
+            if jnp.issubdtype(value.dtype, jnp.complexfloating):  # a conversion would drop the imaginary part
+                remedy = f"Join its parts as features: jnp.concatenate([{argument}.real, {argument}.imag], -1)."
             remedy = remedy or f"Write {argument}.astype({dtype})."
         else:
             received, remedy = type(value).__name__, f"Write jnp.asarray({argument}, {dtype})."

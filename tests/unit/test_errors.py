@@ -52,10 +52,13 @@ TYPES = [
     wrong("key None", TypeError, "key must be a floating-point array", "NoneType", key=None),
     wrong("value a float", TypeError, "value must be a floating-point array", "got float", value=1.0),
     *(
-        wrong(f"{name} {dtype}", TypeError, f"{name} must be a floating-point array", dtype, "astype",
+        wrong(f"{name} {dtype}", TypeError, f"{name} must be a floating-point array", dtype, remedy,
               **{name: zeros(*shape, dtype=dtype)})
-        for name, shape, dtype in [("query", QUERY.shape, "int32"), ("key", KEY.shape, "complex64"),
-                                   ("value", KEY.shape, "bool")]
+        for name, shape, dtype, remedy in [
+            ("query", QUERY.shape, "int32", "query.astype(jnp.float32)"),
+            ("key", KEY.shape, "complex64", "jnp.concatenate([key.real, key.imag], -1)"),
+            ("value", KEY.shape, "bool", "value.astype(jnp.float32)"),
+        ]
     ),
     wrong("score a name", TypeError, "score must be a Score", "'dot'", "scores.Dot()", score=Later(lambda: "dot")),
     wrong("score a function", TypeError, "score must be a Score", "Custom(fn", score=Later(lambda: lambda q, k: 0.0)),
