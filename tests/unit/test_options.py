@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import option_catalogue
 import pytest
 from cases import NAMES, by_name, unsupported
 from conftest import assert_close
+from documents import ROOT
 
 import attnlib
 from attnlib import scores
@@ -158,3 +161,35 @@ def test_weights_of_a_few_queries_need_support():
     blind = dataclasses.replace(reference, name="blind", supports=reference.supports - {"return_weights"})
     with pytest.raises(ValueError, match="it does not support return_weights"):
         attnlib.inspect.attention_rows(ONE, ONE, rows=0, implementation=blind)
+
+
+TYPED = """
+from typing import assert_type
+
+import jax
+
+import attnlib
+
+
+def check(x: jax.Array) -> None:
+    for function in (attnlib.dot_product_attention, attnlib.additive_attention):
+        assert_type(function(x, x, x, is_causal=True), jax.Array)
+    assert_type(attnlib.dot_product_attention(x, x, x, return_weights=True), tuple[jax.Array, jax.Array])
+    assert_type(attnlib.additive_attention(x, x, x, return_lse=True), tuple[jax.Array, jax.Array])
+    dot = attnlib.scores.Dot()
+    results = attnlib.attention(x, x, x, score=dot, return_weights=True, return_lse=True)
+    assert_type(results, tuple[jax.Array, jax.Array, jax.Array])
+    attnlib.dot_product_attention(x, x, x, is_casual=True)  # type: ignore[call-overload]
+    attnlib.dot_product_attention(x, x, x, is_causal=1)  # type: ignore[call-overload]
+    attnlib.explain(x, x, x, block_size=(4, 4))  # type: ignore[call-arg]
+"""
+
+
+@pytest.mark.slow
+def test_type_checkers_know_the_options_and_the_results(tmp_path):
+    """An ignored error that is none is an error, too."""
+    program = tmp_path / "program.py"
+    program.write_text(TYPED)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--follow-imports=silent", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
