@@ -125,7 +125,7 @@ def test_torch_errors():
         convert.from_torch({}, 3)
     with pytest.raises(ValueError, match=re.escape("misshapen: in_proj_weight, expected (15*D, 5*D), got (36, 12)")):
         convert.from_torch({"in_proj_weight": np.ones((36, 12)), "out_proj.weight": np.ones((12, 12))}, 5)
-    with pytest.raises(ValueError, match="num_heads must be a positive int"):
+    with pytest.raises(ValueError, match="num_heads must be an int >= 1"):
         convert.from_torch({}, 0)
     with pytest.raises(TypeError, match="got list"):
         convert.from_torch([1], 3)
