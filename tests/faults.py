@@ -127,8 +127,8 @@ FAULTS = [
     ),
     Fault(
         "softmax-derivative",  # the reference has a softmax whose derivative is not centred
-        "moved = weights * (tangents[0] - mean[..., None])",
-        "moved = weights * tangents[0]",
+        "weights_dot = weights * (tangents[0] - mean[..., None])",
+        "weights_dot = weights * tangents[0]",
         ("test_cases.py values and [dot]",),
     ),
     Fault(
@@ -367,8 +367,8 @@ FAULTS = [
     ),
     Fault(
         "output-bias",  # the output projection has no bias
-        'return output + affine["bias"] if "bias" in affine else output',
-        'return output + affine["bias"] if "bias" in affine and contracted == 1 else output',
+        'if "bias" not in affine:\n        return output\n',
+        'if "bias" not in affine or num_axes > 1:\n        return output\n',
         ("test_layers.py the_layer_is_its_parts",),
     ),
     Fault(
@@ -418,7 +418,7 @@ FAULTS = [
     ),
     Fault(
         "entropy-sink",  # the entropy forgets the weight of the sink
-        "weight += jnp.exp(sink.reshape(-1, *(1,) * len(axes.attention)) - total)",
+        "weight += jnp.exp(sink - total)",
         "pass",
         ("test_inspect.py read_off and [sink-blockwise]",),
     ),
