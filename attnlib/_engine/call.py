@@ -125,6 +125,7 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     modifiers: list[LogitModifier] = []
     if options.logits_soft_cap is not None:
         modifiers.append(LogitsSoftCap(options.logits_soft_cap))
+    # The score_mod is the last: `inspect.attention_entropy` scales the logits after all other modifiers.
     if options.score_mod is not None:
         assert isinstance(options.score_mod, TracedScoreMod)
         modifiers.append(options.score_mod)

@@ -1,4 +1,4 @@
-"""The implementations in order of preference, how one is chosen, and how the choice is explained."""
+"""The implementations, the choice of one of them (`preferred` has the order), and the explanation of the choice."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
     def reason(other: Implementation) -> str:
         if asked is not None:
             return f"{chosen.name} was asked for"
-        return f"{chosen.name} is likely faster at this size" if other.name in tried else "the default device is no GPU"
+        if other.name in tried:
+            return f"{chosen.name} is likely faster at this size"
+        return "the default device is no GPU" if other.name == "cudnn" else "it runs only where it is asked for"
 
     refusals = {other.name: other.refusal(problem) or reason(other) for other in others}
     estimate = chosen.estimate(problem)

@@ -1,5 +1,6 @@
 """Every public kind of mask, score and modifier, and every option, has a row in a catalogue, which many tests read."""
 
+import dataclasses
 import inspect
 
 import mask_catalogue
@@ -34,7 +35,7 @@ def test_every_kind_is_tried(sort):
     for row in KINDS[sort][2]:
         if sort == "mask":
             assert row.examples and row.all_cases(), row.kind
-            assert row.refused_when_made or row.refused_in_calls, row.kind
+            assert row.refused_when_made or row.refused_in_calls or not dataclasses.fields(row.kind), row.kind
         else:
             assert row.refused, row.kind
 

@@ -1,4 +1,4 @@
-"""`Mask.tile` against `Mask.at`: a tile called empty holds no True, one called full no False; and it does see them."""
+"""`classify_tiles` against `evaluate`: an empty tile has no True, a full one no False, and it does find such tiles."""
 
 import jax
 import mask_catalogue
@@ -50,7 +50,7 @@ def blocks(dense, tile):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(problems())
-def test_tile_never_contradicts_at(problem):
+def test_tiles_never_contradict_the_mask(problem):
     mask, query_shape, key_shape, tile = problem
     dense = np.asarray(mask.as_array(query_shape, key_shape)).reshape(np.prod(query_shape), np.prod(key_shape))
     query, key = TileRanges.of(query_shape, tile[0], "query"), TileRanges.of(key_shape, tile[1], "key")
