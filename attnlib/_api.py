@@ -180,7 +180,7 @@ def attention(
       query: `(*batch and attention axes, N, D)`.
       key: `(..., K, D_key)`; D_key may differ from D where the score allows it.
       value: `(..., K, E)`.
-      score: an `attnlib.scores.Score`: Dot, Additive, Concat, Bilinear or Custom; its arrays are differentiable.
+      score: an `attnlib.scores.Score`; its arrays are differentiable.
       {names}: as in `dot_product_attention`.
 
     Returns:
