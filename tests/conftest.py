@@ -73,6 +73,13 @@ def keys(request):
     return Keys(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees the programs of a file: a process that kept those of all files would grow to several gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 class Keys:
     """An endless supply of random keys, and of numbers: NumPy's, since JAX would compile a program for each shape."""
 
