@@ -2,7 +2,7 @@
 
 By default there is one CPU device, as there is for a user, and XLA optimises as little as it can, since nearly all of
 a test's time goes into compiling. Tests that need another process say so with a mark, whose names are those of `KINDS`.
-Pytest runs those of a file in one process of that kind, which is one item of the run.
+Pytest runs all tests of a kind in one process, since starting one takes seconds. The process is one item of the run.
 """
 
 import importlib.metadata
@@ -62,20 +62,25 @@ def kind_of(item):
 
 
 def gather(items):
-    """Puts those of a file that need another process into one item, and these first, since they take longest."""
+    """Puts those that need another process into one item for each kind, and these first, since they take longest."""
     apart = defaultdict(list)
     for item in items:
         if kind_of(item):
-            apart[item.getparent(pytest.File), kind_of(item)].append(item.nodeid)
+            apart[kind_of(item)].append(item)
     starts = [
-        Process.from_parent(file, name=f"{kind} ({len(ids)} tests)", kind=kind, ids=ids)
-        for (file, kind), ids in apart.items()
+        Process.from_parent(
+            those[0].getparent(pytest.File),
+            name=f"{kind} ({len(those)} tests)",
+            kind=kind,
+            ids=[item.nodeid for item in those],
+        )
+        for kind, those in apart.items()
     ]
     items[:] = [*starts, *(item for item in items if not kind_of(item))]
 
 
 class Process(pytest.Item):
-    """Tests of a file in a process of their own."""
+    """Tests in a process of their own."""
 
     def __init__(self, *, kind, ids, **kwargs):
         super().__init__(**kwargs)
