@@ -99,7 +99,7 @@ def documented(thing, section):
     body = doc.split(f"{section}:\n")[1].split("\n\n")[0]
     indent = re.match(r" +", body)[0]
     entries = re.split(rf"\n(?={indent}\S)", body)
-    return {name for entry in entries for name in re.split(r",\s+", entry.split(": ")[0].strip())}
+    return {name for entry in entries for name in re.split(r",\s+", re.split(r":\s", entry)[0].strip())}
 
 
 def test_version():
