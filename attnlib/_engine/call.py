@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
@@ -172,8 +173,10 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     return problem, axes
 
 
-def _of_one_rank(query: Array | None, key: Array | None, shapes: AttentionShape) -> tuple[Array, Array]:
-    """Explicit positions of both sides, so that masks compare blocks of the same rank."""
+def _of_one_rank(query: Array | None, key: Array | None, shapes: AttentionShape) -> tuple[Array | None, Array | None]:
+    """Explicit positions; if one side has batch axes, both have, so that masks compare blocks of the same rank."""
+    if max(np.ndim(x) if x is not None else 0 for x in (query, key)) <= 1:
+        return query, key
     lengths = (*shapes.query, *shapes.key)
     arrays = [jnp.arange(n) if x is None else jnp.asarray(x) for x, n in zip((query, key), lengths, strict=True)]
     first, second = _axes.align_ranks(*arrays)

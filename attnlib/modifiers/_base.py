@@ -26,16 +26,10 @@ class ValidatedScoreMod:
 
 
 class LogitModifier(Protocol):
-    """What the engine applies to the logits of a block; `TracedScoreMod.apply` describes the arguments."""
+    """What an implementation applies to the logits of a block, as `TracedScoreMod.apply` describes."""
 
-    def apply(
-        self,
-        logits: jax.Array,
-        heads: tuple[int, ...],
-        query: BlockPositions,
-        key: BlockPositions,
-        cut: Callable[[jax.Array], jax.Array] = ...,
-    ) -> jax.Array: ...
+    @property
+    def apply(self) -> Callable[..., jax.Array]: ...
 
 
 @register
