@@ -133,6 +133,13 @@ def test_heads_in_turn_cost_the_same():
     assert cost("loop_over_heads") == pytest.approx(cost("all_heads"), rel=0.001)
 
 
+def test_a_scale_for_each_head_changes_no_tile():
+    """`prepare` multiplies the scale into the query, so the tiles are those of any dot product."""
+    x = [operand(1, 2048, 8, 64)] * 3
+    plain, scaled = (attnlib.explain(*x, score=scores.Dot(scale)) for scale in (None, jnp.ones(8)))
+    assert (scaled.implementation, scaled.block_sizes) == (plain.implementation, plain.block_sizes)
+
+
 def test_additive_scores_cost_by_the_feature():
     """Eleven or more operations a (query, key, feature), and 2 in the product with the values, where dot has 4."""
 
