@@ -6,15 +6,14 @@ from collections import defaultdict
 import pytest
 from processes import Process
 
-LIMIT = 20  # a test that takes longer is marked slow, or cut
+LONG = 20  # a test that takes longer is named: it is to be marked slow, or cut
 
 
 class CpuSeconds:
     """Times tests where they run, by CPU time, since others share the machine; adds up where they are reported."""
 
     def __init__(self, config):
-        self.asked = config.getoption("--max-cpu")
-        self.limit = LIMIT if self.asked is None else self.asked
+        self.limit = config.getoption("--max-cpu")
         self.seconds = defaultdict(float)
 
     def pytest_runtest_logstart(self):
@@ -31,19 +30,20 @@ class CpuSeconds:
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] += getattr(report, "cpu_seconds", 0.0)  # a worker that died says nothing
 
-    def over(self):
-        found = [(seconds, name) for name, seconds in self.seconds.items() if seconds > self.limit]
-        return sorted(found, reverse=True)
+    def over(self, limit):
+        return sorted(((seconds, name) for name, seconds in self.seconds.items() if seconds > limit), reverse=True)
 
     def pytest_sessionfinish(self, session):
-        if self.asked is not None and self.over() and session.exitstatus == pytest.ExitCode.OK:
+        too_long = self.limit is not None and self.over(self.limit)
+        if too_long and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
-        if self.over():
-            terminalreporter.section(f"over {self.limit:g} CPU seconds")
-            for seconds, name in self.over():
-                terminalreporter.line(f"{seconds:6.1f} {name}")
+        for limit, says in ((LONG, "takes long"), (self.limit, "fails this run, by --max-cpu")):
+            if limit is not None and (over := self.over(limit)):
+                terminalreporter.section(f"over {limit:g} CPU seconds, which {says}")
+                for seconds, name in over:
+                    terminalreporter.line(f"{seconds:6.1f} {name}")
 
 
 def now():
