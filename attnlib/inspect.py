@@ -23,6 +23,7 @@ from attnlib._core.operand_checks import check_arrays, check_rank, compute_dtype
 from attnlib._core.options import InspectionOptions, Options, takes_options
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.pytree import jit, register
+from attnlib._core.sizes import decide, is_static, state_bound, static_product
 from attnlib._core.validation import check_bool, check_int, is_array
 from attnlib._engine import call as _call
 from attnlib._engine.call import Arguments
@@ -290,7 +291,7 @@ def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
     parts, sizes = (rows, problem.query_shape) if isinstance(rows, tuple) else ((rows,), (problem.query_length,))
     flat, inside = jnp.int32(0), jnp.bool_(True)
     for part, size in zip(parts, sizes, strict=True):
-        inside &= (-size <= part) & (part < size)
+        inside &= (part >= -size) & (part < size)
         flat = flat * size + jnp.where(part < 0, part + size, part)
     if flat.size == 0:
         return jnp.zeros((*_batch_and_head(problem), *flat.shape, *problem.key_shape), problem.dtype)
@@ -307,11 +308,10 @@ def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
 def _top_keys(arguments: Arguments, *, k: int) -> tuple[jax.Array, jax.Array]:
     problem, _ = _call.canonicalize(arguments)
     total = problem.query_length
-    if k > problem.key_length:
-        raise ValueError(f"k must be at most the number of keys, {problem.key_length}; got {k}.")
-    rows = math.prod(_batch_and_head(problem))
-    numbers = rows * problem.key_length * problem.score.prepared_features_per_pair(problem.query.shape[-1])
-    size = min(max(_NUMBERS // max(numbers, 1), _MIN_QUERIES), total)
+    if decide(lambda: k > problem.key_length, otherwise=True):
+        remedy = "" if is_static(problem.key_length) else f" {state_bound(problem.key_length, k)}"
+        raise ValueError(f"k must be at most the number of keys, {problem.key_length}; got {k}.{remedy}")
+    size = _queries_at_a_time(problem)
 
     @jax.checkpoint  # derivatives compute the weights again rather than keep them
     def few(start: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -323,16 +323,30 @@ def _top_keys(arguments: Arguments, *, k: int) -> tuple[jax.Array, jax.Array]:
         empty = jnp.zeros((*_batch_and_head(problem), *problem.query_shape, k), problem.dtype)
         return empty, empty.astype(jnp.int32)
     # The last chunk ends with the last query, and repeats queries of the chunk before.
-    starts = np.minimum(np.arange(0, total, size), total - size)
+    starts = np.minimum(np.arange(0, total, size), total - size) if is_static(total) else jnp.arange(total)
     runs = jax.lax.map(few, jnp.asarray(starts, jnp.int32))
-    whole = (len(starts) - 1) * size
+    computed = starts.shape[0] * size
+    whole = computed - size
 
     def joined(run: jax.Array) -> jax.Array:
-        run = jnp.moveaxis(run, 0, -3).reshape(*_batch_and_head(problem), len(starts) * size, k)
-        run = jnp.concatenate([run[..., :whole, :], run[..., len(starts) * size - (total - whole) :, :]], -2)
+        run = jnp.moveaxis(run, 0, -3).reshape(*_batch_and_head(problem), computed, k)
+        if is_static(total):
+            run = jnp.concatenate([run[..., :whole, :], run[..., computed - (total - whole) :, :]], -2)
         return run.reshape(*_batch_and_head(problem), *problem.query_shape, k)
 
     return joined(runs[0]), joined(runs[1])
+
+
+def _queries_at_a_time(problem: AttentionProblem) -> int:
+    """The number of queries of a chunk: one where their number is symbolic, since chunks of one fit every number."""
+    if not is_static(problem.query_length):
+        return 1
+    numbers = _MIN_QUERIES
+    if is_static(problem.key_length):
+        features = problem.score.prepared_features_per_pair(problem.query.shape[-1])
+        row = static_product(_batch_and_head(problem)) * problem.key_length * static_product((features,))
+        numbers = max(_NUMBERS // max(row, 1), _MIN_QUERIES)
+    return min(numbers, problem.query_length)
 
 
 # What they share
@@ -362,7 +376,7 @@ def _indices(rows: Any, shape: tuple[int, ...]) -> Any:
         array = part if is_array(part) else np.asarray(part)
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"rows must hold integers; got {array.dtype}{list(array.shape)}.")
-        if is_concrete(array) and not np.all((-size <= np.asarray(array)) & (np.asarray(array) < size)):
+        if is_static(size) and is_concrete(array) and not np.all((-size <= np.asarray(array)) & (np.asarray(array) < size)):
             raise ValueError(f"rows must be in {-size}..{size - 1}, of {size} queries; got {part}.")
         checked.append(jnp.asarray(array).astype(jnp.int32))
     return tuple(checked) if isinstance(rows, tuple) else checked[0]

@@ -14,6 +14,7 @@ import numpy as np
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.operand_checks import check_axes, compute_dtype
+from attnlib._core.suggestions import require_static
 from attnlib._core.validation import check_array, check_bool, check_int, check_number
 
 __all__ = ["LinearScaling", "NTKScaling", "RotaryScaling", "YaRNScaling", "rotary_embedding"]
@@ -151,6 +152,7 @@ def rotary_embedding(
     if x.ndim < 3:
         raise ValueError(f"x must be (*batch and attention axes, heads, features); got shape {x.shape}.")
     axes = _axes.normalize(check_axes(attention_axes), x.ndim, trailing=2).attention
+    require_static(x.shape[-1], "the number of features of x", "an int")
     rotated = x.shape[-1] if features is None else check_int(features, "features", minimum=0)
     base = check_number(base, "base", positive=True)
     interleaved = check_bool(interleaved, "interleaved")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array
+from attnlib._core.sizes import is_static
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def pad_pairs(array: jax.Array, sizes: tuple[int, int]) -> jax.Array:
 
 def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
     """An array padded along an axis to `size` with its last entry; an axis of size 1 stays."""
-    missing = size - array.shape[axis]
-    if missing <= 0 or array.shape[axis] == 1:
+    length = array.shape[axis]
+    if length in (1, size) or (missing := size - length) <= 0:
         return array
-    last = jax.lax.slice_in_dim(array, array.shape[axis] - 1, None, axis=axis)
+    last = jax.lax.slice_in_dim(array, length - 1, None, axis=axis)
     shape = list(array.shape)
     shape[axis] = missing
     return jnp.concatenate([array, jnp.broadcast_to(last, shape)], axis)
@@ -173,7 +174,8 @@ def _pairs_hint(shape: tuple[int, ...], name: str, attention: AttentionShape) ->
     if name == "mask" and batch and shape == (*batch, *key):
         return " Write a (batch, keys) mask as attnlib.masks.KeyPadding(mask); in a layer, as key_mask=mask."
     if len(shape) == num_pair_axes + len(batch) + 1 and shape[-num_pair_axes:] == (*query, *key):
-        groups, remainder = divmod(heads, shape[-num_pair_axes - 1] or heads + 1)
+        kv_heads = shape[-num_pair_axes - 1]
+        groups, remainder = divmod(heads, kv_heads or heads + 1) if is_static(heads, kv_heads) else (0, 1)
         if not remainder:
             return (
                 f" Repeat it for the {groups} query heads of each key head: jnp.repeat({name}, {groups}, {len(batch)})."

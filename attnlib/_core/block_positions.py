@@ -9,10 +9,12 @@ from functools import cached_property
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from jax.core import max_dim
 
 from attnlib._core.array_types import Array
 from attnlib._core.pytree import register
+from attnlib._core.sizes import as_scalar
 
 _STATIC = {"static": True}
 
@@ -66,7 +68,7 @@ class BlockPositions:
             return (self.position,)
         strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         return tuple(
-            (self.position // np.int32(max(stride, 1))) % np.int32(max(size, 1))
+            (self.position // as_scalar(max_dim(stride, 1))) % as_scalar(max_dim(size, 1))
             for stride, size in zip(strides, self.shape, strict=True)
         )
 

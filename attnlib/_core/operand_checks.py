@@ -14,6 +14,7 @@ from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape, Axes
 from attnlib._core.problem import Asked, Implementation
+from attnlib._core.sizes import is_static
 from attnlib._core.validation import (
     check_array,
     check_int_or_ints,
@@ -179,7 +180,7 @@ def check_operands(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"query heads must be a multiple of key heads (axis -2); got {heads} and {kv_heads} in query {query.shape} "
-            f"and key {key.shape}. {_layout_hint(query, key)}"
+            f"and key {key.shape}. {_heads_hint(query, key)}"
         )
     if axes.attention_shape(key.shape) != axes.attention_shape(value.shape):
         raise ValueError(
@@ -188,7 +189,7 @@ def check_operands(
         )
     batch = []
     for axis in axes.batch:
-        size, *others = sorted({operand.shape[axis] for operand in (query, key, value)} - {1}) or [1]
+        size, *others = {operand.shape[axis] for operand in (query, key, value)} - {1} or {1}
         if others:
             raise ValueError(
                 f"batch axis {axis} must be equal in query, key and value, or 1; got query {query.shape}, key "
@@ -205,8 +206,10 @@ def compute_dtype(*arrays: Array) -> Any:
     return jax.dtypes.canonicalize_dtype(jnp.float64) if wide else jnp.float32
 
 
-def _layout_hint(query: Any, key: Any) -> str:
+def _heads_hint(query: Any, key: Any) -> str:
     """The likely reason why heads do not fit, and what to write."""
+    if not is_static(query.shape[-2], key.shape[-2]):
+        return "Write symbolic heads as a multiple, '2*k' for query and 'k' for key in jax.export.symbolic_shape."
     if query.ndim == 3:
         return "Arrays of rank 3 are (positions, heads, features): add an axis of one head, query[..., None, :]."
     text = "The layout is (batch, positions, heads, features): if heads come first, swap axes, query.swapaxes(-3, -2)."

@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+from attnlib._core.sizes import is_static
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -184,8 +186,14 @@ def explains_callback(name: str) -> Iterator[None]:
 
 
 def require_static(value: Any, name: str, kind: str) -> None:
-    """Raises TypeError if a value that must be static is traced."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (value if isinstance(value, (tuple, list)) else (value,))):
+    """Raises TypeError if a value that must be static is traced or symbolic."""
+    leaves = value if isinstance(value, (tuple, list)) else (value,)
+    if not is_static(*leaves):
+        raise TypeError(
+            f"{name} must be {kind}, known when the program is exported; got the symbolic size {value}. Write a number "
+            "for it in jax.export.symbolic_shape."
+        )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise TypeError(
             f"{name} must be {kind}, known when the program is compiled; got a traced value. Mark it static "
             f"(jax.jit(..., static_argnames={name.split()[-1]!r})) or close over it."

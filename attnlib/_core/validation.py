@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape, align_ranks, broadcasts
+from attnlib._core.sizes import is_static
 from attnlib._core.suggestions import require_static
 
 # Each kind of array: its name in errors, its dtypes, and the dtype that a remedy converts to.
@@ -94,21 +95,28 @@ def check_int(value: Any, name: str, *, minimum: int | None = None, optional: bo
     return _int(value, name, minimum, expected, value)
 
 
-def check_ints(value: Any, name: str, *, expected: str, minimum: int | None = None) -> tuple[int, ...]:
-    """A sequence of static ints as a tuple."""
-    require_static(value, name, expected)
+def check_ints(
+    value: Any, name: str, *, expected: str, minimum: int | None = None, symbolic: bool = False
+) -> tuple[int, ...]:
+    """A sequence of static ints as a tuple; symbolic sizes pass if `symbolic`."""
     if not _is_sequence(value):
+        require_static(value, name, expected)
         raise TypeError(f"{name} must be {expected}; got {value!r}.")
+    if symbolic and not is_static(*value):
+        return tuple(entry if not is_static(entry) else _int(entry, name, minimum, expected, value) for entry in value)
+    require_static(value, name, expected)
     return tuple(_int(entry, name, minimum, expected, value) for entry in value)
 
 
 def check_int_or_ints(
-    value: Any, name: str, *, minimum: int | None = None, expected: str = ""
+    value: Any, name: str, *, minimum: int | None = None, expected: str = "", symbolic: bool = False
 ) -> int | tuple[int, ...]:
-    """A static int, or a sequence of static ints as a tuple."""
+    """A static int, or a sequence of static ints as a tuple; symbolic sizes pass if `symbolic`."""
     expected = expected or f"an int{_bound(minimum)} or a sequence of ints{_bound(minimum)}"
     if _is_sequence(value):
-        return check_ints(value, name, expected=expected, minimum=minimum)
+        return check_ints(value, name, expected=expected, minimum=minimum, symbolic=symbolic)
+    if symbolic and not is_static(value):
+        return cast(int, value)
     require_static(value, name, expected)
     return _int(value, name, minimum, expected, value)
 

@@ -32,6 +32,7 @@ from attnlib._core.operand_checks import (
 from attnlib._core.options import CHECKS, DEFAULTS, FIELDS, Options
 from attnlib._core.problem import Asked, AttentionProblem, AttentionResult
 from attnlib._core.pytree import jit
+from attnlib._core.sizes import explains_symbolic_sizes
 from attnlib._core.validation import check_array
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
@@ -97,6 +98,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 
 @jit
 @jax.named_scope("attnlib.attention")  # so that profiles show the name
+@explains_symbolic_sizes()
 def attend(arguments: Arguments) -> Any:
     """The output, or a tuple of the output and of the other results that the options ask for."""
     problem, axes = canonicalize(arguments)
@@ -113,11 +115,13 @@ def attend(arguments: Arguments) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
+@explains_symbolic_sizes()
 def run_problem(problem: AttentionProblem, implementation: Asked) -> AttentionResult:
     """The result of the chosen implementation, with the sink."""
     return add_sink(_choose.choose(problem, implementation).run(problem), problem)
 
 
+@explains_symbolic_sizes()
 def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     """(the problem in canonical form, the axes of the operands), after a check of all shapes."""
     query, key, value, score, options = arguments

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
 
 from attnlib._core.problem import Asked, AttentionProblem, Implementation
+from attnlib._core.sizes import decide, is_static
 from attnlib._engine.blockwise.implementation import blockwise
 from attnlib._engine.blockwise.plan import choose_kind
 from attnlib._engine.cost import operations
@@ -53,7 +55,8 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
     """The implementations worth trying on this machine, the one likely fastest first; the last can compute all."""
     features = problem.query.shape[-1]
     features_per_pair = problem.score.features_per_pair(features)
-    if problem.score.prepared_features_per_pair(features) < features_per_pair:
+    prepared_features_per_pair = problem.score.prepared_features_per_pair(features)
+    if decide(lambda: prepared_features_per_pair < features_per_pair, otherwise=True):
         return blockwise(), reference  # additive scores: tiles are faster at every size
     kind = choose_kind(problem)
     # In half precision, keys and values have to be converted first. `reference` does so while it moves them, which is
@@ -63,7 +66,10 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
         return blockwise(kind), reference
     limit = DENSE_NUMBERS_LOOP_OVER_HEADS if kind == "loop_over_heads" else DENSE_NUMBERS
     limit = limit if features_per_pair == 1 else DENSE_NUMBERS_WITH_FEATURES
-    dense = problem.return_weights or problem.rows * problem.key_length * features_per_pair <= limit
+    # A symbolic size counts as its least value: the array is small for each batch entry, or for short sequences.
+    dense = problem.return_weights or decide(
+        lambda: problem.rows * problem.key_length * features_per_pair <= limit, otherwise=True
+    )
     anywhere = (reference, blockwise(kind)) if dense else (blockwise(kind), reference)
     return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere
 
@@ -121,6 +127,13 @@ def _short(number: int) -> str:
 
 
 def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
+    sizes = (problem.batch, problem.heads[-2:], problem.query_shape, problem.key_shape, problem.query.shape[-1:])
+    if not is_static(*itertools.chain(*sizes)):
+        raise ValueError(
+            f"explain counts tiles, operations and bytes, which needs a number for every size; got batch {sizes[0]}, key "
+            f"heads and groups {sizes[1]}, queries {sizes[2]}, keys {sizes[3]}, features {sizes[4]}. Pass operands of "
+            "the sizes that you expect, such as jax.ShapeDtypeStruct((8, 1024, 4, 64), jnp.float32)."
+        )
     candidates = preferred(problem) if asked is None else _named(asked)
     chosen = _first(problem, asked, candidates)
     others = [implementation for implementation in IMPLEMENTATIONS if implementation.name != chosen.name]

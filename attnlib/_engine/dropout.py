@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.axes import align_ranks
+from attnlib._core.sizes import as_scalar
 
 
 def hash_seeds(rng: jax.Array) -> jax.Array:
@@ -50,7 +51,7 @@ def batch_head_index(batch: tuple[int, ...], kv_heads: int, groups: int) -> jax.
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
-        index = index + np.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index = index + as_scalar(stride, np.uint32) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
         stride *= shape[axis]
     return index[..., None, None]
 

@@ -17,6 +17,7 @@ from attnlib._core.axes import align_ranks
 from attnlib._core.operand_checks import compute_dtype, is_concrete
 from attnlib._core.options import CacheOptions, takes_options
 from attnlib._core.pytree import register, serializable
+from attnlib._core.sizes import decide, is_static
 from attnlib._core.validation import check_array, check_bool, check_int, check_ints
 from attnlib.cache import _storage
 from attnlib.cache._storage import StoredKeyValue
@@ -107,7 +108,7 @@ class KVCache:
           ValueError, TypeError: an argument does not fit.
         """
         expected = "a sequence of ints >= 0, (2,) for two sequences"
-        batch = check_ints(batch_shape, "batch_shape", minimum=0, expected=expected)
+        batch = check_ints(batch_shape, "batch_shape", minimum=0, expected=expected, symbolic=True)
         heads = check_int(num_kv_heads, "num_kv_heads", minimum=1)
         leading_shape = (*batch, check_int(capacity, "capacity", minimum=1), heads)
         key_dim = check_int(key_dim, "key_dim", minimum=0)
@@ -133,7 +134,8 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Maximum number of tokens."""
-        return int(self.key.shape[-3])
+        capacity: int = self.key.shape[-3]
+        return capacity
 
     def append(
         self, key: Key, value: Value, lengths: Array | None = None, *, attention_axes: int | Sequence[int] | None = None
@@ -286,7 +288,8 @@ class KVCache:
 
     def _retains_visible(self, num_new: int) -> bool:
         """Whether the cache still has all keys of the first of `num_new` appended tokens."""
-        return self.window is None or num_new <= self.capacity - self.window + 1
+        window = self.window
+        return window is None or decide(lambda: num_new <= self.capacity - window + 1, otherwise=False)
 
     def _attention(
         self, query: Any, storage: StoredKeyValue, axis: int, mask: Any, *, score: Score | None, **options: Any
@@ -339,29 +342,33 @@ class KVCache:
             raise ValueError("lengths needs a cache with a length for each sequence: create it with ragged=True.")
         if lengths.shape != self.batch_shape:
             raise ValueError(f"lengths must have shape (*batch) = {self.batch_shape}; got {lengths.shape}.")
-        if is_concrete(lengths) and not np.all((np.asarray(lengths) >= 0) & (np.asarray(lengths) <= num_new)):
+        if is_static(num_new) and is_concrete(lengths) and not np.all((np.asarray(lengths) >= 0) & (np.asarray(lengths) <= num_new)):
             raise ValueError(f"lengths must be in 0..{num_new}, for {num_new} tokens; got {lengths}.")
         return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, num_new)
 
     def _check_capacity(self, num_valid: int | jax.Array, num_new: int) -> None:
         if self.window is not None:
             return
-        total = num_new if isinstance(num_valid, int) else 0  # a lower bound, without the traced length
-        if is_concrete(self.length) and is_concrete(num_valid):
+        total = 0 if isinstance(num_valid, jax.Array) else num_new  # a lower bound, without the traced length
+        if is_static(num_new) and is_concrete(self.length) and is_concrete(num_valid):
             total = int(np.max(np.asarray(self.length) + np.asarray(num_valid), initial=0))
-        if total > self.capacity:
+        if decide(lambda: total > self.capacity, otherwise=False):  # else the results become NaN
             raise ValueError(
                 f"the capacity of the cache is {self.capacity} tokens; appending these tokens needs {total}. Create "
                 "the cache with a larger capacity, or with a window."
             )
 
+    def _writes_slice(self, num_new: int) -> bool:
+        """Whether the slots of so many new tokens are a slice of the cache, for every symbolic number."""
+        return num_new == 1 if self.window is not None else decide(lambda: num_new <= self.capacity, otherwise=False)
+
     def _write(self, tokens: StoredKeyValue, num_valid: int | jax.Array) -> KVCache:
         """The cache with the first `num_valid` of the tokens appended."""
         length, capacity, num_new = self.length, self.capacity, tokens.key.shape[-3]
-        uniform = isinstance(num_valid, int) and length.ndim == 0
+        uniform = not isinstance(num_valid, jax.Array) and length.ndim == 0
         if num_new == 0:
             storage = self._arrays
-        elif uniform and (self.window is None or num_new == 1):
+        elif uniform and self._writes_slice(num_new):
             start = length if self.window is None else length % capacity
             storage = jax.tree.map(partial(_storage.write_slice, start), self._arrays, tokens)
         else:

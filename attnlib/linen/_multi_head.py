@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.core import max_dim
 
 from attnlib._api import attention
 from attnlib._core.array_types import Array, ScoreMod
+from attnlib._core.suggestions import require_static
 from attnlib.cache import KVCache
 from attnlib.layers._inputs import module_axes
 from attnlib.layers._multi_head import Rotary, apply_multi_head
@@ -174,7 +176,7 @@ class MultiHeadAttention(AttentionModule):
         terms += [(self.bias_regularizer, p["bias"]) for p in params.values() if "bias" in p]
         losses = [regularizer(array) for regularizer, array in terms if regularizer is not None]
         if self.activity_regularizer is not None:  # the mean over the batch, as in Keras
-            losses += [self.activity_regularizer(x) / max(x.shape[0], 1) for x in activations.values()]
+            losses += [self.activity_regularizer(x) / max_dim(x.shape[0], 1) for x in activations.values()]
         if losses:
             self.sow("losses", "regularization", sum(losses), reduce_fn=operator.add, init_fn=lambda: 0.0)
 
@@ -219,8 +221,7 @@ class MultiHeadAttention(AttentionModule):
                 self.put_variable("cache", name, self._empty_cache(array, axis))
             return attention(query, key, value, **options)
         keys, values, length = map(jnp.asarray, (self.get_variable("cache", name) for name in names))
-        window = None if self.sliding_window is None else min(self.sliding_window, keys.shape[-3])
-        cache = KVCache(keys, values, length, window=window)
+        cache = KVCache(keys, values, length, window=self._window(keys.shape[-3]))
         for name in ("query_positions", "key_positions"):
             del options[name]
         results, cache = cache.decode(query, key, value, **{**options, "is_causal": True})
@@ -228,8 +229,16 @@ class MultiHeadAttention(AttentionModule):
             self.put_variable("cache", name, array)
         return results
 
+    def _window(self, length: int) -> int | None:
+        """The window of a cache for sequences of this length."""
+        if self.sliding_window is None:
+            return None
+        require_static(length, "with a sliding_window, the length of the cache", "an int")
+        return min(self.sliding_window, length)
+
     def _empty_cache(self, array: jax.Array, axis: int) -> jax.Array:
         """An empty cache for the tokens of `array` along `axis`, or for sliding_window tokens if that is fewer."""
-        length = array.shape[axis] if self.sliding_window is None else min(array.shape[axis], self.sliding_window)
+        window = self._window(array.shape[axis])
+        length = array.shape[axis] if window is None else window
         batch = [size for n, size in enumerate(array.shape[:-2]) if n != axis]
         return jnp.zeros((*batch, length, *array.shape[-2:]), array.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlib._core.array_types import Array
+from attnlib._core.suggestions import require_static
 from attnlib._core.validation import check_bool
 from attnlib.layers._projections import Initializer, vector_glorot_uniform
 from attnlib.layers._single_head import single_head_attention
@@ -58,8 +59,10 @@ class AdditiveAttention(SingleHeadAttention):
     block_sizes: tuple[int, int] | None = None
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> Score:
-        use_scale, shape = check_bool(self.use_scale, "use_scale"), (query_features,)
-        return Additive(self.param("scale", self.scale_init, shape, self.param_dtype) if use_scale else None)
+        if not check_bool(self.use_scale, "use_scale"):
+            return Additive(None)
+        require_static(query_features, "the number of query features", "an int")
+        return Additive(self.param("scale", self.scale_init, (query_features,), self.param_dtype))
 
 
 @explains_errors

@@ -176,7 +176,7 @@ def set_fields(mask: Mask, /, **values: Any) -> None:
 
 
 def _as_shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:
-    return per_axis(check_int_or_ints(shape, name, minimum=0), 1)
+    return per_axis(check_int_or_ints(shape, name, minimum=0, symbolic=True), 1)
 
 
 def _as_mask(value: Any, symbol: str) -> Mask:

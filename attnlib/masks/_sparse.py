@@ -15,6 +15,7 @@ import numpy as np
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import BlockPositions
+from attnlib._core.sizes import is_static
 from attnlib._core.tile_kinds import TileKinds, TileRanges, classify
 from attnlib._core.validation import check_int, check_int_or_ints, check_per_axis, per_axis
 from attnlib.masks._base import Mask, set_fields
@@ -250,6 +251,12 @@ class BlockSparse(Mask):
         return classify(empty=count == 0, full=count == (end - first) * (key_end - key_first))
 
     def check(self, shapes: AttentionShape) -> None:
+        if not is_static(*shapes.query, *shapes.key):
+            raise ValueError(
+                f"BlockSparse blocks cover a number of positions; got the symbolic query axes {shapes.query} and key "
+                f"axes {shapes.key}. Write numbers for them in jax.export.symbolic_shape, or pass a mask of positions, "
+                "such as masks.BlockLocal or masks.Predicate."
+            )
         expected = tuple(max(-(-math.prod(axes) // self.size), 1) for axes in (shapes.query, shapes.key))
         if self._table.shape != expected:
             raise ValueError(

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import max_dim
 
 from attnlib._autodiff.matmul import qk_product
+from attnlib._core.sizes import as_scalar, is_static
 from attnlib.scores._base import Score, _cast, _per_head, check_parameter
 
 
@@ -24,12 +26,16 @@ class Dot(Score):
     is_inner_product = True
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
-        scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
-        return jnp.einsum("...kgtd,...ksd->...kgts", query * scale, key, precision=precision)
+        return jnp.einsum("...kgtd,...ksd->...kgts", self._scaled(query), key, precision=precision)
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
-        scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else _per_head(self.scale, 0, query)
-        return query * scale, key, InnerProduct()
+        return self._scaled(query), key, InnerProduct()
+
+    def _scaled(self, query: jax.Array) -> jax.Array:
+        if self.scale is not None:
+            return query * _per_head(self.scale, 0, query)
+        features = max_dim(query.shape[-1], 1)
+        return query * (features**-0.5 if is_static(features) else jax.lax.rsqrt(as_scalar(features, query.dtype)))
 
     def features_per_pair(self, features: int) -> int:
         return 1

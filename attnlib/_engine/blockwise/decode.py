@@ -20,12 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from attnlib._autodiff.linear_map import unbroadcast
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.tile_kinds import EMPTY, tile_kinds
 from attnlib._engine import softmax as _softmax
+from attnlib._engine.blockwise.layout import pin_layout
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
 from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, whole
 from attnlib._engine.nonfinite import finite_rows
@@ -50,7 +50,7 @@ def attend(plan: BlockwisePlan, arrays: TileArrays, start: SoftmaxState, update_
         return start
     # The layout is pinned before the branches, or XLA would move keys and values for both.
     arrays = _swap_heads_and_keys(arrays)
-    arrays = arrays._replace(key=_pin_layout(arrays.key), value=_pin_layout(arrays.value))
+    arrays = arrays._replace(key=pin_layout(arrays.key), value=pin_layout(arrays.value))
     state, finite = _attend(plan, arrays)
     return jax.lax.cond(_all(finite), lambda: state, lambda: _fallback_tiles(plan, arrays, start, update_state))
 
@@ -74,7 +74,7 @@ def transpose(
 
     def recompute() -> tuple[jax.Array, ...]:
         query, key, value = tiled(_swap_heads_and_keys(arrays))
-        return query, _pin_layout(jnp.swapaxes(key, -3, -2)), _pin_layout(jnp.swapaxes(value, -3, -2))
+        return query, pin_layout(jnp.swapaxes(key, -3, -2)), pin_layout(jnp.swapaxes(value, -3, -2))
 
     query, key, value = jax.lax.cond(_all(finite), lambda: (query, key, value), recompute)
     return [query, jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)]
@@ -201,11 +201,6 @@ class _PrecomputedLogits(Score):
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         return self.logits
-
-
-def _pin_layout(array: jax.Array) -> jax.Array:
-    """The array in row-major layout; otherwise XLA may choose another layout for the results of both branches."""
-    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 @jax.custom_batching.custom_vmap

@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 
 from attnlib._core.problem import AttentionProblem
+from attnlib._core.sizes import decide, is_static, static_product
 
 # The limits below were measured on 2 CPU cores (docs/performance/tuning.md).
 # Numbers in the largest array of a tile, for scores without and with an axis of features for each pair.
@@ -62,14 +63,15 @@ def choose_kind(problem: AttentionProblem) -> Kind:
         return "all_heads"
     if unsupported(problem, "decode") is None and _few_queries(problem):
         return "decode"
-    long = problem.groups * problem.query_length * problem.key_length >= _PAIRS_LOOP_OVER_HEADS
+    pairs = problem.groups * problem.query_length * problem.key_length
+    long = decide(lambda: pairs >= _PAIRS_LOOP_OVER_HEADS, otherwise=False)
     return "loop_over_heads" if long and unsupported(problem, "loop_over_heads") is None else "all_heads"
 
 
 def unsupported(problem: AttentionProblem, kind: Kind | None) -> str | None:
     """The reason why a kind cannot compute a problem, or None if it can."""
-    if problem.score.is_inner_product:
-        return None
+    if (reason := _unsupported_sizes(problem, kind)) is not None or problem.score.is_inner_product:
+        return reason
     if kind == "loop_over_heads" and jax.tree.leaves(problem.score):
         return "the score has arrays, which are not cut into heads"
     if kind == "decode":
@@ -77,11 +79,27 @@ def unsupported(problem: AttentionProblem, kind: Kind | None) -> str | None:
     return None
 
 
+def _unsupported_sizes(problem: AttentionProblem, kind: Kind | None) -> str | None:
+    """The reason why symbolic sizes do not fit a schedule of tiles, which is part of the program."""
+    batch, heads = problem.batch, (problem.kv_heads, problem.groups)
+    sizes: dict[str, tuple[int, ...]] = {"queries": problem.query_shape, "keys": problem.key_shape}
+    if not problem.score.is_inner_product:
+        sizes["features"] = (problem.query.shape[-1],)
+    if kind == "loop_over_heads":
+        sizes |= {"batch": batch, "key heads": heads[:1]}
+    if kind == "decode":
+        sizes["heads"] = heads
+    symbolic = [f"{name} {size}" for name, size in sizes.items() if not is_static(*size)]
+    if not symbolic:
+        return None
+    return f"its tiles are a part of the program, but {' and '.join(symbolic)} are symbolic; export numbers for them"
+
+
 def _few_queries(problem: AttentionProblem) -> bool:
     """Whether there are few queries and many keys, in one tile, of which a static mask leaves most to compute."""
     lengths, rows = (problem.query_length, problem.key_length), problem.groups * problem.query_length
     few = rows <= _DECODE_ROWS_OF_A_KEY_HEAD and problem.kv_heads * rows <= _DECODE_ROWS
-    few = few and min(problem.rows, problem.query_length) > 0 and problem.key_length >= _DECODE_KEYS
+    few = few and decide(lambda: problem.rows > 0, otherwise=False) and problem.key_length >= _DECODE_KEYS
     if not (few and (problem.kv_heads > 1 or problem.mask is not None)):
         return False
     if problem.block_sizes is not None:
@@ -90,8 +108,8 @@ def _few_queries(problem: AttentionProblem) -> bool:
 
 
 def rows_per_query(problem: AttentionProblem, kind: Kind) -> int:
-    """The number of softmax rows that a tile has for each of its queries."""
-    return problem.groups if kind == "loop_over_heads" else problem.rows // problem.query_length
+    """The number of softmax rows that a tile has for each of its queries; a symbolic size counts as one."""
+    return static_product((problem.groups,) if kind == "loop_over_heads" else problem.heads)
 
 
 def _tile_sizes(problem: AttentionProblem, kind: Kind) -> tuple[int, int]:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
+from attnlib._core.sizes import is_static
 from attnlib._engine.cudnn.fallback_derivatives import with_fallback_derivatives
 from attnlib._engine.cudnn.kernel import CudnnConfig, call, kernel
 from attnlib._engine.nonfinite import sanitize
@@ -102,6 +103,8 @@ def _unsupported_score(problem: AttentionProblem) -> str | None:
 
 def _unsupported_operands(problem: AttentionProblem) -> str | None:
     query, key, value = problem.query, problem.key, problem.value
+    if not is_static(*query.shape, *key.shape, *value.shape):
+        return "its kernel needs a number for every size, and some are symbolic; export numbers for them"
     dtypes = [str(operand.dtype) for operand in (query, key, value)]
     if len(set(dtypes)) > 1 or dtypes[0] not in ("float16", "bfloat16"):
         return f"query, key and value must all be float16 or all bfloat16; they are {', '.join(dtypes)}"
