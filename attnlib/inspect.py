@@ -376,7 +376,11 @@ def _indices(rows: Any, shape: tuple[int, ...]) -> Any:
         array = part if is_array(part) else np.asarray(part)
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"rows must hold integers; got {array.dtype}{list(array.shape)}.")
-        if is_static(size) and is_concrete(array) and not np.all((-size <= np.asarray(array)) & (np.asarray(array) < size)):
+        if (
+            is_static(size)
+            and is_concrete(array)
+            and not np.all((-size <= np.asarray(array)) & (np.asarray(array) < size))
+        ):
             raise ValueError(f"rows must be in {-size}..{size - 1}, of {size} queries; got {part}.")
         checked.append(jnp.asarray(array).astype(jnp.int32))
     return tuple(checked) if isinstance(rows, tuple) else checked[0]

@@ -9,7 +9,6 @@ from functools import cached_property
 
 import jax
 import jax.numpy as jnp
-
 from jax.core import max_dim
 
 from attnlib._core.array_types import Array

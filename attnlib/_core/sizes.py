@@ -19,9 +19,8 @@ import numpy as np
 from jax import export
 
 # The oldest supported JAX has the error in `jax.core`.
-_Inconclusive: Any = getattr(jax.errors, "InconclusiveDimensionOperation", None) or getattr(
-    jax.core, "InconclusiveDimensionOperation"  # noqa: B009 (newer versions have no such attribute)
-)
+_errors: Any = jax.errors if hasattr(jax.errors, "InconclusiveDimensionOperation") else jax.core
+_Inconclusive: type[Exception] = _errors.InconclusiveDimensionOperation
 _REMEDY = (
     "Sizes of this call are symbolic. State what holds for them in "
     "jax.export.symbolic_shape(..., constraints=['n >= 2']), or write numbers."

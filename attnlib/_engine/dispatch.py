@@ -130,9 +130,9 @@ def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
     sizes = (problem.batch, problem.heads[-2:], problem.query_shape, problem.key_shape, problem.query.shape[-1:])
     if not is_static(*itertools.chain(*sizes)):
         raise ValueError(
-            f"explain counts tiles, operations and bytes, which needs a number for every size; got batch {sizes[0]}, key "
-            f"heads and groups {sizes[1]}, queries {sizes[2]}, keys {sizes[3]}, features {sizes[4]}. Pass operands of "
-            "the sizes that you expect, such as jax.ShapeDtypeStruct((8, 1024, 4, 64), jnp.float32)."
+            f"explain counts tiles, operations and bytes, which needs a number for every size; got batch {sizes[0]}, "
+            f"key heads and groups {sizes[1]}, queries {sizes[2]}, keys {sizes[3]}, features {sizes[4]}. Pass operands "
+            "of the sizes that you expect, such as jax.ShapeDtypeStruct((8, 1024, 4, 64), jnp.float32)."
         )
     candidates = preferred(problem) if asked is None else _named(asked)
     chosen = _first(problem, asked, candidates)

@@ -342,7 +342,11 @@ class KVCache:
             raise ValueError("lengths needs a cache with a length for each sequence: create it with ragged=True.")
         if lengths.shape != self.batch_shape:
             raise ValueError(f"lengths must have shape (*batch) = {self.batch_shape}; got {lengths.shape}.")
-        if is_static(num_new) and is_concrete(lengths) and not np.all((np.asarray(lengths) >= 0) & (np.asarray(lengths) <= num_new)):
+        if (
+            is_static(num_new)
+            and is_concrete(lengths)
+            and not np.all((np.asarray(lengths) >= 0) & (np.asarray(lengths) <= num_new))
+        ):
             raise ValueError(f"lengths must be in 0..{num_new}, for {num_new} tokens; got {lengths}.")
         return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, num_new)
 

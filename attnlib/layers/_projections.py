@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._core.array_types import Rng
+from attnlib._core.suggestions import require_static
 from attnlib._core.validation import check_bool, check_int, check_int_or_ints, per_axis
 from attnlib.scores import Score
 
@@ -58,6 +59,7 @@ class ProjectionSpec:
 
     def init_kernel(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
         """A kernel, initialised as a matrix so that fan-in and fan-out are those of the projection."""
+        require_static(self.inputs, "the number of features", "an int")
         if 0 in self.inputs:
             raise ValueError("query, key and value must have at least one feature (last axis) to project; got 0.")
         matrix = init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype)

@@ -246,17 +246,3 @@ def test_the_whole_api_is_exported_here():
 def names_of(function):
     return {*function.__code__.co_names, *(n for c in function.__code__.co_consts if hasattr(c, "co_names")
             for n in c.co_names)}  # fmt: skip
-
-
-def test_the_batch_may_be_symbolic():
-    """One exported program serves any batch size; by name, since which implementation is best depends on the sizes."""
-    (batch,) = export.symbolic_shape("batch")
-    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), jnp.float32) for x in (QUERY, KEY)]
-
-    @jax.jit
-    def function(query, key):
-        return attnlib.dot_product_attention(query, key, key, is_causal=True, implementation="reference")
-
-    exported = export.export(function, platforms=PLATFORMS)(*shapes)
-    for size in (1, 2):
-        assert_close(exported.call(QUERY[:size], KEY[:size]), function(QUERY[:size], KEY[:size]))
