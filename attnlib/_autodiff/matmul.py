@@ -34,16 +34,28 @@ def pt_o_product(precision: Any, weights: jax.Array, output: jax.Array) -> jax.A
 
 
 def _qk_product(precision: Any, query: jax.Array, key: jax.Array) -> list[jax.Array]:
-    return [jnp.einsum("...kgtd,...ksd->...kgts", query, key, precision=precision)]
+    rows = _merge(query)
+    pairs = jnp.einsum("...rd,...sd->...rs", rows, key, precision=precision)
+    return [_split(pairs, query)]
 
 
 def _pv_product(precision: Any, weights: jax.Array, value: jax.Array) -> list[jax.Array]:
-    return [jnp.einsum("...kgts,...ksd->...kgtd", weights, value, precision=precision)]
+    return [_split(jnp.einsum("...rs,...sd->...rd", _merge(weights), value, precision=precision), weights)]
 
 
 def _pt_o_product(precision: Any, weights: jax.Array, output: jax.Array) -> list[jax.Array]:
-    columns = jax.lax.optimization_barrier(jnp.moveaxis(output, -1, -3))  # (..., K, D, G, T)
-    return [jnp.swapaxes(jnp.einsum("...kdgt,...kgts->...kds", columns, weights, precision=precision), -1, -2)]
+    if weights.shape[-1] * weights.shape[-2] * weights.shape[-3] <= 2**14:
+        return [jnp.einsum("...rs,...rd->...sd", _merge(weights), _merge(output), precision=precision)]
+    columns = jax.lax.optimization_barrier(jnp.swapaxes(_merge(output), -1, -2))  # (..., K, D, G * T)
+    return [jnp.swapaxes(jnp.einsum("...dr,...rs->...ds", columns, _merge(weights), precision=precision), -1, -2)]
+
+
+def _merge(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])
+
+
+def _split(x: jax.Array, like: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-2], *like.shape[-3:-1], x.shape[-1])
 
 
 # The cotangent of each argument, as a function of the cotangent of the result and the other argument.

@@ -18,8 +18,8 @@ from attnlib._autodiff.custom_rule import inner_jaxpr
 
 _MOVES = frozenset(
     "broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice dynamic_update_slice concatenate pad "
-    "gather split rev iota copy copy_p bitcast_convert_type optimization_barrier stop_gradient platform_index "
-    "sharding_constraint reshard mesh_cast pvary pcast attnlib_pin_layout".split()
+    "gather split rev iota copy copy_p optimization_barrier stop_gradient platform_index sharding_constraint reshard "
+    "mesh_cast pvary pcast attnlib_pin_layout".split()
 )
 # Each reduces n numbers to one by n - 1 operations.
 _REDUCTIONS = frozenset(

@@ -24,10 +24,10 @@ NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 # Used where the default backend is a GPU. A program that is later lowered for another platform runs blockwise.
 _CUDNN_OR_BLOCKWISE = cudnn(blockwise(), off_platform=True)
 
-# Numbers in the largest array of all pairs up to which computing all pairs at once is faster than tiles: if tiles loop
-# over heads, if tiles have all heads, and for scores with an axis of features for each pair. Measured on 2 CPU cores
-# (docs/performance/tuning.md) by `python tests/benchmarks/crossover.py`.
-DENSE_NUMBERS_LOOP_OVER_HEADS, DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**21, 2**23, 2**24
+# Numbers in the largest array of all pairs up to which computing all pairs at once is faster than tiles, for scores
+# without and with an axis of features for each pair. Measured on 2 CPU cores (docs/performance/tuning.md) by
+# `python tests/benchmarks/crossover.py`.
+DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**23, 2**24
 
 
 def choose(problem: AttentionProblem, asked: Asked) -> Implementation:
@@ -62,10 +62,10 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
     # In half precision, keys and values have to be converted first. `reference` does so while it moves them, which is
     # faster than the decode path (docs/performance/tuning.md).
     full_precision = problem.key.dtype == problem.value.dtype == problem.dtype
-    if kind == "decode" and full_precision and not problem.return_weights:
+    fast = kind in ("dense", "loop_over_heads") or (kind == "decode" and full_precision)
+    if fast and not problem.return_weights:
         return blockwise(kind), reference
-    limit = DENSE_NUMBERS_LOOP_OVER_HEADS if kind == "loop_over_heads" else DENSE_NUMBERS
-    limit = limit if features_per_pair == 1 else DENSE_NUMBERS_WITH_FEATURES
+    limit = DENSE_NUMBERS if features_per_pair == 1 else DENSE_NUMBERS_WITH_FEATURES
     # A symbolic size counts as its least value: the array is small for each batch entry, or for short sequences.
     dense = problem.return_weights or decide(
         lambda: problem.rows * problem.key_length * features_per_pair <= limit, otherwise=True

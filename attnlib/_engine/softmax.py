@@ -15,9 +15,9 @@ from attnlib._core.problem import AttentionProblem, AttentionResult
 
 
 class SoftmaxState(NamedTuple):
-    """The statistics of each row after some blocks; without a finite logit so far, the maximum is -inf, the sum 0."""
+    """The statistics of each row after some blocks; without a logit above -inf so far, the sum is 0."""
 
-    row_max: jax.Array  # (..., T)
+    row_max: jax.Array  # (..., T), at least the least finite number, so that exp(-inf - row_max) is 0 and not NaN
     row_sum: jax.Array  # (..., T): sum of exp(logit - row_max)
     output: jax.Array  # (..., T, E): sum of exp(logit - row_max) * value, before division
 
@@ -27,19 +27,28 @@ def finite_max(row_max: jax.Array) -> jax.Array:
     return jnp.where(row_max == -jnp.inf, 0, row_max)
 
 
+def finite_row_max(logits: jax.Array) -> jax.Array:
+    """The maximum of each row, for a `SoftmaxState`."""
+    return jnp.max(logits, -1, initial=jnp.finfo(logits.dtype).min)
+
+
+def divisor(row_sum: jax.Array) -> jax.Array:
+    """What the sums of a row are divided by. A sum has the term exp(0) of the maximum, or it has no terms and is 0."""
+    return jnp.maximum(row_sum, 0.5)
+
+
 def normalize(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
-    """(output, lse); 0 and -inf for a row without a finite logit."""
-    empty = state.row_sum == 0
-    row_sum = jnp.where(empty, 1, state.row_sum)
-    lse = jnp.where(empty, -jnp.inf, jnp.log(row_sum) + finite_max(state.row_max))
+    """(output, lse); 0 and -inf for a row without a logit above -inf."""
+    row_sum = divisor(state.row_sum)
+    lse = jnp.where(state.row_sum == 0, -jnp.inf, jnp.log(row_sum) + state.row_max)
     return state.output / row_sum[..., None], lse
 
 
 def merge(lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(the fraction of all weight that each set of keys has, the lse of all keys) from the lses `(..., T, sets)`."""
-    row_max = jax.lax.stop_gradient(jnp.max(lses, -1))
+    row_max = jax.lax.stop_gradient(finite_row_max(lses))
     # A set with an lse of inf takes all weight; inf - inf would be NaN.
-    terms = jnp.exp(jnp.where(lses == jnp.inf, 0, lses - finite_max(row_max)[..., None]))
+    terms = jnp.exp(jnp.where(lses == jnp.inf, 0, lses - row_max[..., None]))
     return normalize(SoftmaxState(row_max, jnp.sum(terms, -1), terms))
 
 

@@ -28,15 +28,15 @@ from attnlib._engine import dispatch as _choose
 from attnlib._engine.blockwise.implementation import blockwise
 from attnlib._engine.dispatch import NAMES as NAMES
 
-# What blockwise does with long operands on a CPU with one device, and there with few queries against many keys; with
-# the small ones here it has all heads at once.
-IN_TURN, SIDE_BY_SIDE = "blockwise, loop_over_heads", "blockwise, decode"
-VARIANTS = {IN_TURN: blockwise("loop_over_heads", IN_TURN), SIDE_BY_SIDE: blockwise("decode", SIDE_BY_SIDE)}
+# What blockwise does on a CPU with one device: with long operands, with short ones in one tile, and with few queries
+# against many keys. Where block sizes cut the small operands here, it has all heads at once.
+IN_TURN, IN_ONE_TILE, SIDE_BY_SIDE = (f"blockwise, {kind}" for kind in ("loop_over_heads", "dense", "decode"))
+VARIANTS = {name: blockwise(name.split(", ")[1], name) for name in (IN_TURN, IN_ONE_TILE, SIDE_BY_SIDE)}
 
 # Block sizes that cut the small operands here into several tiles, the last ones incomplete. With heads side by side
 # there is one tile, and these are of what is computed again.
 BLOCK_SIZES = {each.name: (3, 4) for each in _choose.IMPLEMENTATIONS if "block_sizes" in each.supports}
-BLOCK_SIZES |= {IN_TURN: (4, 3), SIDE_BY_SIDE: (64, 3)}
+BLOCK_SIZES |= {IN_TURN: (4, 3), IN_ONE_TILE: None, SIDE_BY_SIDE: (64, 3)}
 
 
 def kinds_of_tiles(mask, query_shape, key_shape, tile):

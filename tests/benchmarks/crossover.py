@@ -1,8 +1,8 @@
 """Where tiles begin to pay: python tests/benchmarks/crossover.py
 
-Times the dense implementation against the tiled one, forward and training, over sizes around the crossover, for dot,
-additive and custom scores, and prints what `implementation=None` chooses. It sets the numbers in
-`attnlib._engine.dispatch`.
+Times what computes all pairs at once (the reference; one tile, for dot products) against tiles, forward and training,
+over sizes around the crossover, for dot, additive and custom scores, and prints what `implementation=None` chooses. It
+sets the numbers in `attnlib/_engine/dispatch.py` and `attnlib/_engine/blockwise/plan.py`.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from timing import KINDS, compare
 
 import attnlib
 from attnlib import scores
+from attnlib._engine.blockwise.implementation import blockwise
 
 SIZES = {
     "dot": [(32, 16), (32, 64), (8, 128), (8, 256), (4, 512), (1, 512), (1, 1024), (1, 2048)],
@@ -31,6 +32,13 @@ SCORES = {
     "custom": lambda: scores.Custom(distance),
     "additive": lambda: scores.Additive(jnp.ones(64)),
 }
+# The last of each is what the others are compared with.
+PATHS = {
+    "dot": {"reference": "reference", "one tile": blockwise("dense"), "all heads": blockwise("all_heads"),
+            "heads in turn": blockwise("loop_over_heads")},
+    "custom": {"reference": "reference", "all heads": blockwise("all_heads")},
+    "additive": {"reference": "reference", "all heads": blockwise("all_heads")},
+}  # fmt: skip
 
 
 def attend(score, implementation):
@@ -43,22 +51,20 @@ def main():
     parser.add_argument("--score", choices=SCORES, nargs="*", default=list(SCORES))
     options = parser.parse_args()
     for score in options.score:
-        print(f"{score}, {HEADS[score]} heads x 64 features, times in ms: dense / tiled = ratio")
+        paths = PATHS[score]
+        print(f"{score}, {HEADS[score]} heads x 64 features: times in ms of {', '.join(paths)}")
         for batch, length in SIZES[score]:
             operands = tuple(jax.random.normal(jax.random.key(0), (3, batch, length, HEADS[score], 64)))
             programs = {
-                (name, kind): (make(attend(score, name)), operands)
-                for name in ("reference", "blockwise")
+                (name, kind): (make(attend(score, path)), operands)
+                for name, path in paths.items()
                 for kind, make in KINDS.items()
             }
             times = compare(programs, options.repeats, seconds=20)
+            cells = (f"{kind} {' '.join(f'{times[name, kind] * 1e3:8.2f}' for name in paths)}" for kind in KINDS)
             chosen = attnlib.explain(*operands, score=SCORES[score]()).implementation
-            cells = []
-            for kind in KINDS:
-                dense, tiled = (times[name, kind] * 1e3 for name in ("reference", "blockwise"))
-                cells.append(f"{kind} {dense:8.2f} / {tiled:8.2f} = {dense / tiled:5.2f}")
-            pairs = batch * HEADS[score] * length**2
-            print(f"  {(batch, length)!s:12s} {pairs / 2**20:7.2f} M pairs   {'   '.join(cells)}   chosen: {chosen}")
+            pairs = batch * HEADS[score] * length**2 / 2**20
+            print(f"  {(batch, length)!s:12s} {pairs:7.2f} M pairs  {'  '.join(cells)}  chosen: {chosen}")
 
 
 if __name__ == "__main__":

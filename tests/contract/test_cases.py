@@ -12,6 +12,7 @@ from cases import (
     BY_NAME,
     CASES,
     COMPLETE,
+    IN_ONE_TILE,
     IN_TURN,
     NAMES,
     SIDE_BY_SIDE,
@@ -28,7 +29,7 @@ from conftest import assert_close, assert_finite
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-VARIANTS = [*NAMES, IN_TURN, SIDE_BY_SIDE]
+VARIANTS = [*NAMES, IN_TURN, IN_ONE_TILE, SIDE_BY_SIDE]
 
 
 def named(cases):
@@ -36,8 +37,9 @@ def named(cases):
 
 
 # The variants of blockwise share its code but for a few functions. So they run the cases that these see; the slow tests
-# run all. Heads in turn cut by batch index and head what has such axes: operands, masks, biases, tables. Heads side by
-# side have products of their own, forward and backward; what is added to their logits is that of a tile.
+# run all. Heads in turn cut by batch index and head what has such axes: operands, masks, biases, tables. One tile divides
+# by the sum of its weights in both passes. Heads side by side have products of their own, forward and backward; what is
+# added to their logits is that of a tile.
 OF_VARIANTS = {
     IN_TURN: (
         "dot", "grouped", "grouped, mask and bias a head", "multi-query", "is_causal and a mask",
@@ -46,6 +48,11 @@ OF_VARIANTS = {
         "bucketed bias, causal, grouped", "score_mod, no batch", "score_mod, two batch axes before",
         "positions, modified", "two axes, partly broadcast", "outer axes, reversed", "batch of one broadcasts",
         "query of one broadcasts", "11 queries, 13 keys", "bfloat16",
+    ),
+    IN_ONE_TILE: (
+        "dot", "grouped", "grouped, mask and bias a head", "causal, offset a batch index", "dense, batch and head",
+        "nothing attends", "bias (2, 1, 5, 1)", "soft cap", "dropout, grouped, causal", "alibi",
+        "sink, rows of nothing", "batch of one broadcasts", "11 queries, 13 keys", "bfloat16",
     ),
     SIDE_BY_SIDE: (
         "dot", "dot scale a head", "bilinear a head, unequal features", "grouped", "grouped, mask and bias a head",
@@ -56,7 +63,7 @@ OF_VARIANTS = {
     ),
 }  # fmt: skip
 # Second derivatives run over the same loops, and with heads side by side by a rule for the operands alone.
-OF_VARIANTS_SECOND_ORDER = {IN_TURN: ("dot",), SIDE_BY_SIDE: ("dot",)}
+OF_VARIANTS_SECOND_ORDER = {IN_TURN: ("dot",), IN_ONE_TILE: ("dot", "nothing attends"), SIDE_BY_SIDE: ("dot",)}
 
 
 def running(case, of_variants):
@@ -174,7 +181,7 @@ def test_some_take_every_call():
     assert {"blockwise", "reference"} <= set(COMPLETE)
 
 
-@pytest.mark.parametrize("implementation", [*COMPLETE, IN_TURN, SIDE_BY_SIDE])
+@pytest.mark.parametrize("implementation", [*COMPLETE, IN_TURN, IN_ONE_TILE, SIDE_BY_SIDE])
 def test_enough_cases_ran(implementation):
     """A suite that refuses its way through proves nothing."""
     ran = [case.name for case in CASES if refusal(case, implementation) is None]

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BLOCK_SIZES, NAMES, SIDE_BY_SIDE, by_name, like, run, unsupported
+from cases import BLOCK_SIZES, IN_ONE_TILE, NAMES, SIDE_BY_SIDE, by_name, like, run, unsupported
 from conftest import assert_close, assert_finite, assert_same, assert_zero, x64
 
 import attnlib
 from attnlib import masks, scores
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
-IMPLEMENTATIONS = [*NAMES, SIDE_BY_SIDE]
+IMPLEMENTATIONS = [*NAMES, IN_ONE_TILE, SIDE_BY_SIDE]
 on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -75,6 +75,7 @@ KINDS = ["key padding", "query padding", "dense", "segments", "causal", "lengths
 # takes all. Heads side by side are for products; other scores run there as they do in tiles.
 EMPTY_ROWS = {
     "reference": {kind: 2 if kind in ("dense", "bias", "bias and mask", "causal") else 1 for kind in KINDS},
+    IN_ONE_TILE: {"dense": 2, "bias": 2},
     SIDE_BY_SIDE: {"dense": 2, "bias": 1},
 }
 IN_TILES = {"dense": 2, "bias": 2, "bias and mask": 1, "key padding": 1, "causal": 1}
@@ -88,7 +89,7 @@ def empty_row_cases():
                 yield implementation, kind, "dot", orders[kind]
             if orders.get(kind) != 2:
                 yield slow(implementation, kind, "dot", 2)
-        if implementation != SIDE_BY_SIDE:
+        if implementation in NAMES:
             yield slow(implementation, "dense", "additive", 2)
             yield slow(implementation, "bias", "additive", 2)
     yield "reference", "dense", "additive", 1
@@ -185,6 +186,7 @@ POISONED_MASKS = "key padding", "query padding", "causal", "segments", "lengths 
 POISONED = [*((kind, "dot") for kind in POISONED_MASKS), ("dense", "additive"), ("dense", "custom")]
 ORDERS = {
     "reference": {poisoned: 2 if poisoned[0] == "dense" else 1 for poisoned in POISONED},
+    IN_ONE_TILE: {("dense", "dot"): 2},
     SIDE_BY_SIDE: {("dense", "dot"): 2, ("key padding", "dot"): 1, ("causal", "dot"): 1},
 }
 ORDERS_IN_TILES = {("dense", "dot"): 2, ("lengths and window", "dot"): 2, ("query padding", "dot"): 1,
@@ -197,7 +199,7 @@ def poisoned_cases():
         for poisoned in POISONED:
             if poisoned in orders:
                 yield implementation, *poisoned, orders[poisoned]
-            if orders.get(poisoned) != 2 and (implementation != SIDE_BY_SIDE or poisoned[1] == "dot"):
+            if orders.get(poisoned) != 2 and (poisoned[1] == "dot" or implementation in NAMES):
                 yield slow(implementation, *poisoned, 2)
 
 
@@ -419,7 +421,7 @@ def test_7_two_runs_are_equal_bit_by_bit(implementation, keys):
     operands = draw_operands(keys, **shapes)
     options = dict(dropout_rate=0.2, dropout_rng=next(keys), is_causal=True)
     skip_unless_supported(implementation, operands, **options)
-    sizes = (32, 32) if implementation in BLOCK_SIZES else None
+    sizes = (32, 32) if BLOCK_SIZES.get(implementation) else None
 
     @jax.jit
     @jax.value_and_grad

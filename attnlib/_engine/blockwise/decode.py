@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlib._autodiff.exponential import exp
 from attnlib._autodiff.linear_map import unbroadcast
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.tile_kinds import EMPTY, tile_kinds
@@ -85,8 +86,8 @@ def _attend(plan: BlockwisePlan, arrays: TileArrays) -> tuple[SoftmaxState, jax.
     product = _qk_product(plan, arrays.query, arrays.key)
     tile, logits = _logits(plan, arrays, product)
     logits, finite = jnp.where(tile.mask, logits, -jnp.inf), jnp.isfinite(product) | ~tile.mask
-    row_max = jnp.max(logits, -1)
-    weights = jnp.exp(logits - _softmax.finite_max(row_max)[..., None])
+    row_max = _softmax.finite_row_max(logits)
+    weights = exp(logits - row_max[..., None])
     output = _pv_product(plan, tile.drop(weights), arrays.value)
     return SoftmaxState(row_max, jnp.sum(weights, -1), output), finite_rows(output) & jnp.all(finite, -1)
 
@@ -104,7 +105,7 @@ def _transpose(
     logits, pull = jax.vjp(lambda product: _logits(plan, arrays, product)[1], product)
     tile, _ = _logits(plan, arrays, product)
     logits = jnp.where(tile.mask, logits, -jnp.inf)
-    weights = jnp.exp(logits - _softmax.finite_max(lse)[..., None])
+    weights = exp(logits - _softmax.finite_max(lse)[..., None])
     delta = lse_ct - jnp.sum(output * output_ct, -1)
     weights_ct = tile.drop(_qk_product(plan, output_ct, value)) + delta[..., None]
     (product_ct,) = pull(jnp.where(tile.mask, weights * weights_ct, 0))

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._autodiff.custom_rule import call_with_rule, linear_tangent
+from attnlib._autodiff.exponential import exp
 from attnlib._autodiff.leaves import partial_in
 from attnlib._autodiff.linear_map import HashablePartial, unbroadcast
 from attnlib._autodiff.matmul import pt_o_product, pv_product, qk_product
@@ -165,22 +166,26 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
     arrays = plan.structure.unflatten(leaves)
 
     def body(state: SoftmaxState, tile: Tile) -> SoftmaxState:
-        logits, value = tile.terms()
-        old = SoftmaxState(*(tile.index.cut(x, axes) for x, axes in zip(state, _STATE, strict=True)))
-        row_max = jnp.maximum(old.row_max, jnp.max(logits, -1))
-        shift = _softmax.finite_max(row_max)
-        rescale, weights = jnp.exp(old.row_max - shift), jnp.exp(logits - shift[..., None])
-        row_sum = old.row_sum * rescale + jnp.sum(weights, -1)
-        output = old.output * rescale[..., None] + pv_product(plan.precision, tile.drop(weights), value)
-        new = SoftmaxState(row_max, row_sum, output)
+        new = tile.state() if tile.rows_are_whole else _joined(state, tile)
         return SoftmaxState(*(tile.index.put(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
 
     rows = jnp.sum(zeros_like_varying(arrays.query[..., :1]), -1)
     output = jnp.broadcast_to(rows[..., None], (*rows.shape, arrays.value.shape[-1]))
-    start = SoftmaxState(rows - jnp.inf, rows, output)
+    start = SoftmaxState(rows + jnp.finfo(rows.dtype).min, rows, output)
     if plan.strategy.kind == "decode":
         return _softmax.normalize(_decode.attend(plan, arrays, start, body))
     return _softmax.normalize(loop.run(body, start, checkpoint=False))
+
+
+def _joined(state: SoftmaxState, tile: Tile) -> SoftmaxState:
+    """The state of the tile's rows with the tile's keys added."""
+    logits, value = tile.terms()
+    old = SoftmaxState(*(tile.index.cut(x, axes) for x, axes in zip(state, _STATE, strict=True)))
+    row_max = jnp.maximum(old.row_max, _softmax.finite_row_max(logits))
+    rescale, weights = exp(old.row_max - row_max), exp(logits - row_max[..., None])
+    row_sum = old.row_sum * rescale + jnp.sum(weights, -1)
+    output = old.output * rescale[..., None] + pv_product(tile.plan.precision, tile.drop(weights), value)
+    return SoftmaxState(row_max, row_sum, output)
 
 
 def _tangent(plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
@@ -253,11 +258,15 @@ def _transpose_tiles(
     def body(totals: list[jax.Array], tile: Tile) -> list[jax.Array]:
         terms, values = tile.terms_of(perturbed)
         (logits, value), pull = jax.vjp(terms, *values)
-        weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
-        rows_ct = tile.index.cut(output_ct, _OUTPUT)
+        rows_ct, rows_delta = tile.index.cut(output_ct, _OUTPUT), tile.index.cut(delta, _ROWS)
+        if tile.rows_are_whole:
+            weights, row_sum = tile.unnormalized(logits)
+            rows_ct, rows_delta = rows_ct / row_sum[..., None], rows_delta / row_sum
+        else:
+            weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
         value_ct = unbroadcast(pt_o_product(plan.precision, tile.drop(weights), rows_ct), value.shape)
         weights_ct = qk_product(plan.precision, rows_ct, value)
-        logits_ct = weights * (tile.drop(weights_ct) + tile.index.cut(delta, _ROWS)[..., None])
+        logits_ct = weights * (tile.drop(weights_ct) + rows_delta[..., None])
         parts = pull((logits_ct, value_ct))
         return [
             tile.index.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, perturbed, strict=True)

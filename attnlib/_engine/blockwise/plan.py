@@ -20,11 +20,13 @@ _NUMBERS, _NUMBERS_WITH_FEATURES = 2**20, 2**17
 _MAX_BLOCK_SIZES = 2048, 512
 # Pairs of a key head from which on a loop over heads is faster than all heads at once.
 _PAIRS_LOOP_OVER_HEADS = 2**16
+# Logits up to which one tile of all pairs is faster than a loop over heads, and than tiles of all heads.
+_DENSE_LOOP_OVER_HEADS, _DENSE_ALL_HEADS = 2**21, 2**23
 # The decode path: rows of a batch index and of a key head up to which it is faster, and the keys from which on.
 _DECODE_ROWS, _DECODE_ROWS_OF_A_KEY_HEAD, _DECODE_KEYS = 64, 8, 512
 
 
-Kind = Literal["all_heads", "loop_over_heads", "decode"]
+Kind = Literal["all_heads", "loop_over_heads", "dense", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,8 @@ class BlockwiseStrategy:
 
     Attributes:
       kind: `"all_heads"`: a tile has all heads. `"loop_over_heads"`: a tile has one batch index and one key head.
-        `"decode"`: one tile has all pairs of all heads, and keys and values keep their layout in memory.
+        `"dense"`: one tile has all pairs of all heads.
+        `"decode"`: so too, and keys and values keep their layout in memory.
       block_sizes: (queries, keys) of a tile.
       fallback_keys: the number of keys of a tile where `"decode"` computes results that were not finite again.
     """
@@ -46,7 +49,7 @@ class BlockwiseStrategy:
 def plan_blocks(problem: AttentionProblem, kind: Kind | None = None) -> BlockwiseStrategy:
     """The strategy of this kind, or of the kind that is likely fastest on this machine."""
     kind = choose_kind(problem) if kind is None else kind
-    if kind != "decode":
+    if kind not in ("dense", "decode"):
         return BlockwiseStrategy(kind, _tile_sizes(problem, kind))
     whole = BlockwiseStrategy(kind, (problem.query_length, problem.key_length))
     if problem.block_sizes is None:
@@ -65,16 +68,25 @@ def choose_kind(problem: AttentionProblem) -> Kind:
         return "decode"
     pairs = problem.groups * problem.query_length * problem.key_length
     long = decide(lambda: pairs >= _PAIRS_LOOP_OVER_HEADS, otherwise=False)
-    return "loop_over_heads" if long and unsupported(problem, "loop_over_heads") is None else "all_heads"
+    in_turn = long and unsupported(problem, "loop_over_heads") is None
+    limit = _DENSE_LOOP_OVER_HEADS if in_turn else _DENSE_ALL_HEADS
+    small = decide(lambda: problem.rows * problem.key_length <= limit, otherwise=False)
+    if small and unsupported(problem, "dense") is None:
+        return "dense"
+    return "loop_over_heads" if in_turn else "all_heads"
 
 
 def unsupported(problem: AttentionProblem, kind: Kind | None) -> str | None:
     """The reason why a kind cannot compute a problem, or None if it can."""
-    if (reason := _unsupported_sizes(problem, kind)) is not None or problem.score.is_inner_product:
+    if (reason := _unsupported_sizes(problem, kind)) is not None:
         return reason
+    if kind == "dense" and not _is_one_tile(problem):
+        return "block_sizes cut the pairs into several tiles"
+    if problem.score.is_inner_product:
+        return None
     if kind == "loop_over_heads" and jax.tree.leaves(problem.score):
         return "the score has arrays, which are not cut into heads"
-    if kind == "decode":
+    if kind in ("dense", "decode"):
         return "the score is not a product"
     return None
 
@@ -95,6 +107,13 @@ def _unsupported_sizes(problem: AttentionProblem, kind: Kind | None) -> str | No
     return f"its tiles are a part of the program, but {' and '.join(symbolic)} are symbolic; export numbers for them"
 
 
+def _is_one_tile(problem: AttentionProblem) -> bool:
+    """Whether block sizes, if any are asked for, leave all pairs in one tile."""
+    if problem.block_sizes is None:
+        return True
+    return problem.block_sizes[0] >= problem.query_length and problem.block_sizes[1] >= problem.key_length
+
+
 def _few_queries(problem: AttentionProblem) -> bool:
     """Whether there are few queries and many keys, in one tile, of which a static mask leaves most to compute."""
     lengths, rows = (problem.query_length, problem.key_length), problem.groups * problem.query_length
@@ -103,7 +122,7 @@ def _few_queries(problem: AttentionProblem) -> bool:
     if not (few and (problem.kv_heads > 1 or problem.mask is not None)):
         return False
     if problem.block_sizes is not None:
-        return problem.block_sizes[0] >= lengths[0] and problem.block_sizes[1] >= lengths[1]
+        return _is_one_tile(problem)
     return problem.mask is None or 2 * problem.pairs_computed(lengths[0], 128) > lengths[0] * lengths[1]
 
 
@@ -123,7 +142,7 @@ def _tile_sizes(problem: AttentionProblem, kind: Kind) -> tuple[int, int]:
     keys = min(_power_of_two(math.sqrt(numbers)), _MAX_BLOCK_SIZES[1])
     queries = min(_power_of_two(numbers / keys), _MAX_BLOCK_SIZES[0])
     queries, keys = min(queries, _covering_power_of_two(lengths[0])), min(keys, _covering_power_of_two(lengths[1]))
-    size = _shrink_for_mask(problem, queries, keys)
+    size = _shrink_for_mask(problem, queries, keys, rows_per_query(problem, kind) * features_per_pair)
     return _balanced_block(lengths[0], size[0]), _balanced_block(lengths[1], size[1])
 
 
@@ -137,21 +156,34 @@ def _covering_power_of_two(length: int) -> int:
     return max(2 ** math.ceil(math.log2(max(length, 1))), 16)
 
 
-def _shrink_for_mask(problem: AttentionProblem, queries: int, keys: int) -> tuple[int, int]:
+def _shrink_for_mask(problem: AttentionProblem, queries: int, keys: int, numbers_per_pair: int) -> tuple[int, int]:
     """Smaller tiles, down to 128, if a static mask then empties enough of them.
 
     All sizes are compared, since a mask of scattered blocks empties no tile that is larger than its blocks.
     """
-    best, penalty = (queries, keys), 1.0
+    best = queries, keys
     if problem.mask is None or max(best) < 256:
         return best
-    min_cost: float = problem.pairs_computed(queries, keys)
-    while max(queries, keys) >= 256:
-        queries, keys = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
-        penalty /= 0.85  # a halving has to pay
-        if (cost := penalty * problem.pairs_computed(queries, keys)) < min_cost:
+    min_cost, penalty = math.inf, 1.0
+    while True:
+        pairs = problem.pairs_computed(queries, keys)
+        cost = penalty * pairs * _cost_of_a_pair(queries * keys * numbers_per_pair)
+        if cost < min_cost:
             best, min_cost = (queries, keys), cost
-    return best
+        if max(queries, keys) < 256:
+            return best
+        queries, keys = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
+        penalty /= 0.97  # of two sizes that cost the same, the larger
+
+
+def _cost_of_a_pair(numbers: int) -> float:
+    """The time of a pair in a tile of so many numbers, relative to its time in a large tile.
+
+    XLA computes small tiles on one core, and each tile has some cost of its own.
+    """
+    if numbers >= 2**18:
+        return 1.0
+    return (2**18 / numbers) ** 0.4 if numbers >= 2**16 else 1.74 * (2**16 / max(numbers, 1)) ** 0.16
 
 
 def _balanced_block(length: int, side: int) -> int:

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlib._autodiff.exponential import exp
 from attnlib._autodiff.leaves import TreeStructure, partial_in
+from attnlib._autodiff.matmul import pv_product
 from attnlib._core import axes as _axes
 from attnlib._core.block_positions import OperandPositions
 from attnlib._core.problem import AttentionProblem
@@ -20,6 +22,7 @@ from attnlib._engine import dropout as _dropout
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
 from attnlib._engine.nonfinite import sanitize
+from attnlib._engine.softmax import SoftmaxState
 from attnlib.masks._base import Mask
 from attnlib.modifiers._base import LogitModifier
 from attnlib.scores import Score
@@ -161,6 +164,11 @@ class Tile:
         sides = zip((arrays.query_positions, arrays.key_positions), index.starts, index.sizes, strict=True)
         self.query_positions, self.key_positions = (side.block(start, size) for side, start, size in sides)
 
+    @property
+    def rows_are_whole(self) -> bool:
+        """Whether the tile has all keys, so that nothing is carried from tile to tile of a row."""
+        return self.index.sizes[1] >= self.arrays.key_positions.length
+
     def terms(self) -> tuple[jax.Array, jax.Array]:
         """(logits, values). Masked logits are -inf; masked content cannot matter, NaN or not."""
         query, key, value, bias, score, modifiers, *_ = self.arrays
@@ -203,9 +211,27 @@ class Tile:
         return mask & _axes.split_heads(block, kv_heads, rank)
 
     def softmax(self, logits: jax.Array, lse: jax.Array) -> jax.Array:
-        weights = jnp.exp(logits - _softmax.finite_max(lse)[..., None])
+        weights = exp(logits - _softmax.finite_max(lse)[..., None])
         # A row that attends NaN is NaN, but not where it does not attend.
         return jnp.where(logits == -jnp.inf, 0, weights) if self.index.apply_mask else weights
+
+    def state(self) -> SoftmaxState:
+        """The state of the tile's rows after its keys alone."""
+        logits, value = self.terms()
+        row_max = _softmax.finite_row_max(logits)
+        weights = exp(logits - row_max[..., None])
+        output = pv_product(self.plan.precision, self.drop(weights), value)
+        return SoftmaxState(row_max, jnp.sum(weights, -1), output)
+
+    def unnormalized(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(the weights before the division by their sum, what to divide by), if the tile has all keys of its rows."""
+        row_max = jax.lax.stop_gradient(_softmax.finite_row_max(logits))
+        weights = exp(logits - row_max[..., None])
+        row_sum = _softmax.divisor(jnp.sum(weights, -1))
+        if self.index.apply_mask:
+            # A row that attends NaN is NaN, but not where it does not attend, and its cotangent stays finite.
+            weights, row_sum = jnp.where(logits == -jnp.inf, 0, weights), jnp.where(jnp.isnan(row_sum), 1, row_sum)
+        return weights, row_sum
 
     @cached_property
     def keep(self) -> jax.Array:
