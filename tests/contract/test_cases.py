@@ -37,9 +37,9 @@ def named(cases):
 
 
 # The variants of blockwise share its code but for a few functions. So they run the cases that these see; the slow tests
-# run all. Heads in turn cut by batch index and head what has such axes: operands, masks, biases, tables. One tile divides
-# by the sum of its weights in both passes. Heads side by side have products of their own, forward and backward; what is
-# added to their logits is that of a tile.
+# run all. Heads in turn cut by batch index and head what has such axes: operands, masks, biases, tables. One tile
+# divides by the sum of its weights in both passes. Heads side by side have products of their own, forward and backward;
+# what is added to their logits is that of a tile.
 OF_VARIANTS = {
     IN_TURN: (
         "dot", "grouped", "grouped, mask and bias a head", "multi-query", "is_causal and a mask",
