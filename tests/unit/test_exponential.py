@@ -12,7 +12,7 @@ def test_error_in_units_in_the_last_place():
     x = np.concatenate([np.linspace(-87.3, 0, 300_001), -np.logspace(-30, 0, 50_001)]).astype(np.float32)
     want = np.exp(x.astype(np.float64))
     error = np.abs(np.asarray(exp(jnp.asarray(x))) - want) / np.spacing(want.astype(np.float32))
-    assert error.max() <= 2
+    assert error.max() <= 1.5
     assert error[x > -1].mean() < 0.5
 
 
