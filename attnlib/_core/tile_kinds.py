@@ -51,8 +51,8 @@ class TileRanges:
 
 
 def classify(empty: np.ndarray | bool, full: np.ndarray | bool) -> TileKinds:
-    """EMPTY where `empty`, FULL where `full`, else PARTIAL."""
-    return np.where(empty, EMPTY, np.where(full, FULL, PARTIAL))
+    """EMPTY where `empty`, FULL where `full`, else PARTIAL; one kind for all tiles is an array (1, 1)."""
+    return np.atleast_2d(np.where(empty, EMPTY, np.where(full, FULL, PARTIAL)))
 
 
 def tiles_below(positions: TileRanges, length: Any) -> TileKinds:

@@ -212,7 +212,7 @@ def test_default_choice():
     def operands(batch, queries, keys):
         return struct(batch, queries, 8, 64), struct(batch, keys, 8, 64)
 
-    assert chosen(*operands(batch, 64, 64)) == chosen(*operands(1, 64, 64)) == "reference"
+    assert chosen(*operands(batch, 64, 64)) == chosen(*operands(1, 64, 64)) == "blockwise"
     assert chosen(*operands(batch, 2048, 2048)) == chosen(*operands(1, 2048, 2048)) == "blockwise"
     assert chosen(*operands(large, 64, 64)) == chosen(*operands(4096, 64, 64)) == "blockwise"
     assert chosen(*operands(batch, 1, 1024)) == chosen(*operands(2, 1, 1024))

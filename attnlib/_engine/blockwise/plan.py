@@ -70,7 +70,8 @@ def choose_kind(problem: AttentionProblem) -> Kind:
     long = decide(lambda: pairs >= _PAIRS_LOOP_OVER_HEADS, otherwise=False)
     in_turn = long and unsupported(problem, "loop_over_heads") is None
     limit = _DENSE_LOOP_OVER_HEADS if in_turn else _DENSE_ALL_HEADS
-    small = decide(lambda: problem.rows * problem.key_length <= limit, otherwise=False)
+    # A symbolic size counts as its least value: the tile is small for each batch entry.
+    small = decide(lambda: problem.rows * problem.key_length <= limit, otherwise=True)
     if small and unsupported(problem, "dense") is None:
         return "dense"
     return "loop_over_heads" if in_turn else "all_heads"
