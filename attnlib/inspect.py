@@ -19,6 +19,7 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
+from attnlib._core.nan_where import nan_where
 from attnlib._core.operand_checks import check_arrays, check_rank, compute_dtype, is_concrete
 from attnlib._core.options import InspectionOptions, Options, takes_options
 from attnlib._core.problem import AttentionProblem
@@ -299,7 +300,7 @@ def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
         return _weights(problem, arguments.options.implementation, row, 1)[..., 0, :]
 
     weights = jax.vmap(one, out_axes=-2)(flat.reshape(-1))
-    weights = jnp.where(inside.reshape(-1, 1), weights, jnp.nan)
+    weights = nan_where(~inside.reshape(-1, 1), weights)
     return weights.reshape(*_batch_and_head(problem), *flat.shape, *problem.key_shape)
 
 

@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+# What JAX promotes silently, in the library or in a test, is an error. Not in the environment, which examples, notebooks
+# and other programs that tests start would inherit: they promote as users do.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, metavar="N", help="draw N times as many examples in fuzz tests, anew")

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlib._core.nan_where import nan_where
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
 from attnlib._engine.cudnn.fallback_derivatives import with_fallback_derivatives
 from attnlib._engine.cudnn.kernel import CudnnConfig, call, kernel
@@ -239,7 +240,7 @@ def _output(problem: AttentionProblem, training: bool) -> jax.Array:
     output = jnp.swapaxes(output, 1, 2).reshape(query.shape).astype(problem.dtype)
     if non_finite is not None:
         # By `where`, so that no derivative passes through the rows that are replaced.
-        output = jnp.where(rows[..., None], jnp.where(non_finite[..., None], jnp.nan, output), 0)
+        output = jnp.where(rows[..., None], nan_where(non_finite[..., None], output), 0)
     return output
 
 
