@@ -43,7 +43,7 @@ def call_with_rule(function: Function, rule: Rule, args: Leaves, linear: Linear 
 
 
 def finite_entries(array: jax.Array) -> jax.Array:
-    """`jnp.isfinite(array)`, which is True for `jax.linear_transpose`: linear functions are linear in finite numbers."""
+    """`jnp.isfinite(array)`, which is True to `jax.linear_transpose`: functions are linear in finite numbers."""
     return call_with_rule(_isfinite, _no_rule, [array], linear=((0, ()),))[0]
 
 
