@@ -13,7 +13,6 @@ from test_cache import FORMS, HEADS, TOKENS, WINDOW, empty, tokens, whole
 import attnlib
 from attnlib import KVCache, scores
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
 BATCH = (2,)
 HELD = {"plain": dict(), "ragged": dict(ragged=True), "ring": dict(window=WINDOW), "int8": dict(dtype=jnp.int8)}
 HELD |= {"ragged ring": dict(window=WINDOW, ragged=True)}

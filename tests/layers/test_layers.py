@@ -10,8 +10,6 @@ from conftest import assert_close, assert_finite, assert_same
 import attnlib
 from attnlib import masks, scores
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
-
 
 def draw(keys, *shape):
     return keys.normal(*shape)

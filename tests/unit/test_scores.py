@@ -15,8 +15,6 @@ from score_catalogue import Fits
 import attnlib
 from attnlib import scores
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
-
 # Folded: query (*batch, K, G, T, D), key (*batch, K, S, D); query head n = k * G + g reads key head k.
 QUERY, KEY, HEADS = (2, 3, 2, 5, 4), (2, 3, 7, 4), 6
 
