@@ -290,7 +290,7 @@ def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
     problem, _ = _call.canonicalize(arguments)
     parts, sizes = (rows, problem.query_shape) if isinstance(rows, tuple) else ((rows,), (problem.query_length,))
     flat, inside = jnp.int32(0), jnp.bool_(True)
-    for part, size in zip(parts, sizes, strict=True):
+    for part, size in zip(_axes.align_ranks(*parts), sizes, strict=True):
         inside &= (-size <= part) & (part < size)
         flat = flat * size + jnp.where(part < 0, part + size, part)
     if flat.size == 0:

@@ -224,7 +224,7 @@ def test_a_sink_is_a_key_without_value(implementation, sink, keys):
 
 @on_every_implementation
 def test_infinite_sinks_take_nothing_or_all(implementation, keys):
-    arrays, mask = operands(keys, 2), jnp.arange(KEYS) <= jnp.arange(QUERIES)[:, None] - 2
+    arrays, mask = operands(keys, 2), jnp.arange(KEYS)[None] <= jnp.arange(QUERIES)[:, None] - 2
     without = attend(*arrays, mask=mask, implementation=implementation)
     assert_close(attend(*arrays, mask=mask, sink=-jnp.inf, implementation=implementation), without)
     output, weights, lse = attend(*arrays, mask=mask, sink=jnp.inf, implementation=implementation)
@@ -235,7 +235,7 @@ def test_derivatives_of_a_sink(keys):
     """First and second, against the same sink as a key of the call."""
     query, key, value = operands(keys, 2)
     sink = keys.normal(HEADS)
-    mask = jnp.arange(KEYS) <= jnp.arange(QUERIES)[:, None] - 2
+    mask = jnp.arange(KEYS)[None] <= jnp.arange(QUERIES)[:, None] - 2
 
     def direct(sink, query, implementation):
         return attend(query, key, value, mask=mask, sink=sink, implementation=implementation)[0]
