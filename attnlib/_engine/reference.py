@@ -33,7 +33,9 @@ def _run(problem: AttentionProblem) -> AttentionResult:
         finite = jnp.isfinite(query), jnp.isfinite(key), finite_entries(value)
         bad_query, bad_key, bad_value = (~jnp.all(x, -1) for x in finite)
         poison = bad_query[..., :, None] | (bad_key | bad_value)[..., None, None, :]
-        query, key, value = (jnp.where(f, x, 1) for f, x in zip(finite, (query, key, value), strict=True))
+        query, key, value = (
+            jnp.where(is_finite, x, 1) for is_finite, x in zip(finite, (query, key, value), strict=True)
+        )
 
     logits = problem.score.block(query, key, problem.precision)  # (*batch, K, G, T, S)
     if problem.bias is not None:

@@ -39,7 +39,6 @@ class Mode:
       setting: what makes a context of the mode.
       jit: whether the whole is compiled as one program.
       needs_values: whether tracing alone says nothing about it.
-      for_all: whether it is traced for all cases, since it costs little; else for some that have all features.
       of_value: whether it is for functions of the value alone.
     """
 
@@ -47,7 +46,6 @@ class Mode:
     setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     jit: bool = True
     needs_values: bool = False
-    for_all: bool = False
     of_value: bool = False
 
 
@@ -151,10 +149,10 @@ MODES = {
     "debug_infs": Mode(setting=lambda: jax.debug_infs(True), needs_values=True),
     "vmap, spmd_axis_name": Mode(_all_of_two(_vmap)),
     "pmap": Mode(_all_of_two(_pmap)),
-    "scan of checkpoint": Mode(_all_of_two(_scan), for_all=True),
+    "scan of checkpoint": Mode(_all_of_two(_scan)),
     "remat with a policy": Mode(_of(_remat)),
     "custom_jvp": Mode(_of(_custom_jvp)),
-    "linearize": Mode(_linearize, for_all=True),
-    "linear_transpose": Mode(_linear_transpose, for_all=True, of_value=True),
-    "checkify": Mode(_checkify, jit=False, for_all=True),
+    "linearize": Mode(_linearize),
+    "linear_transpose": Mode(_linear_transpose, of_value=True),
+    "checkify": Mode(_checkify, jit=False),
 }
