@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+_config: Any = jax.config  # its settings are no attributes for mypy
 
-def nan_where(condition: jax.Array, array: jax.Array) -> jax.Array:
+
+def nan_where(condition: jax.Array | bool, array: jax.Array) -> jax.Array:
     """The array with NaN where the condition holds."""
-    if jax.config.jax_debug_nans and jax.config.jax_disable_jit:
+    if _config.jax_debug_nans and _config.jax_disable_jit:
         # Every operation runs by itself here, and is checked: a NaN that is broadcast first, as `jnp.where` does, would
         # be reported although the condition holds nowhere.
         one = jnp.where(condition, 0, 1).astype(array.dtype)

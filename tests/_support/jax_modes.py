@@ -38,6 +38,7 @@ class Mode:
         operands alone, a dictionary of these.
       setting: what makes a context of the mode.
       jit: whether the whole is compiled as one program.
+      op_by_op: whether no operation is compiled with another one, so that loops take long.
       needs_values: whether tracing alone says nothing about it.
       of_value: whether it is for functions of the value alone.
     """
@@ -45,6 +46,7 @@ class Mode:
     derivative: Callable[[Function], Derivative] = derivative
     setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     jit: bool = True
+    op_by_op: bool = False
     needs_values: bool = False
     of_value: bool = False
 
@@ -145,7 +147,7 @@ MODES = {
     "x64": Mode(setting=x64),
     "tracer leaks": Mode(setting=_leaks),
     "debug_nans": Mode(setting=lambda: jax.debug_nans(True), jit=False, needs_values=True),
-    "debug_nans, disable_jit": Mode(setting=_nans_op_by_op, jit=False, needs_values=True),
+    "debug_nans, disable_jit": Mode(setting=_nans_op_by_op, jit=False, op_by_op=True, needs_values=True),
     "debug_infs": Mode(setting=lambda: jax.debug_infs(True), needs_values=True),
     "vmap, spmd_axis_name": Mode(_all_of_two(_vmap)),
     "pmap": Mode(_all_of_two(_pmap)),
