@@ -151,7 +151,7 @@ def test_a_function_of_the_user_sees_each_pair(implementation, keys):
 
         def told(logit, batch, head, query_position, key_position, name=name):
             where = dict(batch=batch, head=head, query=query_position, key=key_position)
-            return 0.0 * logit + 0.1 * where[name]
+            return 0.0 * logit + 0.1 * where[name].astype(logit.dtype)
 
         _, weights, _ = attend(query, key, value, score_mod=told, implementation=implementation)
         logits = np.broadcast_to(0.1 * expected, weights.shape)
@@ -166,7 +166,7 @@ def test_modifiers_come_after_bias_and_cap(implementation, keys):
         query, key, value, bias=bias, logits_soft_cap=0.7, score_mod=lambda logit, *where: 3 * logit,
         implementation=implementation,
     )  # fmt: skip
-    logits = 3 * 0.7 * np.tanh((np.einsum("btnd,bsnd->bnts", query, key) / 2 + bias) / 0.7)
+    logits = 3 * 0.7 * np.tanh((np.einsum("btnd,bsnd->bnts", query, key) / 2 + np.asarray(bias)) / 0.7)
     np.testing.assert_allclose(weights, np.asarray(jax.nn.softmax(logits)), rtol=2e-5, atol=1e-6)
 
 
