@@ -34,7 +34,7 @@ from attnlib._engine.cudnn.fallback_derivatives import with_fallback_derivatives
 from attnlib._engine.cudnn.kernel import CudnnConfig, call, kernel
 from attnlib._engine.nonfinite import sanitize
 from attnlib.masks import Causal, Lengths, Prefix, SlidingWindow
-from attnlib.masks._base import And, Mask
+from attnlib.masks._base import And, Mask, all_of
 from attnlib.scores import Dot
 
 # (queries, keys) of a tile of its kernels, approximately: cuDNN chooses among several kernels itself.
@@ -219,7 +219,8 @@ def _output(problem: AttentionProblem, training: bool) -> jax.Array:
         jnp.broadcast_to(x, (*problem.batch, *x.shape[len(problem.batch) :]))
         for x in (problem.query, problem.key, problem.value)
     )
-    rows = real_queries[..., None, None, :] if native.queries else jnp.bool_(True)  # (*batch, 1, 1, T)
+    everything = jnp.ones((1,) * (len(problem.batch) + 3), bool)
+    rows = real_queries[..., None, None, :] if native.queries else everything  # (*batch, 1, 1, T)
     if native.keys:
         rows = rows & real_keys[..., None, None, :1]  # some key is real if the first is
     non_finite = None
@@ -251,7 +252,7 @@ def _real(problem: AttentionProblem, masks: list[Mask], axis: int) -> jax.Array:
     for mask in masks:
         block = mask.evaluate(*problem.positions)  # (*batch, 1, T, 1), (*batch, 1, 1, S), or without batch and heads
         inside = jnp.squeeze(block, -1 if axis == -2 else -2)
-        real = real & (inside if inside.ndim == 1 else inside[..., 0, :])
+        real = all_of(real, inside if inside.ndim == 1 else inside[..., 0, :])
     return jnp.broadcast_to(real, (*problem.batch, length))
 
 
@@ -283,7 +284,7 @@ def _scaled(problem: AttentionProblem, query: jax.Array) -> jax.Array:
         return query
     ratio = jnp.asarray(problem.score.scale).astype(jnp.float32) * math.sqrt(query.shape[-1])
     if ratio.ndim == 1:
-        ratio = ratio.reshape(problem.kv_heads, problem.groups, 1, 1)
+        ratio = ratio.reshape(*(1,) * len(problem.batch), problem.kv_heads, problem.groups, 1, 1)
     return (query.astype(jnp.float32) * ratio).astype(query.dtype)
 
 

@@ -28,17 +28,16 @@ class CudnnConfig(NamedTuple):
 
 def call(static: CudnnConfig, query: jax.Array, key: jax.Array, value: jax.Array, *lengths: jax.Array) -> jax.Array:
     queries, keys = static.lengths
-    with jax.numpy_rank_promotion("allow"):  # jax.nn broadcasts lengths of different ranks
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=static.causal,
-            query_seq_lengths=lengths[0] if queries else None,
-            key_value_seq_lengths=lengths[-1] if keys else None,
-            local_window_size=None if static.left is None else (static.left, 0),
-            implementation="cudnn",
-        )
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=static.causal,
+        query_seq_lengths=lengths[0] if queries else None,
+        key_value_seq_lengths=lengths[-1] if keys else None,
+        local_window_size=None if static.left is None else (static.left, 0),
+        implementation="cudnn",
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
