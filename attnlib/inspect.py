@@ -19,6 +19,7 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
+from attnlib._core.nan_where import nan_where
 from attnlib._core.operand_checks import check_arrays, check_rank, compute_dtype, is_concrete
 from attnlib._core.options import InspectionOptions, Options, takes_options
 from attnlib._core.problem import AttentionProblem
@@ -290,7 +291,7 @@ def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
     problem, _ = _call.canonicalize(arguments)
     parts, sizes = (rows, problem.query_shape) if isinstance(rows, tuple) else ((rows,), (problem.query_length,))
     flat, inside = jnp.int32(0), jnp.bool_(True)
-    for part, size in zip(parts, sizes, strict=True):
+    for part, size in zip(_axes.align_ranks(*parts), sizes, strict=True):
         inside &= (part >= -size) & (part < size)
         flat = flat * size + jnp.where(part < 0, part + size, part)
     if flat.size == 0:
@@ -300,7 +301,7 @@ def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
         return _weights(problem, arguments.options.implementation, row, 1)[..., 0, :]
 
     weights = jax.vmap(one, out_axes=-2)(flat.reshape(-1))
-    weights = jnp.where(inside.reshape(-1, 1), weights, jnp.nan)
+    weights = nan_where(~inside.reshape(-1, 1), weights)
     return weights.reshape(*_batch_and_head(problem), *flat.shape, *problem.key_shape)
 
 

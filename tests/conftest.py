@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+# What JAX promotes silently, in the library or in a test, is an error. The environment does not say so: examples,
+# notebooks and other programs that tests start would inherit it, and they promote as users do.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, metavar="N", help="draw N times as many examples in fuzz tests, anew")
@@ -105,11 +110,14 @@ class Keys:
         return self._rng.permutation(count)
 
 
-@pytest.fixture
-def strict_dtypes():
-    """Any silent promotion of dtypes, in the library or in the test, is an error."""
-    with jax.numpy_dtype_promotion("strict"):
+def _allow_promotion():
+    """Lets JAX promote ranks and dtypes, for code of other libraries that relies on it."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+allow_promotion = pytest.fixture(_allow_promotion)  # in one test
+allow_promotion_in_file = pytest.fixture(_allow_promotion, scope="module")
 
 
 def x64(enabled=True):

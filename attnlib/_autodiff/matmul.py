@@ -76,9 +76,8 @@ _TRANSPOSES: dict[Any, tuple[Product, Product]] = {
 
 
 def _product(function: Any, precision: Any, *operands: jax.Array) -> jax.Array:
-    return call_with_rule(
-        HashablePartial(function, (precision,)), HashablePartial(_rule, (function, precision)), operands
-    )[0]
+    primal, rule = HashablePartial(function, (precision,)), HashablePartial(_rule, (function, precision))
+    return call_with_rule(primal, rule, operands, linear=((0, (0,)), (1, (0,))))[0]
 
 
 def _rule(function: Any, precision: Any, perturbed: tuple[int, ...], operands: Any, tangents: Any) -> Any:

@@ -175,6 +175,10 @@ CALLBACKS = {
 }
 
 
+# What JAX raises where NumPy or Python indexes with a traced value.
+_CONVERSION_ERRORS = jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError
+
+
 @contextlib.contextmanager
 def explains_callback(name: str) -> Iterator[None]:
     """Adds a note on how attnlib calls a user function to every error in this function."""
@@ -182,10 +186,12 @@ def explains_callback(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         error.add_note(CALLBACKS[name])
+        if isinstance(error, _CONVERSION_ERRORS):
+            error.add_note("NumPy arrays and lists take no traced index: write jnp.asarray(table)[index].")
         raise
 
 
-def require_static(value: Any, name: str, kind: str) -> None:
+def require_static(value: Any, name: str, kind: str, remedy: str = "") -> None:
     """Raises TypeError if a value that must be static is traced or symbolic."""
     leaves = value if isinstance(value, (tuple, list)) else (value,)
     if not is_static(*leaves):
@@ -196,8 +202,21 @@ def require_static(value: Any, name: str, kind: str) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise TypeError(
             f"{name} must be {kind}, known when the program is compiled; got a traced value. Mark it static "
-            f"(jax.jit(..., static_argnames={name.split()[-1]!r})) or close over it."
+            f"(jax.jit(..., static_argnames={name.split()[-1]!r})) or close over it.{remedy and ' '}{remedy}"
         )
+
+
+# What to write for a flag where it is traced with all other arguments; by default, to close over it.
+TRACED_FLAGS = {
+    "is_causal": "write mask=attnlib.masks.Causal()",
+    "deterministic": "pass deterministic to the constructor",
+}
+
+
+def require_static_flag(value: Any, name: str) -> None:
+    """Raises TypeError if True or False is traced."""
+    remedy = TRACED_FLAGS.get(name, f"write jax.checkpoint(lambda *args: function(*args, {name}=True))")
+    require_static(value, name, "True or False", f"jax.checkpoint, nn.remat and nn.jit trace all keywords: {remedy}.")
 
 
 def class_hint(value: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape, align_ranks, broadcasts
 from attnlib._core.sizes import is_static
-from attnlib._core.suggestions import require_static
+from attnlib._core.suggestions import require_static, require_static_flag
 
 # Each kind of array: its name in errors, its dtypes, and the dtype that a remedy converts to.
 _KINDS: dict[str, tuple[str, tuple[Any, ...], str]] = {
@@ -155,7 +155,7 @@ def _either(*names: str) -> str:
 def check_bool(value: Any, name: str) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    require_static(value, name, "True or False")
+    require_static_flag(value, name)
     remedy = f" Write bool({name})." if hasattr(value, "dtype") and np.ndim(value) == 0 else ""
     raise TypeError(f"{name} must be True or False; got {value!r}.{remedy}")
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlib._autodiff.custom_rule import finite_entries
+
 
 class SanitizedOperands(NamedTuple):
     """Finite operands, and where they were not finite."""
@@ -25,7 +27,7 @@ class SanitizedOperands(NamedTuple):
 
 def sanitize(query: jax.Array, key: jax.Array, value: jax.Array) -> SanitizedOperands:
     """The operands with ones in place of non-finite numbers; not zeros, since a score may divide by a norm."""
-    finite = [jnp.isfinite(x) for x in (query, key, value)]
+    finite = [jnp.isfinite(query), jnp.isfinite(key), finite_entries(value)]
     query, key, value = (jnp.where(f, x, 1) for f, x in zip(finite, (query, key, value), strict=True))
     bad_query, bad_key, bad_value = (~jnp.all(f, -1) for f in finite)
     return SanitizedOperands(query, key, value, bad_query, bad_key | bad_value)

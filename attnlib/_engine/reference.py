@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlib._autodiff.custom_rule import finite_entries
 from attnlib._core import axes as _axes
+from attnlib._core.nan_where import nan_where
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
 from attnlib._engine import dropout as _dropout
 from attnlib._engine.cost import operations
@@ -28,8 +30,12 @@ def _run(problem: AttentionProblem) -> AttentionResult:
     mask = _dense_mask(problem)
     poison: jax.Array | bool = False
     if mask is not None:
-        poison = _non_finite(query)[..., :, None] | (_non_finite(key) | _non_finite(value))[..., None, None, :]
-        query, key, value = (jnp.where(jnp.isfinite(x), x, 1) for x in (query, key, value))
+        finite = jnp.isfinite(query), jnp.isfinite(key), finite_entries(value)
+        bad_query, bad_key, bad_value = (~jnp.all(x, -1) for x in finite)
+        poison = bad_query[..., :, None] | (bad_key | bad_value)[..., None, None, :]
+        query, key, value = (
+            jnp.where(is_finite, x, 1) for is_finite, x in zip(finite, (query, key, value), strict=True)
+        )
 
     logits = problem.score.block(query, key, problem.precision)  # (*batch, K, G, T, S)
     if problem.bias is not None:
@@ -40,7 +46,7 @@ def _run(problem: AttentionProblem) -> AttentionResult:
         logits = modifier.apply(logits, problem.heads, *problem.positions)
     if mask is not None:
         # What a row attends must reach it, NaN too; what it does not attend must not, in either pass.
-        logits = jnp.where(mask, jnp.where(poison, jnp.nan, logits), -jnp.inf)
+        logits = jnp.where(mask, nan_where(poison, logits), -jnp.inf)
 
     logits = jnp.broadcast_to(logits, (*problem.batch, *logits.shape[-4:]))
     weights, lse = _softmax(mask is not None, logits)
@@ -49,7 +55,7 @@ def _run(problem: AttentionProblem) -> AttentionResult:
     output = jnp.einsum("...kgts,...kse->...kgte", weights, value, precision=problem.precision)
     if mask is not None:
         # Stops the NaN cotangent of a poisoned row from meeting the zero weights of what the row does not attend.
-        output = jnp.where(jnp.isnan(lse)[..., None], jnp.nan, output)
+        output = nan_where(jnp.isnan(lse)[..., None], output)
     return AttentionResult(output, lse, weights if problem.return_weights else None)
 
 
@@ -82,10 +88,6 @@ def _dense_mask(problem: AttentionProblem) -> jax.Array | None:
     if problem.mask is None:
         return None
     return _axes.split_heads(problem.mask.evaluate(*problem.positions), problem.kv_heads, problem.query.ndim)
-
-
-def _non_finite(array: jax.Array) -> jax.Array:
-    return ~jnp.all(jnp.isfinite(array), -1)
 
 
 def _keep(problem: AttentionProblem) -> jax.Array:

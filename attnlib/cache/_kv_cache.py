@@ -14,6 +14,7 @@ import numpy as np
 from attnlib._api import attention
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
 from attnlib._core.axes import align_ranks
+from attnlib._core.nan_where import nan_where
 from attnlib._core.operand_checks import compute_dtype, is_concrete
 from attnlib._core.options import CacheOptions, takes_options
 from attnlib._core.pytree import register, serializable
@@ -310,7 +311,7 @@ class KVCache:
             overflow = self.length > self.capacity
             overflow = jnp.expand_dims(overflow, tuple(range(overflow.ndim, query.ndim)))
             output, *others = (  # batch axes come first in all results
-                jnp.where(overflow.reshape(overflow.shape[: x.ndim]), jnp.nan, x) for x in (output, *others)
+                nan_where(overflow.reshape(overflow.shape[: x.ndim]), x) for x in (output, *others)
             )
         output = jnp.moveaxis(output.astype(query.dtype), -3, axis)
         return (output, *others) if others else output

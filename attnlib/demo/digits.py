@@ -52,7 +52,7 @@ class Reader(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, list[jax.Array]]:
         positions = self.param("places", nn.initializers.normal(1.0), (*images.shape[1:], self.features))
-        pixels = nn.Conv(self.features, (3, 3))(images[..., None]) + positions  # (B, H, W, C)
+        pixels = nn.Conv(self.features, (3, 3))(images[..., None]) + positions[None]  # (B, H, W, C)
         all_weights = []
         for axes in BLOCKS.values():
             pixels, weights = Block(axes, self.num_heads)(pixels)

@@ -17,8 +17,20 @@ from attnlib.scores import Score
 
 Initializer = Callable[..., jax.Array]
 
-default_kernel_init: Initializer = jax.nn.initializers.lecun_normal()
 default_bias_init: Initializer = jax.nn.initializers.zeros
+
+
+# JAX's initialisers are local functions, which cannot be pickled; a module pickles functions of this file.
+
+
+def default_kernel_init(key: Rng, shape: Sequence[int], dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+    """Normal values with variance 1 / fan-in (LeCun)."""
+    return jax.nn.initializers.lecun_normal()(key, shape, dtype, out_sharding)
+
+
+def default_table_init(key: Rng, shape: Sequence[int], dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+    """Normal values with standard deviation 0.02, for tables of position biases."""
+    return jax.nn.initializers.normal(0.02)(key, shape, dtype, out_sharding)
 
 
 def vector_glorot_uniform(rng: Rng, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlib._core.validation import check_int, check_int_or_ints, per_axis
-from attnlib.layers._projections import Initializer
+from attnlib.layers._projections import Initializer, default_table_init
 from attnlib.modifiers import BucketedBias, RelativeBias
 
 
@@ -36,7 +36,7 @@ class RelativePositionBias(nn.Module):
     """
 
     sizes: int | Sequence[int]
-    table_init: Initializer = nn.initializers.normal(0.02)
+    table_init: Initializer = default_table_init
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -73,7 +73,7 @@ class BucketedPositionBias(nn.Module):
     num_buckets: int = 32
     bidirectional: bool = True
     max_distance: int = 128
-    table_init: Initializer = nn.initializers.normal(0.02)
+    table_init: Initializer = default_table_init
     param_dtype: Any = jnp.float32
 
     @nn.compact

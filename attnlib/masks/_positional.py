@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -180,9 +181,11 @@ class Predicate(Mask):
         return jnp.broadcast_to(result, jnp.broadcast_shapes(result.shape, (1, 1)))
 
     def check(self, shapes: AttentionShape) -> None:
-        query, key = BlockPositions(shapes.query, "query"), BlockPositions(shapes.key, "key")
-        shape = jax.eval_shape(lambda: self.evaluate(query, key)).shape
-        weights = (*shapes.batch, shapes.heads, query.total, key.total)
+        def evaluate() -> jax.Array:  # makes the positions, which cache arrays of the trace that they are used in
+            return self.evaluate(BlockPositions(shapes.query, "query"), BlockPositions(shapes.key, "key"))
+
+        shape = jax.eval_shape(evaluate).shape
+        weights = (*shapes.batch, shapes.heads, math.prod(shapes.query), math.prod(shapes.key))
         if not broadcasts(shape, weights):
             raise ValueError(
                 f"Predicate fn must return an array that broadcasts to (*batch, heads, queries, keys) = {weights}; got "

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from attention_case import Case
@@ -213,7 +214,7 @@ ROWS = [
             wrong("custom not a function", TypeError, "Custom fn must be a function", fn=1.0),
             wrong("custom a tuple", ValueError, "Custom fn must return a scalar", fn=lambda q, k: (q[0], k[0])),
             wrong("custom complex", TypeError, "Custom fn must return a real number", "complex64",
-                  fn=lambda q, k: 1j * q[0]),
+                  fn=lambda q, k: jax.lax.complex(q[0], k[0])),
         ],
         make=lambda fn, params=(): scores.Custom(fn, *params),
     ),

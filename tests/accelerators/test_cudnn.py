@@ -33,13 +33,13 @@ def dense_attention(is_causal, window, query, key, value, query_lengths, key_len
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, 2) for x in (key, value))
-    t, s = jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[1])
+    t, s = jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[1])[None]
     seen = jnp.ones((query.shape[1], key.shape[1]), bool)
     if is_causal:
         seen = seen & (s <= t)
     if window is not None:
         seen = seen & (s >= t - window[0]) & (s <= t + window[1])
-    seen = seen[None, None] & (s < key_lengths[:, None, None, None])
+    seen = seen[None, None] & (s[None, None] < key_lengths[:, None, None, None])
     logits = jnp.where(seen, jnp.einsum("btnd,bsnd->bnts", query, key) * query.shape[-1] ** -0.5, -jnp.inf)
     logits = jnp.where(key_lengths[:, None, None, None] > 0, logits, jnp.nan)
     output = jnp.einsum("bnts,bsnd->btnd", jax.nn.softmax(logits, -1), value)
@@ -143,6 +143,19 @@ def test_values(case, cudnn):
     made, expected = jax.jit(lambda: (output("cudnn"), output("reference")))()
     assert_finite(made)
     assert_close(made, expected, length=8, eps=EPS)
+
+
+def test_linear_transpose(cudnn):
+    """In the value; the table of modes (test_modes.py) has the implementations that take every call."""
+    case = next(case for case in CASES if case.name == "lengths, causal")
+    function, operands = outputs(case, "cudnn")
+    value, cotangent = operands["value"], like(jax.eval_shape(function, operands), 1)
+
+    def of_value(value):
+        return function({**operands, "value": value})
+
+    made = jax.jit(jax.linear_transpose(of_value, value))(cotangent)
+    assert_close(made, jax.jit(jax.vjp(of_value, value)[1])(cotangent), length=6, eps=EPS)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,6 @@ from cases import (
 )
 from conftest import assert_close, assert_finite
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
-
-
 VARIANTS = [*NAMES, IN_TURN, IN_ONE_TILE, SIDE_BY_SIDE]
 
 

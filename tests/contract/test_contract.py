@@ -14,7 +14,6 @@ from conftest import assert_close, assert_finite, assert_same, assert_zero, x64
 import attnlib
 from attnlib import masks, scores
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
 IMPLEMENTATIONS = [*NAMES, IN_ONE_TILE, SIDE_BY_SIDE]
 on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 

@@ -10,7 +10,6 @@ from conftest import assert_close, x64
 import attnlib
 from attnlib import masks
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
 on_every_implementation = pytest.mark.parametrize("implementation", NAMES)
 # Where the others are shown to drop the same, here and in test_cases.py.
 on_the_reference = pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from conftest import assert_close, assert_finite, assert_same
 import attnlib
 from attnlib import masks, modifiers, scores
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
 QUERY, KEY, VALUE = (2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 6)
 WEIGHTS = (2, 4, 5, 7)
 
@@ -360,9 +359,8 @@ def test_vmap_over_any_operands_is_a_loop(attend, mapped, keys):
         elif name == "dropout_rng":
             stacked[name] = jax.random.split(next(keys), count)
         else:
-            stacked[name] = arguments[name] * jnp.arange(1, count + 1).reshape(-1, *[1] * arguments[name].ndim).astype(
-                jnp.float32
-            )
+            factors = jnp.arange(1, count + 1, dtype=jnp.float32).reshape(-1, *[1] * arguments[name].ndim)
+            stacked[name] = arguments[name][None] * factors
     axes = {name: 0 if name in mapped else None for name in arguments}
 
     def call(arguments):

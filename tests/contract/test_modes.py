@@ -1,40 +1,125 @@
-"""Modes of JAX that forbid what JAX does silently: ranks that are promoted, dtypes that are promoted.
+"""Every mode of JAX with every case: what runs by itself runs in the mode, forward and backward, with the same numbers.
 
-The modes change no number, so programs with their gradients are traced here and not run.
+A mode that changes no number is traced; a few configurations in which all modes meet the kinds of features are run.
 """
+
+import functools
 
 import cases
 import jax
 import jax.numpy as jnp
 import pytest
+from attention_case import Draw
+from conftest import assert_close
+from covering import covered, covering
+from jax_modes import MODES, derivative
 
 import attnlib
 from attnlib import inspect, masks, modifiers, positions
+from attnlib._core.identity import node_types
 
 
-@pytest.fixture(autouse=True)
-def forbid_promotion():
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        yield
+def function_of(case, traced, options, name, tiles=True):
+    """A case as a function of its operands, in one tile or several. Rows that attend nothing have an lse of 0."""
+    how = cases.by_name(name) if tiles else dict(implementation=name)
+
+    def function(operands):
+        output, weights, lse = attnlib.attention(
+            **operands, **traced, **options, **how, return_weights=True, return_lse=True
+        )
+        return output, weights, jnp.where(jnp.isfinite(lse), lse, 0)
+
+    return function
 
 
-def trace_gradient(function, *args):
-    """Traces the function and its gradient by the floating-point leaves of the first argument."""
-
-    def loss(first, *args):
-        leaves = [x for x in jax.tree.leaves(function(first, *args)) if jnp.issubdtype(x.dtype, jnp.floating)]
-        return sum(jnp.sum(x.astype(jnp.float32)) for x in leaves)
-
-    jax.eval_shape(jax.grad(loss), *args)
+# Which configurations
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=str)
-def test_attention_promotes_nothing(case):
-    for name in cases.COMPLETE:
-        if cases.refusal(case, name) is None:
-            with cases.context(case):
-                operands, traced, options = cases.build(case)
-                trace_gradient(lambda *args: cases.run(*args, options, name), operands, traced)  # noqa: B023
+@functools.cache
+def features(case):
+    """What a case has: kinds of scores, masks and modifiers, options, and how its operands are laid out."""
+    draw = Draw(0, case.dtype)
+    made = [make(draw) for make in (case.score, case.mask, case.score_mod) if make is not None]
+    kinds = {kind for one in made for kind in (*node_types(one), type(one))}
+    arrays = {name for name in ("bias", "sink", "positions") if getattr(case, name) is not None}
+    return {
+        *(kind.__name__ for kind in kinds if kind.__module__.startswith(("attnlib", "option_catalogue"))),
+        *arrays, *case.options, case.dtype, f"rank {len(case.query)}",
+        "grouped" if case.query[-2:-1] != case.key[-2:-1] else "each head its own",
+    }  # fmt: skip
+
+
+# Features by which a program differs, rather than the entries of a mask.
+COARSE = {"Dot", "Additive", "Custom", "Tilt", "bias", "sink", "dropout_rate", "logits_soft_cap", "grouped", "rank 5"}
+
+
+def pairs_of(configuration):
+    mode, case, name = configuration
+    coarse = {feature for feature in features(case) if feature in COARSE} | {case.mask is not None}
+    return {(mode, name), *((mode, feature) for feature in coarse), *((name, feature) for feature in coarse)}
+
+
+@functools.cache
+def run_configurations():
+    """(mode, case, implementation)s to run: each mode with each implementation, and both with each coarse feature."""
+    some = [case for case in cases.CASES if case.dtype == "float32" and case.name != "longer"]
+    pool = [(mode, case, name) for mode in MODES for case in some for name in cases.COMPLETE]
+    return covering(pool, pairs_of)
+
+
+def traced_configurations():
+    """(case, implementation)s: by default each feature with some implementation, and each coarse one with each."""
+    pool = [(case, name) for case in cases.CASES for name in cases.COMPLETE]
+
+    def met(configuration):
+        case, name = configuration
+        return {*features(case), *((name, feature) for feature in features(case) & COARSE)}
+
+    chosen = covering(pool, met)
+    return [one if one in chosen else pytest.param(*one, marks=pytest.mark.slow) for one in pool]
+
+
+# Traced
+
+
+def types(tree):
+    """Shapes and dtypes."""
+    return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+
+def trace(modes, function, operands, *others):
+    """Traces a function of operands and other arguments in these modes; an error names the mode."""
+
+    def under(make):
+        def traced(operands, cotangents, others):
+            return make(lambda operands: function(operands, *others))(operands, cotangents)
+
+        return traced
+
+    results = jax.eval_shape(function, operands, *others)
+    expected = types(jax.eval_shape(under(derivative), operands, results, others))
+    for name in modes:
+        try:
+            with MODES[name].setting():
+                made = jax.eval_shape(under(MODES[name].derivative), operands, results, others)
+        except Exception as error:
+            error.add_note(f"in the mode {name!r}")
+            raise
+        assert types(made) == (
+            expected if not MODES[name].of_value else types((results, {"value": operands["value"]}))
+        ), name
+
+
+TRACED = [name for name, mode in MODES.items() if not mode.needs_values]
+
+
+@pytest.mark.parametrize(("case", "name"), traced_configurations(), ids=str)
+def test_attention_is_traced_in_all_modes(case, name):
+    if (reason := cases.refusal(case, name)) is not None:
+        pytest.skip(reason)
+    with cases.context(case):
+        operands, traced, options = cases.build(case)
+        trace(TRACED, function_of(case, traced, options, name), operands)
 
 
 def shape(*sizes, dtype="float32"):
@@ -52,49 +137,93 @@ LAYERS = {
     "additive": attnlib.AdditiveAttention(),
     "concat": attnlib.DotProductAttention(score_mode="concat", use_scale=True),
 }
+OF_ALL_OPERANDS = [name for name in TRACED if not MODES[name].of_value]
+FEW = ["tracer leaks", "scan of checkpoint", "linearize"]
+in_modes = pytest.mark.parametrize(
+    "modes", [FEW, pytest.param(OF_ALL_OPERANDS, marks=pytest.mark.slow)], ids=["few", "all"]
+)
 
 
+@in_modes
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_promote_nothing(name):
+def test_layers_are_traced(name, modes):
     layer, x = LAYERS[name], shape(2, 10, 16, dtype="bfloat16" if "half" in name else "float32")
     options = dict(query_mask=jnp.ones((2, 10), bool), is_causal=True)
     params = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x), x)
-    trace_gradient(lambda x, params: layer.apply(params, x, **options), x, params)
-    if params:
-        trace_gradient(lambda params, x: layer.apply(params, x, **options), params, x)
+    trace(modes, lambda operands: layer.apply(operands[0], operands[1], **options), (params, x))
 
 
 OPERANDS = shape(2, 10, 4, 8), shape(2, 9, 2, 8)
-
-
 FUNCTIONS = {
-    "rotary": (positions.rotary_embedding, [shape(2, 10, 4, 8)]),
-    "rotary, half precision": (positions.rotary_embedding, [shape(2, 10, 4, 8, dtype="bfloat16")]),
-    "rotary, positions": (positions.rotary_embedding, [shape(2, 10, 4, 8), shape(2, 10, dtype="int32")]),
-    "entropy": (lambda q, k: inspect.attention_entropy(q, k, is_causal=True, sink=jnp.zeros(4)), OPERANDS),
-    "received": (lambda q, k: inspect.attention_received(q, k, is_causal=True, mean=True), OPERANDS),
-    "top keys": (lambda q, k: inspect.top_keys(q, k, k=3, mask=masks.SlidingWindow(4, 0))[0], OPERANDS),
+    "rotary": (lambda x: positions.rotary_embedding(*x), [shape(2, 10, 4, 8)]),
+    "rotary, half precision": (lambda x: positions.rotary_embedding(*x), [shape(2, 10, 4, 8, dtype="bfloat16")]),
+    "rotary, positions": (
+        lambda x, places: positions.rotary_embedding(*x, places), [shape(2, 10, 4, 8)], shape(2, 10, dtype="int32")
+    ),
+    "entropy": (lambda x: inspect.attention_entropy(*x, is_causal=True, sink=jnp.zeros(4)), OPERANDS),
+    "received": (lambda x: inspect.attention_received(*x, is_causal=True, mean=True), OPERANDS),
+    "top keys": (lambda x: inspect.top_keys(*x, k=3, mask=masks.SlidingWindow(4, 0))[0], OPERANDS),
     "rows": (
-        lambda q, k: inspect.attention_rows(
-            q, k, rows=[1, 2], mask=masks.Lengths(key=jnp.array([3, 4])), score_mod=modifiers.ALiBi(jnp.ones(4))
+        lambda x: inspect.attention_rows(
+            *x, rows=[1, 2], mask=masks.Lengths(key=jnp.array([3, 4])), score_mod=modifiers.ALiBi(jnp.ones(4))
         ),
         OPERANDS,
     ),
-    "merge": (lambda o, lse: attnlib.merge_attention([o, o], [lse, lse]), [OPERANDS[0], shape(2, 4, 10)]),
-}
+    "merge": (
+        lambda x: attnlib.merge_attention([x[0], x[0]], [x[1], x[1]]), (OPERANDS[0], shape(2, 4, 10))
+    ),
+}  # fmt: skip
 
 
+@in_modes
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_promote_nothing(name):
-    function, args = FUNCTIONS[name]
-    trace_gradient(function, *args)
+def test_functions_are_traced(name, modes):
+    trace(modes, *FUNCTIONS[name])
 
 
 @pytest.mark.parametrize("options", [{}, dict(window=8), dict(ragged=True), dict(dtype=jnp.bfloat16)], ids=str)
-def test_caches_promote_nothing(options):
-    def decode(query, key):
+@in_modes
+def test_caches_are_traced(options, modes):
+    def decode(operands):
+        query, key = operands
         key = key.astype(options.get("dtype", key.dtype))
         cache = attnlib.KVCache.create((2,), 16, 2, 8, **options).append(key, key)
         return cache.attend(query.astype(key.dtype))
 
-    trace_gradient(decode, shape(2, 4, 4, 8), shape(2, 4, 2, 8))
+    trace(modes, decode, (shape(2, 4, 4, 8), shape(2, 4, 2, 8)))
+
+
+# Run
+
+
+@functools.cache
+def plain(case, name):
+    """(arguments of `function_of`, operands, cotangents, (results, gradients)) of a case without any mode."""
+    operands, traced, options = cases.build(case)
+    function = function_of(case, traced, options, name)
+    cotangents = cases.like(jax.eval_shape(function, operands), 1)
+    return (case, traced, options, name), operands, cotangents, jax.jit(derivative(function))(operands, cotangents)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_are_the_same_in_all_modes(mode):
+    for _, case, name in (one for one in run_configurations() if one[0] == mode):
+        arguments, operands, cotangents, (results, gradients) = plain(case, name)
+        run = MODES[mode].derivative(function_of(*arguments, tiles=not MODES[mode].op_by_op))
+        try:
+            with MODES[mode].setting():
+                found = (jax.jit(run) if MODES[mode].jit else run)(operands, cotangents)
+            assert_close(found, (results, {operand: gradients[operand] for operand in found[1]}), length=7, factor=64)
+        except Exception as error:
+            error.add_note(f"in the mode {mode!r}, with the case {case} and the implementation {name!r}")
+            raise
+
+
+def test_configurations_meet():
+    """The subsets have what they claim, so a new mode, case or implementation enters them by itself."""
+    kinds = {kind for module in (masks, attnlib.scores) for kind in module.__all__}
+    kinds = kinds - {"Mask", "Score", "BlockPositions", "TileRanges"}
+    assert set().union(*map(features, cases.CASES)) >= kinds | COARSE
+    met = covered(run_configurations(), pairs_of)
+    assert met >= {(mode, name) for mode in MODES for name in cases.COMPLETE}
+    assert len(run_configurations()) < 12 * len(MODES)

@@ -19,7 +19,7 @@ def distance(query, key, sharpness):
 
 
 def tilted_by(table):
-    return lambda logit, batch, head, i, j: logit + table[head] * j
+    return lambda logit, batch, head, i, j: logit + table[head] * j.astype(logit.dtype)
 
 
 # Each gives the options of a call, with values that depend on n only in traced places.

@@ -232,7 +232,7 @@ def test_an_attention_sink_and_its_gradient(attend, operands):
 
     def by_formula(sink):
         output, lse = attnlib.dot_product_attention(query, key, value, return_lse=True, implementation="reference")
-        return output * jnp.swapaxes(jax.nn.sigmoid(lse - sink[:, None]), 1, 2)[..., None]
+        return output * jnp.swapaxes(jax.nn.sigmoid(lse - sink[None, :, None]), 1, 2)[..., None]
 
     sink = jnp.linspace(-1.0, 2.0, N)
 
@@ -345,7 +345,7 @@ def test_neighborhoods_compose_with_masks_and_bias(attend):
     real = jax.random.bernoulli(jax.random.key(1), 0.7, (5, 7))
     bias = jax.random.normal(jax.random.key(2), (1, 2, 5, 7, 5, 7))
     output = attend(query, key, value, mask=near & masks.KeyPadding(real), bias=bias)
-    dense = near.as_array((5, 7), (5, 7)) & real
+    dense = near.as_array((5, 7), (5, 7)) & real[None, None]
     assert_close(output, attend(query, key, value, mask=dense, bias=bias), length=35)
 
 
@@ -370,7 +370,7 @@ def test_lse_has_a_gradient(attend, operands):
 def test_nan_in_padded_keys_does_not_leak(attend, operands):
     query, key, value = operands
     mask = masks.Lengths(key=jnp.array([7, 9]))
-    real = (jnp.arange(S) < jnp.array([[7], [9]]))[..., None, None]
+    real = (jnp.arange(S)[None] < jnp.array([[7], [9]]))[..., None, None]
     poisoned = jnp.where(real, key, jnp.nan), jnp.where(real, value, jnp.inf)
     assert_same(attend(query, *poisoned, mask=mask), attend(query, key, value, mask=mask))
     run = all_gradients(lambda *x: attend(*x, mask=mask))

@@ -23,6 +23,8 @@ from flax import nnx
 import attnlib
 from attnlib import convert
 
+pytestmark = pytest.mark.usefixtures("allow_promotion_in_file")  # Keras promotes ranks
+
 X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(2, 7, 10)).astype(np.float32)
 Z = np.random.default_rng(2).normal(size=(2, 7, 9)).astype(np.float32)

@@ -119,7 +119,7 @@ TRANSFORMATIONS = {
     "vmap along another axis": lambda f: jax.vmap(f, (None, None, 1), 1)(
         f.query, f.key, jnp.stack([f.value, -f.value], 1)
     ),
-    "grad of vmap": lambda f: _grads(lambda *x: jnp.sum(jax.vmap(f)(*x) * f.out_bar))(*f.pairs()),
+    "grad of vmap": lambda f: _grads(lambda *x: jnp.sum(jax.vmap(f)(*x) * f.out_bar[None]))(*f.pairs()),
     "jvp of vmap": lambda f: jax.jvp(jax.vmap(f), f.pairs(), f.pairs()),
     "linearize of vmap": lambda f: jax.linearize(jax.vmap(f), *f.pairs())[1](*f.pairs()),
     "vmap of second order": lambda f: jax.vmap(

@@ -59,7 +59,7 @@ def modified(how, query, key, data):
 
     fits = modifier_catalogue.Fits(4, (4,))
     named = [row.kind(**row.arguments(part, fits)) for row in modifier_catalogue.ROWS]
-    named.append(lambda logit, b, head, i, j: logit * data[0, head] + i - j)
+    named.append(lambda logit, b, head, i, j: logit * data[0, head] + (i - j).astype(logit.dtype))
     places = dict(query_positions=np.arange(5), key_positions=np.arange(7) - 1)
     return [
         attnlib.dot_product_attention(query, key, key, score_mod=each, sink=data[1], **places, **how) for each in named

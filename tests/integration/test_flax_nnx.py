@@ -81,6 +81,7 @@ def test_dropout_in_jit(name):
                  layer.apply({"params": params}, X, deterministic=True), length=12)  # fmt: skip
 
 
+@pytest.mark.usefixtures("allow_promotion")  # optax's Adam takes a power of its count of steps
 def test_a_part_of_a_model_in_a_training_step():
     """In an NNX module with NNX's optimiser; penalties and constraints find the kernels there."""
 

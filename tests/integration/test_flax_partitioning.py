@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import attnlib
 
-pytestmark = [pytest.mark.usefixtures("strict_dtypes"), pytest.mark.devices]
+pytestmark = pytest.mark.devices
 X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
 RNG = jax.random.key(0)
 RULES = (("heads", "model"), ("features", None), ("batch", "data"))

@@ -11,7 +11,6 @@ from flax import linen as nn
 
 import attnlib
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
 X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
 LAYERS = 2
 RATE = 0.3

@@ -93,7 +93,7 @@ def test_along_a_middle_axis(keys):
 def test_a_mask_speaks_of_slots(keys):
     """Left padding: the first tokens of a row are none, at every step."""
     layer = attnlib.MultiHeadAttention(num_heads=HEADS)
-    x, real = keys.normal(2, LENGTH, WIDTH), jnp.arange(LENGTH) >= jnp.array([[3], [0]])
+    x, real = keys.normal(2, LENGTH, WIDTH), jnp.arange(LENGTH)[None] >= jnp.array([[3], [0]])
     decoding, variables, whole = begun(layer, x, next(keys), mask=masks.KeyPadding(real))
     made, _ = in_parts(decoding, variables, x, [6, 1, 5], mask=masks.KeyPadding(real))
     assert_close(made, whole, length=LENGTH)

@@ -68,11 +68,11 @@ def flattened(weights, lse, sink, spread, xp):
     weights = weights.reshape(*lead, np.prod(queries, dtype=int), np.prod(keys, dtype=int))
     shares = weights
     if sink is not None:
-        sink = xp.broadcast_to(xp.asarray(sink), lead[-1:])[:, None]
+        sink = xp.broadcast_to(xp.asarray(sink), lead[-1:]).reshape(*(1,) * (len(lead) - 1), -1, 1)
         rest = xp.where(xp.any(weights > 0, -1), xp.exp(sink - lse.reshape(weights.shape[:-1])), 1)
         shares = xp.concatenate([weights, rest[..., None]], -1)
     safe = xp.where(shares > 0, shares, 1)
-    return weights, -xp.sum(safe * xp.log(safe) * (shares > 0), -1)
+    return weights, -xp.sum(xp.where(shares > 0, safe * xp.log(safe), 0), -1)
 
 
 def everything(operands, traced, options, rows, k, functions=FUNCTIONS):

@@ -31,11 +31,14 @@ def to_numpy(tree):
 
 
 def projected(params, x):
-    return [jnp.einsum("btc,cnd->btnd", x, params[n]["kernel"]) + params[n]["bias"] for n in ("query", "key", "value")]
+    return [
+        jnp.einsum("btc,cnd->btnd", x, params[n]["kernel"]) + params[n]["bias"][None, None]
+        for n in ("query", "key", "value")
+    ]
 
 
 def finished(params, attended):
-    return jnp.einsum("btnd,ndo->bto", attended, params["out"]["kernel"]) + params["out"]["bias"]
+    return jnp.einsum("btnd,ndo->bto", attended, params["out"]["kernel"]) + params["out"]["bias"][None, None]
 
 
 FIELDS = {

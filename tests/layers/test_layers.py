@@ -10,8 +10,6 @@ from conftest import assert_close, assert_finite, assert_same
 import attnlib
 from attnlib import masks, scores
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
-
 
 def draw(keys, *shape):
     return keys.normal(*shape)
@@ -90,14 +88,14 @@ def test_the_layer_is_its_parts(keys):
     def parts(params, query, key, value, **options):
         def project(x, name):
             kernel = params[name]["kernel"]
-            return jnp.einsum("btc,cnd->btnd", x, kernel, precision="highest") + params[name]["bias"]
+            return jnp.einsum("btc,cnd->btnd", x, kernel, precision="highest") + params[name]["bias"][None, None]
 
         attended, weights = attnlib.dot_product_attention(
             project(query, "query"), project(key, "key"), project(value, "value"), **options
         )
         attended = attended * jax.nn.sigmoid(project(query, "gate"))
         output = jnp.einsum("btne,neop->btop", attended, params["out"]["kernel"], precision="highest")
-        return output + params["out"]["bias"], weights
+        return output + params["out"]["bias"][None, None], weights
 
     @jax.jit
     def each(mask, bias, *operands):
@@ -151,7 +149,9 @@ def test_sliding_window_is_a_symmetric_band(keys):
 def test_scores(score, keys):
     params, x = make(keys, score=score), draw(keys, 2, 5, 12)
     _, weights = attnlib.multi_head_attention(params, x, score=score, return_weights=True)
-    query, key = (jnp.einsum("btc,cnd->btnd", x, params[n]["kernel"]) + params[n]["bias"] for n in ("query", "key"))
+    query, key = (
+        jnp.einsum("btc,cnd->btnd", x, params[n]["kernel"]) + params[n]["bias"][None, None] for n in ("query", "key")
+    )
     made = scores.Additive(params["score"]["scale"]) if score == "additive" else score
     _, expected = attnlib.attention(query, key, key, score=made, return_weights=True)
     assert_close(weights, expected, length=12)
@@ -214,7 +214,7 @@ def test_padding_masks_follow_their_operands_axes(keys):
 def test_masks_combine(keys):
     params, x = make(keys), draw(keys, 2, 5, 12)
     given, real = keys.bools(2, 4, 5, 5), keys.bools(2, 5)
-    combined = given & real[:, None, None] & real[:, None, :, None] & np.tri(5, dtype=bool)
+    combined = given & real[:, None, None] & real[:, None, :, None] & np.tri(5, dtype=bool)[None, None]
     options = dict(query_mask=real, key_mask=real, is_causal=True)
     expected = attnlib.multi_head_attention(params, x, mask=combined)
     assert_close(attnlib.multi_head_attention(params, x, mask=given, **options), expected, length=12)

@@ -10,7 +10,6 @@ from flax import linen as nn
 import attnlib
 from attnlib import masks, modifiers, scores
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
 X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
 KEY = np.random.default_rng(1).normal(size=(2, 7, 8)).astype(np.float32)
 REAL = np.random.default_rng(2).random((2, 7)) < 0.6

@@ -15,7 +15,7 @@ from score_catalogue import definition
 import attnlib
 
 pytestmark = [
-    pytest.mark.usefixtures("keras_dtypes"),
+    pytest.mark.usefixtures("allow_promotion_in_file", "keras_dtypes"),  # Keras promotes ranks
     pytest.mark.filterwarnings("ignore:You are using a softmax over axis"),
 ]
 

@@ -22,6 +22,8 @@ from keras_cases import (
 
 import attnlib
 
+pytestmark = pytest.mark.usefixtures("allow_promotion_in_file")  # Keras promotes ranks
+
 
 def evaluate(case, run, parameters, inputs):
     """Output, weights, and the gradients of a random linear function of both, for parameters and inputs."""

@@ -34,6 +34,7 @@ def each(paths):
 
 
 @each(PROGRAMS)
+@pytest.mark.usefixtures("allow_promotion")  # as for those who read it
 def test_the_python_of_a_page_runs(path):
     """In order, as one program; warnings are errors."""
     package = NEEDS.get(name_of(path))

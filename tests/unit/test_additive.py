@@ -14,8 +14,6 @@ import attnlib
 from attnlib import scores
 from attnlib.scores._tanh_sum import QUERY, PairSumSpec, PairSumTerm, additive_logits, pair_sum
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
-
 EPS = float(np.finfo(np.float32).eps)
 SIZES = (1e-6, 1e-2, 1.0, 16.0, 31.9, 32.1, 45.0, 100.0, 3e3, 1e6, 3e8, 1e30, 3e38)
 

@@ -398,7 +398,7 @@ def test_parameters_of_primitives_are_told_apart():
     assert found[0] and found[1]
     assert value_key(found[0]) == value_key(found[0]) != value_key(found[1])
     for params in itertools.chain(*found):
-        assert params.keys() <= {"function", "rule", "forward", "transpose", "count", "jaxpr"}
+        assert params.keys() <= {"function", "rule", "linear", "forward", "transpose", "count", "jaxpr"}
 
 
 def parameters_of_own_primitives(program):

@@ -18,8 +18,6 @@ import attnlib
 from attnlib import masks
 from attnlib._core.axes import AttentionShape
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
-
 
 def loop(rule, query_shape, key_shape):
     """The mask of a rule on one query position and one key position, each a tuple."""

@@ -151,7 +151,7 @@ def test_a_function_of_the_user_sees_each_pair(implementation, keys):
 
         def told(logit, batch, head, query_position, key_position, name=name):
             where = dict(batch=batch, head=head, query=query_position, key=key_position)
-            return 0.0 * logit + 0.1 * where[name]
+            return 0.0 * logit + 0.1 * where[name].astype(logit.dtype)
 
         _, weights, _ = attend(query, key, value, score_mod=told, implementation=implementation)
         logits = np.broadcast_to(0.1 * expected, weights.shape)
@@ -166,7 +166,7 @@ def test_modifiers_come_after_bias_and_cap(implementation, keys):
         query, key, value, bias=bias, logits_soft_cap=0.7, score_mod=lambda logit, *where: 3 * logit,
         implementation=implementation,
     )  # fmt: skip
-    logits = 3 * 0.7 * np.tanh((np.einsum("btnd,bsnd->bnts", query, key) / 2 + bias) / 0.7)
+    logits = 3 * 0.7 * np.tanh((np.einsum("btnd,bsnd->bnts", query, key) / 2 + np.asarray(bias)) / 0.7)
     np.testing.assert_allclose(weights, np.asarray(jax.nn.softmax(logits)), rtol=2e-5, atol=1e-6)
 
 
@@ -224,7 +224,7 @@ def test_a_sink_is_a_key_without_value(implementation, sink, keys):
 
 @on_every_implementation
 def test_infinite_sinks_take_nothing_or_all(implementation, keys):
-    arrays, mask = operands(keys, 2), jnp.arange(KEYS) <= jnp.arange(QUERIES)[:, None] - 2
+    arrays, mask = operands(keys, 2), jnp.arange(KEYS)[None] <= jnp.arange(QUERIES)[:, None] - 2
     without = attend(*arrays, mask=mask, implementation=implementation)
     assert_close(attend(*arrays, mask=mask, sink=-jnp.inf, implementation=implementation), without)
     output, weights, lse = attend(*arrays, mask=mask, sink=jnp.inf, implementation=implementation)
@@ -235,7 +235,7 @@ def test_derivatives_of_a_sink(keys):
     """First and second, against the same sink as a key of the call."""
     query, key, value = operands(keys, 2)
     sink = keys.normal(HEADS)
-    mask = jnp.arange(KEYS) <= jnp.arange(QUERIES)[:, None] - 2
+    mask = jnp.arange(KEYS)[None] <= jnp.arange(QUERIES)[:, None] - 2
 
     def direct(sink, query, implementation):
         return attend(query, key, value, mask=mask, sink=sink, implementation=implementation)[0]

@@ -10,7 +10,6 @@ from flax import linen as nn
 
 import attnlib
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
 X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
 non_negative = optax.projections.projection_non_negative
 

@@ -46,6 +46,8 @@ _ROWS, _OUTPUT = (-1, None), (-2, None)
 _STATE = _ROWS, _ROWS, _OUTPUT
 # Query, key and value among the leaves.
 _OPERANDS = 0, 1, 2
+# The output is linear in the value, and the lse does not depend on it.
+_LINEAR = ((2, (0,)),)
 
 _SUPPORTS = frozenset(
     "mask bias dropout_rate logits_soft_cap score_mod sink return_weights return_lse block_sizes precision".split()
@@ -129,7 +131,8 @@ def _weights(plan: BlockwisePlan, leaves: Leaves, lse: jax.Array) -> jax.Array:
 
 def _attend(plan: BlockwisePlan, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
     """(output, lse) of padded arrays."""
-    output, lse = call_with_rule(HashablePartial(_forward, (plan,)), HashablePartial(_rule, (plan,)), leaves)
+    forward, rule = HashablePartial(_forward, (plan,)), HashablePartial(_rule, (plan,))
+    output, lse = call_with_rule(forward, rule, leaves, linear=_LINEAR)
     return output, lse
 
 

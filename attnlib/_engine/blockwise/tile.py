@@ -16,6 +16,7 @@ from attnlib._autodiff.leaves import TreeStructure, partial_in
 from attnlib._autodiff.matmul import pv_product
 from attnlib._core import axes as _axes
 from attnlib._core.block_positions import OperandPositions
+from attnlib._core.nan_where import nan_where
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.tile_kinds import FULL, PARTIAL, tile_kinds
 from attnlib._engine import dropout as _dropout
@@ -184,7 +185,7 @@ class Tile:
             logits = modifier.apply(logits, self.plan.heads, self.query_positions, self.key_positions, cut)
         if self.index.apply_mask:
             non_finite = bad_queries[..., None] | bad_keys[..., None, None, :]
-            logits = jnp.where(self.mask, jnp.where(non_finite, jnp.nan, logits), -jnp.inf)
+            logits = jnp.where(self.mask, nan_where(non_finite, logits), -jnp.inf)
         return logits, value
 
     def terms_of(

@@ -42,6 +42,9 @@ def with_fallback_derivatives(
     return _output(split, False, jax.tree.leaves(problem))
 
 
+_VALUE = 2  # among the leaves of a problem
+
+
 @dataclasses.dataclass(frozen=True)
 class _SplitProblem:
     """The static part of a problem, and the functions that compute it."""
@@ -65,7 +68,7 @@ class _SplitProblem:
 
 def _output(split: _SplitProblem, training: bool, leaves: Leaves) -> jax.Array:
     run = HashablePartial(_run, (split, training), exposes_jaxpr=True)
-    return call_with_rule(run, HashablePartial(_output_rule, (split,)), leaves)[0]
+    return call_with_rule(run, HashablePartial(_output_rule, (split,)), leaves, linear=((_VALUE, (0,)),))[0]
 
 
 def _run(split: _SplitProblem, training: bool, *leaves: jax.Array) -> list[jax.Array]:

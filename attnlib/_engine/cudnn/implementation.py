@@ -28,13 +28,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlib._core.nan_where import nan_where
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
 from attnlib._core.sizes import is_static
 from attnlib._engine.cudnn.fallback_derivatives import with_fallback_derivatives
 from attnlib._engine.cudnn.kernel import CudnnConfig, call, kernel
 from attnlib._engine.nonfinite import sanitize
 from attnlib.masks import Causal, Lengths, Prefix, SlidingWindow
-from attnlib.masks._base import And, Mask
+from attnlib.masks._base import And, Mask, all_of
 from attnlib.scores import Dot
 
 # (queries, keys) of a tile of its kernels, approximately: cuDNN chooses among several kernels itself.
@@ -221,7 +222,8 @@ def _output(problem: AttentionProblem, training: bool) -> jax.Array:
         jnp.broadcast_to(x, (*problem.batch, *x.shape[len(problem.batch) :]))
         for x in (problem.query, problem.key, problem.value)
     )
-    rows = real_queries[..., None, None, :] if native.queries else jnp.bool_(True)  # (*batch, 1, 1, T)
+    everything = jnp.ones((1,) * (len(problem.batch) + 3), bool)
+    rows = real_queries[..., None, None, :] if native.queries else everything  # (*batch, 1, 1, T)
     if native.keys:
         rows = rows & real_keys[..., None, None, :1]  # some key is real if the first is
     non_finite = None
@@ -242,7 +244,7 @@ def _output(problem: AttentionProblem, training: bool) -> jax.Array:
     output = jnp.swapaxes(output, 1, 2).reshape(query.shape).astype(problem.dtype)
     if non_finite is not None:
         # By `where`, so that no derivative passes through the rows that are replaced.
-        output = jnp.where(rows[..., None], jnp.where(non_finite[..., None], jnp.nan, output), 0)
+        output = jnp.where(rows[..., None], nan_where(non_finite[..., None], output), 0)
     return output
 
 
@@ -253,7 +255,7 @@ def _real(problem: AttentionProblem, masks: list[Mask], axis: int) -> jax.Array:
     for mask in masks:
         block = mask.evaluate(*problem.positions)  # (*batch, 1, T, 1), (*batch, 1, 1, S), or without batch and heads
         inside = jnp.squeeze(block, -1 if axis == -2 else -2)
-        real = real & (inside if inside.ndim == 1 else inside[..., 0, :])
+        real = all_of(real, inside if inside.ndim == 1 else inside[..., 0, :])
     return jnp.broadcast_to(real, (*problem.batch, length))
 
 
@@ -285,7 +287,7 @@ def _scaled(problem: AttentionProblem, query: jax.Array) -> jax.Array:
         return query
     ratio = jnp.asarray(problem.score.scale).astype(jnp.float32) * math.sqrt(query.shape[-1])
     if ratio.ndim == 1:
-        ratio = ratio.reshape(problem.kv_heads, problem.groups, 1, 1)
+        ratio = ratio.reshape(*(1,) * len(problem.batch), problem.kv_heads, problem.groups, 1, 1)
     return (query.astype(jnp.float32) * ratio).astype(query.dtype)
 
 
