@@ -25,9 +25,33 @@ FAULTS = [
     # the tiled engine
     Fault(
         "backward-delta",  # the backward pass drops delta
-        "tile.drop(weights_ct) + tile.index.cut(delta, _ROWS)[..., None]",
-        "tile.drop(weights_ct)",
+        "logits_ct = weights * (tile.drop(weights_ct) + rows_delta[..., None])",
+        "logits_ct = weights * tile.drop(weights_ct)",
         ("test_cases.py values and [dot]",),
+    ),
+    Fault(
+        "whole-rows-delta",  # where a tile has all keys, delta is not divided by the sum of the weights
+        "rows_ct, rows_delta = rows_ct / row_sum[..., None], rows_delta / row_sum",
+        "rows_ct = rows_ct / row_sum[..., None]",
+        ("test_cases.py values and [dot]",),
+    ),
+    Fault(
+        "whole-rows-nan",  # there a row of NaN reaches the values that it does not attend
+        "jnp.where(jnp.isnan(row_sum), 1, row_sum)",
+        "row_sum",
+        ("test_contract.py masked_content and dense-dense-dot",),
+    ),
+    Fault(
+        "exp-underflow",  # the exponential of what is masked is tiny and not 0
+        "return [jnp.where(x >= _LEAST, result, jnp.where(jnp.isnan(x), x, 0))]",
+        "return [jnp.where(jnp.isnan(x), x, result)]",
+        ("test_exponential.py ends",),
+    ),
+    Fault(
+        "exp-log-2",  # log(2) has one part
+        "rest = (clamped - n * _LOG_2[0]) - n * _LOG_2[1]",
+        "rest = clamped - n * np.float32(0.6931472)",
+        ("test_exponential.py error",),
     ),
     Fault(
         "tangent-of-lse",  # the tangent of the output forgets that of the lse
@@ -55,7 +79,7 @@ FAULTS = [
     ),
     Fault(
         "lse-maximum",  # the lse lacks the maximum
-        "jnp.log(row_sum) + finite_max(state.row_max)",
+        "jnp.log(row_sum) + state.row_max",
         "jnp.log(row_sum)",
         ("test_cases.py values and [dot]",),
     ),
@@ -164,8 +188,8 @@ FAULTS = [
     ),
     Fault(
         "score-scale",  # the logits are not scaled
-        "return query * scale, key, ",
-        "return query, key, ",
+        "return self._scaled(query), key, InnerProduct()",
+        "return query, key, InnerProduct()",
         ("test_cases.py values and [dot]",),
     ),
     # modifiers and sinks
@@ -201,7 +225,7 @@ FAULTS = [
     ),
     Fault(
         "merge-without-maximum",  # parts are merged without a maximum
-        "row_max = jax.lax.stop_gradient(jnp.max(lses, -1))",
+        "row_max = jax.lax.stop_gradient(finite_row_max(lses))",
         "row_max = jnp.zeros_like(lses[..., 0])",
         ("test_laws.py shift_of_all_lses",),
     ),
