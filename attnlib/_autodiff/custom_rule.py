@@ -22,6 +22,7 @@ from attnlib._autodiff.linear_map import (
     linear_map,
     output_avals,
 )
+from attnlib._core.varying_axes import cast_to_common_axes
 
 Function = Callable[..., Sequence[Any]]
 Rule = Callable[[tuple[int, ...], Leaves, Leaves], tuple[Sequence[Any], Sequence[Any]]]
@@ -33,6 +34,7 @@ def call_with_rule(function: Function, rule: Rule, args: Leaves) -> list[jax.Arr
     `perturbed` are the indices of the arguments with nonzero tangents, and `tangents` these tangents. The rule returns
     the results and their tangents. Both functions must be hashable, and equal if they compute the same.
     """
+    args = cast_to_common_axes(args)
     jaxpr = exposed_jaxpr(function, *args)
     return list(_custom_rule.bind(*args, function=function, rule=rule, jaxpr=jaxpr))
 

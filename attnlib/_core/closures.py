@@ -10,6 +10,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from attnlib._core.identity import program_key
+from attnlib._core.jaxpr_evaluation import evaluate, has_other_types
 from attnlib._core.pytree import register
 
 
@@ -41,7 +42,10 @@ class ClosureConverted:
 
     def __call__(self, *args: Any) -> Any:
         """The single result of the function."""
-        return jaxpr_as_fun(ClosedJaxpr(self.program.jaxpr, self.captured))(*args)[0]
+        jaxpr = self.program.jaxpr
+        if has_other_types(jaxpr, self.captured, args):
+            return evaluate(jaxpr, self.captured, args)[0]
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr, self.captured))(*args)[0]
 
 
 def closure_convert(function: Callable[..., Any], *avals: Any) -> tuple[ClosureConverted, Any]:
