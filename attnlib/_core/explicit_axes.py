@@ -36,9 +36,18 @@ def replicated(tree: Any) -> Any:
     def whole(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or not is_sharded(leaf):
             return leaf
-        return reshard(leaf, NamedSharding(_sharding(leaf).mesh, PartitionSpec()))
+        return reshard(leaf, NamedSharding(_mesh(leaf), PartitionSpec()))
 
     return jax.tree.map(whole, tree)
+
+
+def sharded_like(array: Any, other: Any) -> Any:
+    """The array, with those of its first axes sharded like another array's that have the same size."""
+    if not is_sharded(other) or is_sharded(array):
+        return array
+    sizes = zip(array.shape, other.shape, partition(other), strict=False)
+    names = [names if size == other_size else None for size, other_size, names in sizes]
+    return reshard(array, NamedSharding(_mesh(other), PartitionSpec(*names)))
 
 
 def on_auto_axes(function: Callable[..., Any], args: Sequence[Any], results: Any) -> Any:
@@ -62,6 +71,10 @@ def on_auto_axes(function: Callable[..., Any], args: Sequence[Any], results: Any
         lambda spec: NamedSharding(mesh, spec), results, is_leaf=lambda node: isinstance(node, PartitionSpec)
     )
     return jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=out)(*(leaves[n] for n in on_mesh))
+
+
+def _mesh(array: Any) -> Any:
+    return _sharding(array).mesh if isinstance(array, jax.core.Tracer) else array.sharding.mesh
 
 
 def _sharding(array: Any) -> Any:

@@ -15,13 +15,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from attnlib._core.varying_axes import Names, cast_to_common_axes, cast_to_varying, type_varying, varying_axes
 
 
-def has_other_types(jaxpr: Any, captured: Sequence[Any], args: Sequence[Any]) -> bool:
-    """Whether the values of the constants and arguments of a jaxpr are on another mesh than their types."""
+def has_other_types(jaxpr: Any, mesh: Any, captured: Sequence[Any], args: Sequence[Any]) -> bool:
+    """Whether a jaxpr that was traced with `mesh` may have other types than these constants and arguments."""
     avals = [var.aval for var in (*jaxpr.constvars, *jaxpr.invars)]
     if varying_axes(*captured, *args, *avals):
         return True
-    meshes = [aval.sharding.mesh for aval in avals if aval.sharding.mesh.explicit_axes]
-    return any(mesh != jax.sharding.get_abstract_mesh() for mesh in meshes)
+    meshes = [mesh, *(aval.sharding.mesh for aval in avals)]
+    return any(mesh.explicit_axes and mesh != jax.sharding.get_abstract_mesh() for mesh in meshes)
 
 
 def evaluate(jaxpr: Any, captured: Sequence[Any], args: Sequence[Any]) -> list[Any]:
