@@ -26,8 +26,10 @@ from attnlib._core.problem import AttentionProblem
 from attnlib._core.pytree import jit, register
 from attnlib._core.sizes import decide, is_static, state_bound, static_product
 from attnlib._core.validation import check_bool, check_int, is_array
+from attnlib._core.varying_axes import cast_to_varying, varying_axes
 from attnlib._engine import call as _call
 from attnlib._engine.call import Arguments
+from attnlib._engine.explicit_call import rows, takes_explicit_axes
 from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Dot, Score
 
@@ -205,6 +207,7 @@ def _arguments(query: Any, key: Any, score: Score | None, options: InspectionOpt
 
 
 @partial(jit, static_argnames=("mean",))
+@takes_explicit_axes(rows)
 def _attention_received(arguments: Arguments, *, mean: bool) -> jax.Array:
     problem, axes = _call.canonicalize(arguments)
     shape = list(arguments.key.shape)
@@ -212,9 +215,11 @@ def _attention_received(arguments: Arguments, *, mean: bool) -> jax.Array:
         shape[axis] = size
     # The values have one feature for each query head of a key head; its cotangent is one for that head, and else zero.
     ones = jnp.ones((*shape[:-1], problem.groups), problem.dtype)
+    shard_axes = varying_axes(*jax.tree.leaves(arguments))
+    ones = cast_to_varying(ones, shard_axes)  # else the pullback would add up the shards
     cotangents = jnp.tile(jnp.eye(problem.groups, dtype=problem.dtype), (problem.kv_heads, 1))
     output, pullback = jax.vjp(lambda value: _call.attend(arguments._replace(value=value)), ones)
-    (received,) = pullback(jnp.broadcast_to(cotangents, output.shape))
+    (received,) = pullback(cast_to_varying(jnp.broadcast_to(cotangents, output.shape), shard_axes))
     received = jnp.swapaxes(_axes.fold_operand(received, axes), -1, -2)  # (*batch, K, G, S)
     received = received.reshape(*_batch_and_head(problem), problem.key_length)
     if mean:
@@ -227,6 +232,7 @@ def _attention_received(arguments: Arguments, *, mean: bool) -> jax.Array:
 
 
 @jit
+@takes_explicit_axes(rows)
 def _attention_entropy(arguments: Arguments) -> jax.Array:
     problem, axes = _call.canonicalize(arguments)
     dtype = compute_dtype(arguments.query, arguments.key)
@@ -287,6 +293,7 @@ def _weights(problem: AttentionProblem, implementation: Any, start: jax.Array, s
 
 
 @jit
+@takes_explicit_axes(rows)
 def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
     problem, _ = _call.canonicalize(arguments)
     parts, sizes = (rows, problem.query_shape) if isinstance(rows, tuple) else ((rows,), (problem.query_length,))
@@ -306,6 +313,7 @@ def _attention_rows(arguments: Arguments, rows: Any) -> jax.Array:
 
 
 @partial(jit, static_argnames=("k",))
+@takes_explicit_axes(rows)
 def _top_keys(arguments: Arguments, *, k: int) -> tuple[jax.Array, jax.Array]:
     problem, _ = _call.canonicalize(arguments)
     total = problem.query_length

@@ -23,6 +23,7 @@ from attnlib._autodiff.linear_map import (
     linear_map,
     output_avals,
 )
+from attnlib._core.varying_axes import cast_to_common_axes
 
 Function = Callable[..., Sequence[Any]]
 Rule = Callable[[tuple[int, ...], Leaves, Leaves], tuple[Sequence[Any], Sequence[Any]]]
@@ -38,6 +39,7 @@ def call_with_rule(function: Function, rule: Rule, args: Leaves, linear: Linear 
     the results and their tangents. Both functions must be hashable, and equal if they compute the same.
     `jax.linear_transpose` needs to know in which arguments the function is `linear`.
     """
+    args = cast_to_common_axes(args)
     jaxpr = exposed_jaxpr(function, *args)
     return list(_custom_rule.bind(*args, function=function, rule=rule, linear=linear, jaxpr=jaxpr))
 

@@ -18,6 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from attnlib._autodiff.leaves import partial_in
+from attnlib._core.varying_axes import cast_to_common_axes, cast_to_varying, varying_axes
 
 Leaves = Sequence[Any]
 LinearFn = Callable[[tuple[Any, ...], tuple[Any, ...]], Sequence[Any]]
@@ -41,7 +42,8 @@ class HashablePartial:
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _jitted(function: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
-    return tuple(function(*args))
+    axes = varying_axes(*args)
+    return tuple(cast_to_varying(result, axes) for result in function(*args))
 
 
 def call_traced_once(function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -79,7 +81,8 @@ _linear_map = Primitive("attnlib_linear_map")
 _linear_map.multiple_results = True
 
 
-def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
+def _bind(*operands: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
+    args = cast_to_common_axes(operands)
     jaxpr = exposed_jaxpr(HashablePartial(_apply_flat, (forward, count)), *args)
     return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, jaxpr=jaxpr)
 

@@ -10,16 +10,18 @@ import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from attnlib._core.identity import program_key
+from attnlib._core.jaxpr_evaluation import evaluate, has_other_types
 from attnlib._core.pytree import register
 
 
 class _HashableJaxpr:
     """A jaxpr that compares equal to every jaxpr that computes the same, so that they share a compiled program."""
 
-    __slots__ = ("jaxpr", "key")
+    __slots__ = ("jaxpr", "key", "mesh")
 
     def __init__(self, jaxpr: Any):
         self.jaxpr, self.key = jaxpr, program_key(jaxpr)
+        self.mesh = jax.sharding.get_abstract_mesh()  # the one that it was traced with
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _HashableJaxpr) and self.key == other.key
@@ -41,7 +43,10 @@ class ClosureConverted:
 
     def __call__(self, *args: Any) -> Any:
         """The single result of the function."""
-        return jaxpr_as_fun(ClosedJaxpr(self.program.jaxpr, self.captured))(*args)[0]
+        jaxpr = self.program.jaxpr
+        if has_other_types(jaxpr, self.program.mesh, self.captured, args):
+            return evaluate(jaxpr, self.captured, args)[0]
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr, self.captured))(*args)[0]
 
 
 def closure_convert(function: Callable[..., Any], *avals: Any) -> tuple[ClosureConverted, Any]:

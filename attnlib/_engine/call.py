@@ -14,6 +14,7 @@ from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import OperandPositions
+from attnlib._core.explicit_axes import replicated
 from attnlib._core.operand_checks import (
     check_arrays,
     check_axes,
@@ -36,6 +37,7 @@ from attnlib._core.sizes import explains_symbolic_sizes
 from attnlib._core.validation import check_array
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
+from attnlib._engine.explicit_call import output_and_rows, takes_explicit_axes
 from attnlib._engine.softmax import add_sink
 from attnlib.masks import Causal
 from attnlib.masks._arrays import as_mask
@@ -74,7 +76,7 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
         _, shapes = check_operands(query, key, value, checked.get("attention_axes"))
         score = score.closure_converted(*shapes.features, shapes.dtype)
         if "score_mod" in given:
-            checked["score_mod"] = TracedScoreMod.of(options.score_mod, shapes)
+            checked["score_mod"] = TracedScoreMod.of(replicated(options.score_mod), shapes)
     return Arguments(query, key, value, score, options.replace(**checked) if checked else options)
 
 
@@ -99,6 +101,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 @jit
 @jax.named_scope("attnlib.attention")  # so that profiles show the name
 @explains_symbolic_sizes()
+@takes_explicit_axes(output_and_rows)
 def attend(arguments: Arguments) -> Any:
     """The output, or a tuple of the output and of the other results that the options ask for."""
     problem, axes = canonicalize(arguments)

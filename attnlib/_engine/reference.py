@@ -16,6 +16,7 @@ from attnlib._autodiff.custom_rule import finite_entries
 from attnlib._core import axes as _axes
 from attnlib._core.nan_where import nan_where
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
+from attnlib._core.varying_axes import cast_to_varying, varying_axes
 from attnlib._engine import dropout as _dropout
 from attnlib._engine.cost import operations
 
@@ -71,7 +72,8 @@ def _softmax(masked: bool, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     weights = terms / jnp.where(empty, 1, total)
     if masked:  # a row that attends NaN is NaN, but not where it does not attend
         weights = jnp.where(logits == -jnp.inf, 0, weights)
-    return weights, lse[..., 0]
+    axes = varying_axes(logits)  # JAX forgets those of an array without entries
+    return cast_to_varying(weights, axes), cast_to_varying(lse[..., 0], axes)
 
 
 @_softmax.defjvp

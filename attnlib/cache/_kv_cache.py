@@ -14,6 +14,7 @@ import numpy as np
 from attnlib._api import attention
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
 from attnlib._core.axes import align_ranks
+from attnlib._core.explicit_axes import sharded_like
 from attnlib._core.nan_where import nan_where
 from attnlib._core.operand_checks import compute_dtype, is_concrete
 from attnlib._core.options import CacheOptions, takes_options
@@ -272,7 +273,8 @@ class KVCache:
         if self._retains_visible(num_new):
             storage, key_positions = cache._arrays, cache._key_positions()
         else:  # the ring no longer has all keys of the first queries: attend over the previous ring and the new tokens
-            storage = jax.tree.map(lambda *parts: jnp.concatenate(parts, -3), self._arrays, new_tokens)
+            previous = self._storage_for(new_tokens)
+            storage = jax.tree.map(lambda *parts: jnp.concatenate(parts, -3), previous, new_tokens)
             key_positions = jnp.concatenate([self._key_positions(), query_positions], -1)
         results = cache._attention(
             query, storage, axis, mask, query_positions=query_positions, key_positions=key_positions, score=score,
@@ -286,6 +288,10 @@ class KVCache:
     def _arrays(self) -> StoredKeyValue:
         storage = StoredKeyValue(self.key, self.value, self.key_scale, self.value_scale)
         return jax.tree.map(jnp.asarray, storage)  # a cache that was loaded from a file has NumPy arrays
+
+    def _storage_for(self, tokens: StoredKeyValue) -> StoredKeyValue:
+        """The stored arrays, sharded like new tokens over Explicit axes of a mesh."""
+        return jax.tree.map(sharded_like, self._arrays, tokens)
 
     def _retains_visible(self, num_new: int) -> bool:
         """Whether the cache still has all keys of the first of `num_new` appended tokens."""
@@ -311,7 +317,7 @@ class KVCache:
             overflow = self.length > self.capacity
             overflow = jnp.expand_dims(overflow, tuple(range(overflow.ndim, query.ndim)))
             output, *others = (  # batch axes come first in all results
-                nan_where(overflow.reshape(overflow.shape[: x.ndim]), x) for x in (output, *others)
+                nan_where(sharded_like(overflow.reshape(overflow.shape[: x.ndim]), x), x) for x in (output, *others)
             )
         output = jnp.moveaxis(output.astype(query.dtype), -3, axis)
         return (output, *others) if others else output
@@ -375,7 +381,7 @@ class KVCache:
             storage = self._arrays
         elif uniform and self._writes_slice(num_new):
             start = length if self.window is None else length % capacity
-            storage = jax.tree.map(partial(_storage.write_slice, start), self._arrays, tokens)
+            storage = jax.tree.map(partial(_storage.write_slice, start), self._storage_for(tokens), tokens)
         else:
             valid_length = jnp.asarray(num_valid, jnp.int32)[..., None]
             index, start, valid_length = align_ranks(
@@ -388,5 +394,6 @@ class KVCache:
             # The other tokens get distinct slots beyond the end, so that the scatter drops them and indices stay
             # unique. Each sequence has its own slots even if all are equal: XLA of jax 0.8 copies the cache otherwise.
             slots = jnp.broadcast_to(jnp.where(is_written, slots, capacity + index), (*self.batch_shape, num_new))
-            storage = jax.tree.map(partial(_storage.scatter_slots, slots), self._arrays, tokens)
+            slots = sharded_like(slots, tokens.key)
+            storage = jax.tree.map(partial(_storage.scatter_slots, slots), self._storage_for(tokens), tokens)
         return dataclasses.replace(self, **storage._asdict(), length=jnp.asarray(length + num_valid, jnp.int32))
