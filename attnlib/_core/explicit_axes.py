@@ -20,25 +20,25 @@ reshard: Callable[[Any, Any], Any] = getattr(jax, "reshard", None) or jax.shardi
 
 
 def partition(array: Any) -> Partition:
-    """The Explicit mesh axes of each axis of a traced array."""
+    """The Explicit mesh axes of each axis of an array."""
     spec = tuple(_sharding(array).spec)
     return (*spec, *(None,) * (array.ndim - len(spec)))
 
 
 def is_sharded(tree: Any) -> bool:
-    """Whether a traced array of a tree is sharded over an Explicit axis."""
+    """Whether an array of a tree is sharded over an Explicit axis."""
     return any(any(_sharding(leaf).spec) for leaf in jax.tree.leaves(tree))
 
 
 def replicated(tree: Any) -> Any:
     """The tree with the whole of each array on all devices."""
-
-    def whole(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or not is_sharded(leaf):
-            return leaf
-        return reshard(leaf, NamedSharding(_mesh(leaf), PartitionSpec()))
-
-    return jax.tree.map(whole, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    sharded = {n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and is_sharded(leaf)}
+    if not sharded:
+        return tree
+    for n in sharded:
+        leaves[n] = reshard(leaves[n], NamedSharding(_mesh(leaves[n]), PartitionSpec()))
+    return jax.tree.unflatten(structure, leaves)
 
 
 def sharded_like(array: Any, other: Any) -> Any:
@@ -65,7 +65,7 @@ def on_auto_axes(function: Callable[..., Any], args: Sequence[Any], results: Any
         values = list(leaves)
         for n, part in zip(on_mesh, parts, strict=True):
             values[n] = part
-        return function(*structure.unflatten(values))
+        return function(*jax.tree.unflatten(structure, values))
 
     out = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), results, is_leaf=lambda node: isinstance(node, PartitionSpec)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from attnlib._core.varying_axes import Names, cast_to_common_axes, cast_to_varying, type_varying, varying_axes
 
@@ -83,7 +83,7 @@ def _with_rule(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
 
 def _traced_anew(parameter: Any, axes: Names) -> Any:
     """A parameter of an equation, with its jaxprs traced for operands that vary along these axes."""
-    if isinstance(parameter, tuple):
+    if type(parameter) is tuple:  # a named one has no jaxprs
         return tuple(_traced_anew(item, axes) for item in parameter)
     if not isinstance(parameter, (ClosedJaxpr, Jaxpr)):
         return parameter

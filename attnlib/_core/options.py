@@ -181,7 +181,12 @@ class Options:
     dropout_rate: float = _option(
         0.0, "fraction of weights to drop after softmax, in [0, 1); the others are scaled by 1 / (1 - rate)."
     )
-    dropout_rng: Rng | None = _traced(None, "a JAX random key; required if dropout_rate > 0.", resolved=True)
+    dropout_rng: Rng | None = _traced(
+        None,
+        """a JAX random key; required if dropout_rate > 0. Inside `jax.shard_map` over batch or heads, all shards drop
+        the same entries unless their keys differ: `jax.random.fold_in(key, jax.lax.axis_index("data"))`.""",
+        resolved=True,
+    )
     logits_soft_cap: float | None = _option(
         None, "a positive number c: replaces logits x (after bias) by c * tanh(x / c). Default: none."
     )

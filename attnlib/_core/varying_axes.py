@@ -33,7 +33,8 @@ def cast_to_varying(array: Any, axes: Iterable[str]) -> Any:
         return array
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(array, missing, to="varying")
-    return jax.lax.pvary(array, missing)  # of jax 0.8
+    pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009  (of jax 0.8)
+    return pvary(array, missing)
 
 
 def cast_to_common_axes(arrays: Sequence[Any]) -> Sequence[Any]:

@@ -59,7 +59,7 @@ def output_and_rows(arguments: Arguments) -> Any:
     for axis, names in zip((*axes.batch, axes.rank - 2), batch_and_head, strict=True):
         output[axis] = names
     features = partition(arguments.value)[-1]
-    output[-1] = None if _overlaps(features, batch_and_head) else features
+    output[-1] = None if _overlaps(features, list(batch_and_head)) else features
     others = arguments.options.return_weights + arguments.options.return_lse
     return (PartitionSpec(*output), *[batch_and_head] * others) if others else PartitionSpec(*output)
 

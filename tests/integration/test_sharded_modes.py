@@ -62,7 +62,8 @@ def test_explicit_mesh_traces(name):
             with jax.set_mesh(mesh):
                 results = jax.eval_shape(function, *args)
             for x, spec in zip(jax.tree.leaves(results), jax.tree.leaves(specs), strict=True):
-                assert x.sharding.is_equivalent_to(NamedSharding(x.sharding.mesh, spec), x.ndim)
+                names = [*spec, *[None] * x.ndim][: x.ndim]
+                assert [*x.sharding.spec, *[None] * x.ndim][: x.ndim] == names
 
 
 def features(case):
