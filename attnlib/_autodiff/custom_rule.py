@@ -151,7 +151,7 @@ def _partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     out = list(trace.default_process_primitive(_custom_rule, tracers, params))
     unknown = [n for n, tracer in enumerate(tracers) if not tracer.is_known()]
     constant = _constant_results(params["linear"], unknown, len(out))
-    if not any(constant):
+    if not unknown or not any(constant):
         return out
     args = [_zeros(tracer.aval) if n in unknown else tracer.pval.get_known() for n, tracer in enumerate(tracers)]
     known = _custom_rule.bind(*args, **params)

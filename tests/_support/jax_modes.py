@@ -40,6 +40,7 @@ class Mode:
       jit: whether the whole is compiled as one program.
       op_by_op: whether no operation is compiled with another one, so that loops take long.
       needs_values: whether tracing alone says nothing about it.
+      traced_only: whether running says nothing more than tracing.
       of_value: whether it is for functions of the value alone.
     """
 
@@ -48,6 +49,7 @@ class Mode:
     jit: bool = True
     op_by_op: bool = False
     needs_values: bool = False
+    traced_only: bool = False
     of_value: bool = False
 
 
@@ -145,7 +147,7 @@ def _nans_op_by_op() -> Iterator[None]:
 
 MODES = {
     "x64": Mode(setting=x64),
-    "tracer leaks": Mode(setting=_leaks),
+    "tracer leaks": Mode(setting=_leaks, traced_only=True),
     "debug_nans": Mode(setting=lambda: jax.debug_nans(True), jit=False, needs_values=True),
     "debug_nans, disable_jit": Mode(setting=_nans_op_by_op, jit=False, op_by_op=True, needs_values=True),
     "debug_infs": Mode(setting=lambda: jax.debug_infs(True), needs_values=True),

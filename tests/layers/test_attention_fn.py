@@ -108,6 +108,7 @@ def test_nnx_sows_weights():
     assert_close(ours, theirs, length=12)
 
 
+@pytest.mark.usefixtures("allow_promotion")
 def test_bias_and_missing_axes():
     """Whatever broadcasts from the right, as in Flax."""
     rng = np.random.default_rng(3)
@@ -120,6 +121,7 @@ def test_bias_and_missing_axes():
         assert_close(*each(q, k, k, bias, mask), length=8)
 
 
+@pytest.mark.usefixtures("allow_promotion")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, None])
 def test_dtype(dtype):
     q = X.reshape(2, 5, 3, 4)

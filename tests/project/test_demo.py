@@ -174,6 +174,7 @@ RUNS = {
 }
 
 
+@pytest.mark.usefixtures("allow_promotion")  # optax's Adam takes a power of its count of steps
 @pytest.mark.parametrize("task", [pytest.param(dates, marks=pytest.mark.slow), digits], ids=["dates", "digits"])
 def test_a_run_learns_reports_saves_its_picture_and_can_be_repeated(task, run, monkeypatch, tmp_path, capsys):
     name = task.__name__.rsplit(".", maxsplit=1)[-1]

@@ -44,6 +44,7 @@ DECODING = MHA(num_heads=N, decode=True)
 PARAMS = jax.tree.map(np.asarray, attnlib.init_multi_head_attention(RNG, 32, num_heads=N))
 GIVEN = Given(zeros(B, T, N, D), zeros(B, S, K, D), zeros(B, T, 32), PARAMS)
 CACHE = attnlib.KVCache.create((B,), 4, num_kv_heads=K, key_dim=D)
+TABLE = zeros(S)
 TORCH = {"in_proj_weight": zeros(96, 32), "out_proj.weight": zeros(32, 32)}
 STATIC = "known when the program is compiled; got a traced value. Mark it static (jax.jit(..., static_argnames="
 
@@ -122,6 +123,8 @@ MASKS = [
      ValueError, "Predicate's fn is called as fn(query_position, key_position)", "write & and | for and and or"),
     ("PyTorch's mask_mod", lambda g: dot(g.q, g.k, g.k, mask=masks.Predicate(lambda b, h, i, j: i >= j)), TypeError,
      "missing 2 required positional arguments", "Predicate's fn is called as fn(query_position, key_position)"),
+    ("NumPy's table in a predicate", lambda g: dot(g.q, g.k, g.k, mask=masks.Predicate(lambda i, j: TABLE[j] > i)),
+     jax.errors.TracerArrayConversionError, "take no traced index: write jnp.asarray(table)[index]."),
 ]  # fmt: skip
 
 OPTIONS = [
@@ -184,6 +187,10 @@ FUNCTIONS = [
      "score_mod is called as score_mod(logit, batch, head, query_position, key_position)"),
     ("`if` in score_mod", lambda g: dot(g.q, g.k, g.k, score_mod=lambda s, b, h, i, j: s if i > j else 2 * s),
      jax.errors.TracerBoolConversionError, "write jnp.where(condition, a, b) for if"),
+    ("NumPy's table in score_mod", lambda g: dot(g.q, g.k, g.k, score_mod=lambda s, b, h, i, j: s + TABLE[i]),
+     jax.errors.TracerArrayConversionError, "take no traced index: write jnp.asarray(table)[index]."),
+    ("a list in score_mod", lambda g: dot(g.q, g.k, g.k, score_mod=lambda s, b, h, i, j: s + ([0.1] * N)[h]),
+     jax.errors.TracerIntegerConversionError, "take no traced index: write jnp.asarray(table)[index]."),
     ("score_mod of many numbers", lambda g: dot(g.q, g.k, g.k, score_mod=lambda s, *at: s * jnp.ones(N)), ValueError,
      "score_mod must return a scalar for one logit", "It is written for one pair"),
     ("score_mod as a mask", lambda g: dot(g.q, g.k, g.k, score_mod=lambda s, b, h, i, j: j <= i), TypeError,
@@ -223,6 +230,12 @@ LAYERS = [
         {"params": g.params}, g.x, **{"deterministic": True, name: v}), True),
        TypeError, f"{name} must be True or False, {STATIC}'{name}')) or close over it.")
       for name in ("deterministic", "is_causal", "return_weights", "sow_weights")),
+    ("is_causal in a checkpoint", lambda g: flax.linen.remat(MHA)(N).apply({"params": g.params}, g.x, is_causal=True),
+     TypeError, "nn.remat and nn.jit trace all keywords: write mask=attnlib.masks.Causal()."),
+    ("deterministic in a checkpoint", lambda g: flax.linen.remat(MHA)(N, dropout_rate=0.1).apply(
+        {"params": g.params}, g.x, deterministic=True), TypeError, "pass deterministic to the constructor."),
+    ("return_lse in a checkpoint", lambda g: jax.checkpoint(dot)(g.q, g.k, g.k, return_lse=True), TypeError,
+     "write jax.checkpoint(lambda *args: function(*args, return_lse=True))."),
     ("num_heads traced", lambda g: traced(lambda n: MHA(num_heads=n).init(RNG, g.x)), TypeError,
      f"num_heads must be an int >= 1, {STATIC}'num_heads')) or close over it."),
     ("num_heads a quotient", lambda g: MHA(num_heads=32 / 8).init(RNG, g.x), TypeError,
