@@ -79,11 +79,13 @@ def test_no_collectives(score, options, layout, program):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("layout", SPECS)
-def test_explicit_mesh(layout):
+@pytest.mark.parametrize(
+    ("layout", "options"), [*((layout, "causal, dropout, segments") for layout in SPECS), ("both", "alibi, sink")]
+)
+def test_explicit_mesh(layout, options):
     """With explicit axes the type of every array carries its sharding."""
     operands = _operands()
-    functions = _programs("dot", "causal, dropout, segments")
+    functions = _programs("dot", options)
     with jax.set_mesh(_mesh(layout, AxisType.Explicit)):
         sharded = tuple(jax.device_put(x, SPECS[layout]) for x in operands)
         for name in ("forward", "grad"):
