@@ -231,9 +231,9 @@ def explain(
       >>> print(explanation)
       implementation: blockwise
       axes: batch (1,), queries (4096,), keys (4096,), 1 heads, 64 features
-      tiles: 1024 queries x 512 keys, 20 of 32 computed
-      memory: about 8.4 MB of temporaries in a forward pass
-      cost: about 2.75 GFLOP, 4.19 MB read and written
+      tiles: 512 queries x 512 keys, 36 of 64 computed
+      memory: about 6.3 MB of temporaries in a forward pass
+      cost: about 2.73 GFLOP, 4.19 MB read and written
       not reference: blockwise is likely faster at this size
       ...
       >>> explanation.refusals["cudnn"]
