@@ -57,7 +57,7 @@ def masked(make, shape):
 
 def window(shape):
     """An eighth of the length, to the left: of every query itself and the keys before it."""
-    return shape[1] // 8 - 1, 0
+    return max(1, shape[1] // 8) - 1, 0
 
 
 def in_attnlib(shape):

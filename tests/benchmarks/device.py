@@ -5,7 +5,8 @@ prints tables and writes device.json into `--out`. No row starts after `--second
 
 First it checks outputs and gradients of each implementation on a table of calls. What they are compared with is the
 reference in float32 and in "highest" precision. The difference is relative, in the Euclidean norm. Checks take at most
-half of the time. A check that fails, or an error of attnlib other than a lack of memory, makes the exit status 1.
+half of the time. The exit status is 1 if a check fails, if results differ where times are taken, or if attnlib raises
+an error other than a lack of memory.
 
 Then it times dot products against `jax.nn.dot_product_attention(implementation="cudnn")`, in float32, which cuDNN does
 not take, against XLA's implementation; and additive attention against its definition in jax.numpy, as XLA compiles it.
@@ -13,7 +14,8 @@ Forward, and as a training step: the sum of squares of the output with its gradi
 for the result, and so have some 0.1 ms of launches in them.
 
 Memory is counted twice: of each program, the arguments, results and temporaries as the compiler counts them; and what
-the device says was the most in use since the start of the process, right after the first run of the program.
+the device says was the most in use since the start of the process, right after the first run of the program. The
+second never falls: it is a program's own only where it is above the one before.
 
 Where there is no GPU it says so, and shows only that the script runs: small checks, and one tiny row of times.
 """
@@ -41,7 +43,8 @@ from attnlib._engine.dispatch import NAMES
 STARTED = time.perf_counter()
 ON_GPU = jax.default_backend() == "gpu"
 SHARE_OF_CHECKS = 0.5
-CHECKED_LENGTH = 512 if ON_GPU else 24
+SMALL = not ON_GPU or "--quick" in sys.argv
+CHECKED_LENGTH = 24 if SMALL else 512
 
 # Checks
 
@@ -212,7 +215,8 @@ def numbers(check, variant, implementation):
 # Times
 
 POSITIONS = 32768  # of all batch entries together
-TOLERANCES = {"float32": 1e-2, "bfloat16": 3e-2}
+# Between two that round differently; a wrong mask or factor is ten times as much.
+TOLERANCES = {"float32": 2e-2, "bfloat16": 5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +228,7 @@ class Row:
 
     @property
     def batch(self):
-        return max(1, POSITIONS // self.length) if ON_GPU else 1
+        return 1 if SMALL else max(1, POSITIONS // self.length)
 
     def __str__(self):
         return f"{self.work}, {self.batch} x {self.length}, {self.dtype}, {self.kind}"
@@ -260,15 +264,16 @@ TINY = Row("dot", 32, "float32", "training")
 
 
 def plain_additive(query, key, value, scale):
-    """The definition; as a sum rather than a product of matrices, XLA need not keep all pairs x features."""
+    """The definition, with logits in float32 as ours; a sum, since a product of matrices would keep pairs x features."""
+    query, key, scale = (x.astype("float32") for x in (query, key, scale))
     logits = jnp.sum(scale * jnp.tanh(query[:, :, None] + key[:, None]), -1)
-    return jnp.einsum("bts,bsd->btd", jax.nn.softmax(logits, -1), value)
+    return jnp.einsum("bts,bsd->btd", jax.nn.softmax(logits, -1).astype(value.dtype), value)
 
 
 def times(report, options):
     """The names of rows in which attnlib failed otherwise than by a lack of memory."""
     done, failed = [], []
-    for row in tqdm(ROWS if ON_GPU else [TINY], desc="times"):
+    for row in tqdm([TINY] if SMALL else ROWS, desc="times"):
         if over(options.seconds):
             leave_out(report, f"times {row}")
             continue
