@@ -264,7 +264,7 @@ TINY = Row("dot", 32, "float32", "training")
 
 
 def plain_additive(query, key, value, scale):
-    """The definition, with logits in float32 as ours; a sum, since a product of matrices would keep pairs x features."""
+    """The definition, with logits in float32 as ours; a sum, since a product of matrices would keep all the tanh."""
     query, key, scale = (x.astype("float32") for x in (query, key, scale))
     logits = jnp.sum(scale * jnp.tanh(query[:, :, None] + key[:, None]), -1)
     return jnp.einsum("bts,bsd->btd", jax.nn.softmax(logits, -1).astype(value.dtype), value)
