@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 from report import Ratio, milliseconds, table
-from timing import KINDS, Program, Times, measure
+from timing import KINDS, Program, Times, first_call, measure
 from tqdm import tqdm
 
 import attnlib
@@ -54,8 +54,5 @@ def compilation(kind, length, repeats):
     for n in tqdm(range(repeats), desc=f"compiling {kind}", leave=False):
         operand = jax.ShapeDtypeStruct((1, length + 8 * n, 8, 64), jnp.float32)
         for name, function in FUNCTIONS.items():
-            jax.clear_caches()
-            start = time.perf_counter()
-            jax.jit(KINDS[kind](function)).lower(operand, operand, operand).compile()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(first_call(KINDS[kind](function), (operand,) * 3, time.perf_counter).seconds)
     return {name: Times.of(runs) for name, runs in taken.items()}

@@ -80,10 +80,10 @@ def _jax_nn_like(function, row):
     return lambda q, k, v: function(q, k, v, is_causal=row.mask == "causal")
 
 
-def dot_jax_nn(row):
+def dot_jax_nn(row, implementation="xla"):
     from jax.nn import dot_product_attention
 
-    return _jax_nn_like(functools.partial(dot_product_attention, implementation="xla"), row)
+    return _jax_nn_like(functools.partial(dot_product_attention, implementation=implementation), row)
 
 
 def dot_tokamax(row):

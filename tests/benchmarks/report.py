@@ -19,12 +19,12 @@ IDLE_LOAD = 0.5
 COLORS = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "grey": "#555555"}
 
 
-def parser(description, **defaults):
+def parser(description, *, seconds_help="no new round of a row after these", **defaults):
     """The options that all have; `defaults` of repeats and seconds."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("benchmark-results"), help="folder of the JSON and the pictures")
     made.add_argument("--repeats", type=int, default=defaults["repeats"], help="rounds over all contestants of a row")
-    made.add_argument("--seconds", type=float, default=defaults["seconds"], help="no new round of a row after these")
+    made.add_argument("--seconds", type=float, default=defaults["seconds"], help=seconds_help)
     made.add_argument("--quick", action="store_true", help="tiny sizes, one round: sees that it runs, measures nothing")
     return made
 
@@ -39,7 +39,8 @@ def parse(made):
 
 def machine():
     """What a reader has to know about where the numbers come from."""
-    packages = ("jax", "jaxlib", "flax", "keras", "tokamax", "torch", "numpy")
+    packages = ["jax", "jaxlib", "flax", "keras", "tokamax", "torch", "numpy"]
+    packages += [name for cuda in (12, 13) for name in (f"jax-cuda{cuda}-plugin", f"nvidia-cudnn-cu{cuda}")]
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor(),
@@ -118,7 +119,11 @@ class Report:
         self.data = {"program": name, "machine": facts, "options": shown}
 
     def add(self, section, row):
-        self.data.setdefault(section, []).append(row)
+        """One more row of a section."""
+        self.put(section, [*self.data.get(section, []), row])
+
+    def put(self, section, value):
+        self.data[section] = value
         self.path.write_text(json.dumps(self.data, indent=1, default=_plain) + "\n")
 
     def picture(self, figure, name):
