@@ -34,7 +34,7 @@ def call_with_rule(function: Function, rule: Rule, args: Leaves) -> list[jax.Arr
     `perturbed` are the indices of the arguments with nonzero tangents, and `tangents` these tangents. The rule returns
     the results and their tangents. Both functions must be hashable, and equal if they compute the same.
     """
-    args = cast_to_common_axes(args)
+    args = cast_to_common_axes(args)  # here, so that JAX's transpose of the casts adds up the cotangents of all devices
     jaxpr = exposed_jaxpr(function, *args)
     return list(_custom_rule.bind(*args, function=function, rule=rule, jaxpr=jaxpr))
 
