@@ -458,6 +458,19 @@ FAULTS = [
         "return outputs * math.prod(",
         ("test_cost.py count_of_a_function",),
     ),
+    # inside shard_map
+    Fault(
+        "sum-over-shards",  # what a key receives is added up over the devices
+        "ones = cast_to_varying(ones, shard_axes)",
+        "pass",
+        ("test_sharded_functions.py inspect and shard_map",),
+    ),
+    Fault(
+        "cotangents-of-shards",  # the cotangent of a parameter that devices share is the sum over them in each tile
+        "args = cast_to_common_axes(args)  # here",
+        "pass  # here",
+        ("test_sharded_functions.py captures and blockwise and shard_map",),
+    ),
     Fault(
         "cudnn-last-key",  # cuDNN's rows do not see NaN in the last key
         "attended = count[..., jnp.minimum(query + 1, keys)]",

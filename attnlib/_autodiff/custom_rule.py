@@ -39,7 +39,7 @@ def call_with_rule(function: Function, rule: Rule, args: Leaves, linear: Linear 
     the results and their tangents. Both functions must be hashable, and equal if they compute the same.
     `jax.linear_transpose` needs to know in which arguments the function is `linear`.
     """
-    args = cast_to_common_axes(args)
+    args = cast_to_common_axes(args)  # here, so that JAX's transpose of the casts adds up the cotangents of all devices
     jaxpr = exposed_jaxpr(function, *args)
     return list(_custom_rule.bind(*args, function=function, rule=rule, linear=linear, jaxpr=jaxpr))
 

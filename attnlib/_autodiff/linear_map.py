@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from attnlib._autodiff.leaves import partial_in
-from attnlib._core.varying_axes import cast_to_common_axes, cast_to_varying, varying_axes
+from attnlib._core.varying_axes import cast_to_varying, varying_axes
 
 Leaves = Sequence[Any]
 LinearFn = Callable[[tuple[Any, ...], tuple[Any, ...]], Sequence[Any]]
@@ -42,7 +42,7 @@ class HashablePartial:
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _jitted(function: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
-    axes = varying_axes(*args)
+    axes = varying_axes(*args)  # inside shard_map; `call_with_rule` has cast all arguments to the same ones
     return tuple(cast_to_varying(result, axes) for result in function(*args))
 
 
@@ -81,8 +81,7 @@ _linear_map = Primitive("attnlib_linear_map")
 _linear_map.multiple_results = True
 
 
-def _bind(*operands: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
-    args = cast_to_common_axes(operands)
+def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
     jaxpr = exposed_jaxpr(HashablePartial(_apply_flat, (forward, count)), *args)
     return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, jaxpr=jaxpr)
 
