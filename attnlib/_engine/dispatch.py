@@ -62,8 +62,8 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
     # In half precision, keys and values have to be converted first. `reference` does so while it moves them, which is
     # faster than the decode path (docs/performance/tuning.md).
     full_precision = problem.key.dtype == problem.value.dtype == problem.dtype
-    fast = kind in ("dense", "loop_over_heads") or (kind == "decode" and full_precision)
-    if fast and not problem.return_weights:
+    fast = kind == "loop_over_heads" or (kind == "decode" and full_precision)
+    if kind == "dense" or (fast and not problem.return_weights):
         return blockwise(kind), reference
     limit = DENSE_NUMBERS if features_per_pair == 1 else DENSE_NUMBERS_WITH_FEATURES
     # A symbolic size counts as its least value: the array is small for each batch entry, or for short sequences.

@@ -55,10 +55,20 @@ def second_derivative(q, k, v, table):
     """Of a table that the operands and a modifier are made with: reverse over reverse, and forward over reverse."""
 
     def loss(table):
-        return sum_of(attend(q * table[:, None], k, v, score_mod=modifiers.ALiBi(table), sink=table))
+        return sum_of(attend(q * table[None, None, :, None], k, v, score_mod=modifiers.ALiBi(table), sink=table))
 
     gradient = jax.grad(loss)
     return jax.grad(lambda table: jnp.sum(gradient(table) ** 2))(table), jax.jvp(gradient, (table,), (table,))[1]
+
+
+def second_derivative_of_scale(q, k, v, table):
+    """Of the scale of additive scores, reverse over reverse. XLA of jax 0.12 is sensitive to how its loops start."""
+
+    def loss(table):
+        scale = jnp.linspace(0.1, 0.5, 8) * table[0]
+        return sum_of(attnlib.additive_attention(q[:, :, :2], k, v, scale=scale, implementation="blockwise"))
+
+    return jax.grad(lambda table: jnp.sum(jnp.sin(jax.grad(loss)(table))))(table)
 
 
 def tangent(q, k, v, table):
@@ -107,6 +117,7 @@ FUNCTIONS = {
     "captures, blockwise": (gradient_of_table(captures("blockwise")), True),
     "predicate": (lambda q, k, v, _: attend(q, k, v, mask=masks.Predicate(lambda i, j: TABLE[j] | (i > 3))), False),
     "second derivative": (second_derivative, True),
+    "second derivative of the scale": (second_derivative_of_scale, True),
     "tangent": (tangent, False),
     "vmap": (with_gradient(lambda q, k, v, table: jax.vmap(attend)(q, k, v)), False),
     "scan of checkpoints": (with_gradient(layers_in_turn), False),
