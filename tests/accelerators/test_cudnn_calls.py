@@ -110,7 +110,7 @@ def check_the_platform_decides_late(lowered, gradient):
     assert on_cuda == gradient
     assert on_cpu == []
     refused, chosen = lowered["explained"]
-    assert refused.startswith("implementation: reference\n")
+    assert refused.startswith("implementation: blockwise\n")
     assert refused.endswith("not cudnn: the default device is no GPU")
     assert chosen.startswith("implementation: cudnn\n")
 

@@ -57,7 +57,8 @@ def assert_parity(case):
     (ours, our_gradients), (theirs, their_gradients) = evaluate_both(case)
     for name in ("output", "weights"):
         assert_close(ours[name], theirs[name], length=max(x[..., 0].size for x in case.inputs))
-    assert_close(our_gradients, their_gradients, length=case.pairs)  # that of a scalar scale adds up over them all
+    # The gradient of a scalar scale adds up over all pairs, and over the features of each.
+    assert_close(our_gradients, their_gradients, length=case.pairs * case.inputs[0].shape[-1])
 
 
 @pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
