@@ -323,15 +323,18 @@ def test_partitions_without_collectives(attend):
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "collective-permute"))
 
 
-def test_short_sequences_take_the_dense_path_and_long_ones_the_tiles():
+def test_short_sequences_are_computed_at_once_and_long_ones_in_tiles():
     """The crossover is measured by tests/benchmarks/crossover.py."""
 
-    def chosen(batch, length):
+    def explained(batch, length, **options):
         operand = jax.ShapeDtypeStruct((batch, length, 8, 64), jnp.float32)
-        return attnlib.explain(operand, operand, operand).implementation
+        return attnlib.explain(operand, operand, operand, **options)
 
-    assert chosen(32, 16) == "reference"
-    assert chosen(1, 4096) == "blockwise"
+    assert explained(32, 16).tiles == (1, 1)
+    assert explained(1, 4096).tiles[1] > 8
+    other = scores.Custom(lambda query, key: -jnp.sum(jnp.abs(query - key)))
+    assert explained(1, 16, score=other).implementation == "reference"
+    assert explained(1, 4096, score=other).implementation == "blockwise"
 
 
 def test_backward_is_bitwise_repeatable(attend, operands):
