@@ -1,7 +1,8 @@
 """All cases with batch, heads or both sharded: inside `jax.shard_map` with its check of types, and on Explicit meshes.
 
-Each case is traced with its gradients, in the layout that shards most. The types that JAX checks are those of the
-trace. Numbers are compared for a few, in which each mode, layout and implementation meets each feature.
+Cases are traced with their gradients, in the layout that shards most: by default some in which each feature is, all of
+them in the slow tests. The types that JAX checks are those of the trace. Numbers are compared for a few, in which each
+mode and implementation meets each feature.
 """
 
 import covering
@@ -36,7 +37,30 @@ def on_explicit_mesh(one, implementation):
 
 LARGEST = [(case, next(filter(None, (sharded(case, layout) for layout in LAYOUTS)), None)) for case in CASES]
 SHARDED = {case.name: one for case, one in LARGEST if one is not None}
-named = pytest.mark.parametrize("name", SHARDED)
+
+
+def features(case):
+    """What a case is of."""
+    with context(case):
+        operands, traced, options = build(case)
+    of_mask = "arrays" if jax.tree.leaves(traced.get("mask")) else "positions" if "mask" in traced else "none"
+    heads = "one key head" if case.key[-2] == 1 else "groups" if case.query[-2] > case.key[-2] else "equal"
+    return {
+        f"score {type(operands['score']).__name__}",
+        f"modifier {type(operands.get('score_mod')).__name__}",
+        f"mask of {of_mask}",
+        f"heads: {heads}",
+        f"rank {len(case.query)}",
+        f"batch of {case.query[0]} and {case.key[0]}" if case.query[0] != case.key[0] else "batch",
+        *({"bias", "sink", "dropout_rng", "query_positions"} & {*operands, *traced}),
+        *({"logits_soft_cap", "attention_axes"} & {*options}),
+    }
+
+
+CHOSEN = covering.covering(list(SHARDED), lambda name: features(BY_NAME[name]))
+named = pytest.mark.parametrize(
+    "name", [name if name in CHOSEN else pytest.param(name, marks=pytest.mark.slow) for name in SHARDED]
+)
 
 
 def implementations(case):
@@ -66,24 +90,6 @@ def test_explicit_mesh_traces(name):
                 assert [*x.sharding.spec, *[None] * x.ndim][: x.ndim] == names
 
 
-def features(case):
-    """What a case is of."""
-    with context(case):
-        operands, traced, options = build(case)
-    of_mask = "arrays" if jax.tree.leaves(traced.get("mask")) else "positions" if "mask" in traced else "none"
-    heads = "one key head" if case.key[-2] == 1 else "groups" if case.query[-2] > case.key[-2] else "equal"
-    return {
-        f"score {type(operands['score']).__name__}",
-        f"modifier {type(operands.get('score_mod')).__name__}",
-        f"mask of {of_mask}",
-        f"heads: {heads}",
-        f"rank {len(case.query)}",
-        f"batch of {case.query[0]} and {case.key[0]}" if case.query[0] != case.key[0] else "batch",
-        *({"bias", "sink", "dropout_rng", "query_positions"} & {*operands, *traced}),
-        *({"logits_soft_cap", "attention_axes"} & {*options}),
-    }
-
-
 def configurations():
     """A few of (mode, layout, implementation, name of a case), by name."""
     pool = []
@@ -99,7 +105,7 @@ def configurations():
     def groups(entry):
         (mode, layout, how, _), labels = entry
         run = [("mode", mode), ("layout", layout), ("how", how)]
-        return {(named, label) for named in run for label in labels} | covering.pairs(run)
+        return {(named, label) for named in (run[0], run[2]) for label in labels} | covering.pairs(run)
 
     return [entry for entry, _ in covering.covering(pool, groups)]
 

@@ -1,7 +1,6 @@
 """Programs with symbolic sizes: one exported program serves every batch size, length and number of heads."""
 
 import functools
-import importlib.util
 
 import cases
 import jax
@@ -27,8 +26,15 @@ def struct(*sizes, dtype="float32"):
 REFUSED = {"block sparse": "BlockSparse blocks cover a number of positions"}
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=str)
-@pytest.mark.parametrize(("name", "lengths"), [(None, True), ("blockwise", False)], ids=["default", "blockwise"])
+def traced_configurations():
+    """All cases by default; of blockwise those whose derivatives differ, and the others in the slow tests."""
+    for case in cases.CASES:
+        yield pytest.param(case, None, True, id=f"default-{case}")
+        marks = [pytest.mark.slow] if case.values_only else []
+        yield pytest.param(case, "blockwise", False, id=f"blockwise-{case}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "name", "lengths"), [*traced_configurations()])
 def test_cases_trace_with_symbolic_sizes(case, name, lengths):
     """By default with symbolic batch and lengths, and blockwise with a symbolic batch; values and gradients."""
 
@@ -142,7 +148,8 @@ def test_one_exported_program_serves_all_sizes(name):
 @pytest.mark.parametrize(
     ("name", "implementation", "symbols"),
     [
-        ("every option", "blockwise", "bk"), ("plain", cases.SIDE_BY_SIDE, "b"),
+        ("plain", cases.SIDE_BY_SIDE, "b"),
+        pytest.param("every option", "blockwise", "bk", marks=pytest.mark.slow),
         pytest.param("two axes", "blockwise", "b", marks=pytest.mark.slow),
         pytest.param("inspect", "blockwise", "b", marks=pytest.mark.slow),
     ],
@@ -159,8 +166,8 @@ def check_exported(program, shapes, symbols, all_sizes):
     """Compares an exported program with the plain call, after serialization, forward and backward."""
     _, structs = arguments(shapes, all_sizes[0], symbols)
     exported = export.export(jax.jit(program))(*structs)
-    if importlib.util.find_spec("flatbuffers") is not None:
-        exported = export.deserialize(exported.serialize(vjp_order=1))
+    pytest.importorskip("flatbuffers", reason="flatbuffers, with which JAX serializes programs, is not installed")
+    exported = export.deserialize(exported.serialize(vjp_order=1))
     for sizes in all_sizes:
         args, _ = arguments(shapes, sizes, symbols)
         made, expected = derivatives(exported.call, args), derivatives(program, args)
