@@ -7,6 +7,9 @@ tile, p = exp(s - lse) its softmax, d its dropout factors (0 or 1 / (1 - rate)) 
   tangent     a = sum_tiles (d p s') v + (d p) v',  c = sum_tiles p s';   o' = a - o c,  lse' = c
   transpose   with delta = lse~ - <o, o~>:   s~ = p (d <o~, v> + delta),  v~ = (d p)^T o~
 
+Where a tile has all keys of its rows, nothing is carried, and the transpose takes p = exp(s - max) and divides o~ and
+delta by the sum of p.
+
 JAX's derivatives of the score give s' from (query', key', ...), and (query~, key~, ...) from s~. Both loops are scans
 over checkpointed bodies, so JAX differentiates them again for higher orders, in linear memory too. A tile has all batch
 indices and heads, or one of each; then the scans also run over batch indices and heads.
