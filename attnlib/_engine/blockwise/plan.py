@@ -20,8 +20,9 @@ _NUMBERS, _NUMBERS_WITH_FEATURES = 2**20, 2**17
 _MAX_BLOCK_SIZES = 2048, 512
 # Pairs of a key head from which on a loop over heads is faster than all heads at once.
 _PAIRS_LOOP_OVER_HEADS = 2**16
-# Logits up to which one tile of all pairs is faster than a loop over heads, and than tiles of all heads.
-_DENSE_LOOP_OVER_HEADS, _DENSE_ALL_HEADS = 2**21, 2**23
+# Logits up to which one tile of all pairs is faster than a loop over heads, and than tiles of all heads; and the pairs
+# of a key head from which on it is faster than the reference.
+_DENSE_LOOP_OVER_HEADS, _DENSE_ALL_HEADS, _DENSE_PAIRS = 2**21, 2**23, 2**10
 # The decode path: rows of a batch index and of a key head up to which it is faster, and the keys from which on.
 _DECODE_ROWS, _DECODE_ROWS_OF_A_KEY_HEAD, _DECODE_KEYS = 64, 8, 512
 
@@ -72,7 +73,7 @@ def choose_kind(problem: AttentionProblem) -> Kind:
     limit = _DENSE_LOOP_OVER_HEADS if in_turn else _DENSE_ALL_HEADS
     # A symbolic size counts as its least value: the tile is small for each batch entry.
     small = decide(lambda: problem.rows * problem.key_length <= limit, otherwise=True)
-    if small and unsupported(problem, "dense") is None:
+    if small and decide(lambda: pairs >= _DENSE_PAIRS, otherwise=False) and unsupported(problem, "dense") is None:
         return "dense"
     return "loop_over_heads" if in_turn else "all_heads"
 

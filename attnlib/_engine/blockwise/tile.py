@@ -167,8 +167,8 @@ class Tile:
 
     @property
     def rows_are_whole(self) -> bool:
-        """Whether the tile has all keys, so that nothing is carried from tile to tile of a row."""
-        return self.index.sizes[1] >= self.arrays.key_positions.length
+        """Whether the weights are divided by their own sum. Other tiles that have all keys are no faster so."""
+        return self.plan.strategy.kind == "dense"
 
     def terms(self) -> tuple[jax.Array, jax.Array]:
         """(logits, values). Masked logits are -inf; masked content cannot matter, NaN or not."""
