@@ -7,8 +7,8 @@ tile, p = exp(s - lse) its softmax, d its dropout factors (0 or 1 / (1 - rate)) 
   tangent     a = sum_tiles (d p s') v + (d p) v',  c = sum_tiles p s';   o' = a - o c,  lse' = c
   transpose   with delta = lse~ - <o, o~>:   s~ = p (d <o~, v> + delta),  v~ = (d p)^T o~
 
-Where a tile has all keys of its rows, nothing is carried, and the transpose takes p = exp(s - max) and divides o~ and
-delta by the sum of p.
+The strategy `dense` has one tile. It carries nothing, and its transpose takes p = exp(s - max) and divides o~ and delta
+by the sum of p, so that XLA can share p with the forward pass.
 
 JAX's derivatives of the score give s' from (query', key', ...), and (query~, key~, ...) from s~. Both loops are scans
 over checkpointed bodies, so JAX differentiates them again for higher orders, in linear memory too. A tile has all batch
@@ -172,7 +172,7 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
     arrays = plan.structure.unflatten(leaves)
 
     def body(state: SoftmaxState, tile: Tile) -> SoftmaxState:
-        new = tile.state() if tile.rows_are_whole else _joined(state, tile)
+        new = tile.state() if tile.has_all_keys else _joined(state, tile)
         return SoftmaxState(*(tile.index.put(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
 
     rows = jnp.sum(zeros_like_varying(arrays.query[..., :1]), -1)
@@ -265,8 +265,8 @@ def _transpose_tiles(
         terms, values = tile.terms_of(perturbed)
         (logits, value), pull = jax.vjp(terms, *values)
         rows_ct, rows_delta = tile.index.cut(output_ct, _OUTPUT), tile.index.cut(delta, _ROWS)
-        if tile.rows_are_whole:
-            weights, row_sum = tile.unnormalized(logits)
+        if tile.has_all_keys:
+            weights, row_sum = tile.unnormalized_softmax(logits)
             rows_ct, rows_delta = rows_ct / row_sum[..., None], rows_delta / row_sum
         else:
             weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))

@@ -166,8 +166,8 @@ class Tile:
         self.query_positions, self.key_positions = (side.block(start, size) for side, start, size in sides)
 
     @property
-    def rows_are_whole(self) -> bool:
-        """Whether the weights are divided by their own sum. Other tiles that have all keys are no faster so."""
+    def has_all_keys(self) -> bool:
+        """Whether the plan has this one tile: its softmax needs neither a state nor an lse."""
         return self.plan.strategy.kind == "dense"
 
     def terms(self) -> tuple[jax.Array, jax.Array]:
@@ -219,15 +219,12 @@ class Tile:
     def state(self) -> SoftmaxState:
         """The state of the tile's rows after its keys alone."""
         logits, value = self.terms()
-        row_max = _softmax.finite_row_max(logits)
-        weights = exp(logits - row_max[..., None])
-        output = pv_product(self.plan.precision, self.drop(weights), value)
-        return SoftmaxState(row_max, jnp.sum(weights, -1), output)
+        row_max, weights = _unnormalized(logits)
+        return SoftmaxState(row_max, jnp.sum(weights, -1), pv_product(self.plan.precision, self.drop(weights), value))
 
-    def unnormalized(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(the weights before the division by their sum, what to divide by), if the tile has all keys of its rows."""
-        row_max = jax.lax.stop_gradient(_softmax.finite_row_max(logits))
-        weights = exp(logits - row_max[..., None])
+    def unnormalized_softmax(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(weights before the division by their sum, what to divide by) of a tile that has all keys."""
+        _, weights = _unnormalized(logits)
         row_sum = _softmax.divisor(jnp.sum(weights, -1))
         if self.index.apply_mask:
             # A row that attends NaN is NaN, but not where it does not attend, and its cotangent stays finite.
@@ -248,3 +245,9 @@ class Tile:
         if self.arrays.dropout_seeds is None:
             return weights
         return jnp.where(self.keep, weights / (1 - self.plan.dropout_rate), 0)
+
+
+def _unnormalized(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the maximum of each row, exp(logits - maximum)). Any maximum gives the same softmax, so it has no derivative."""
+    row_max = jax.lax.stop_gradient(_softmax.finite_row_max(logits))
+    return row_max, exp(logits - row_max[..., None])
