@@ -86,11 +86,19 @@ def unsupported(problem: AttentionProblem, kind: Kind | None) -> str | None:
         return "block_sizes cut the pairs into several tiles"
     if problem.score.is_inner_product:
         return None
-    if kind == "loop_over_heads" and jax.tree.leaves(problem.score):
+    if kind == "loop_over_heads" and _prepared_score_has_arrays(problem):
         return "the score has arrays, which are not cut into heads"
     if kind in ("dense", "decode"):
         return "the score is not a product"
     return None
+
+
+def _prepared_score_has_arrays(problem: AttentionProblem) -> bool:
+    """Whether the score has arrays in a tile; `Additive()` makes its scale while it is prepared."""
+    prepared = jax.eval_shape(
+        lambda score, *operands: score.prepare(*operands)[2], problem.score, problem.query, problem.key
+    )
+    return bool(jax.tree.leaves(prepared))
 
 
 def _unsupported_sizes(problem: AttentionProblem, kind: Kind | None) -> str | None:
