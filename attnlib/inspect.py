@@ -38,7 +38,11 @@ __all__ = ["attention_entropy", "attention_received", "attention_rows", "top_key
 Rows = int | Array | Sequence[int]
 
 _takes_options = takes_options(
-    without=dict.fromkeys(("dropout_rate", "dropout_rng", "return_weights", "return_lse"), ""), listed=("score",)
+    without={
+        **dict.fromkeys(("dropout_rate", "dropout_rng", "return_weights", "return_lse"), ""),
+        "context": "context cannot be given: attnlib.inspect needs the whole sequence on each device.",
+    },
+    listed=("score",),
 )
 # The number of weights that `top_keys` computes at a time (docs/performance/tuning.md), and of queries at least.
 _NUMBERS, _MIN_QUERIES = 2**20, 8

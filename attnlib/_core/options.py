@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
+from attnlib._core.context import Context, check_context
 from attnlib._core.pytree import register_with_jax
 from attnlib._core.suggestions import suggests_arguments
 from attnlib._core.validation import check_bool
@@ -61,6 +62,12 @@ class ComputeOptions(TypedDict, total=False):
     precision: Any
 
 
+class ContextOptions(TypedDict, total=False):
+    """Over which devices the sequence is sharded."""
+
+    context: str | Context | None
+
+
 class DropoutOptions(TypedDict, total=False):
     """Which weights are dropped."""
 
@@ -90,13 +97,15 @@ class CallOptions(MaskOptions, LogitOptions, total=False):
     return_weights: bool
 
 
-class LayerOptions(CallOptions, ComputeOptions, total=False):
+class LayerOptions(CallOptions, ComputeOptions, ContextOptions, total=False):
     """The options of `multi_head_attention`, which documents `attention_axes` itself."""
 
     dropout_rate: float
 
 
-class SharedOptions(MaskOptions, AxesOptions, LogitOptions, ComputeOptions, DropoutOptions, total=False):
+class SharedOptions(
+    MaskOptions, AxesOptions, LogitOptions, ComputeOptions, ContextOptions, DropoutOptions, total=False
+):
     """The options of attention that do not change what is returned."""
 
 
@@ -226,6 +235,13 @@ class Options:
         None, """(queries, keys) of a tile of "blockwise"; default: by size."""
     )
     precision: Any = _option(None, "precision of matrix products, as in `jax.lax.Precision`.")
+    context: str | Context | None = _option(
+        None,
+        """the mesh axis along which the sequence is sharded, or an `attnlib.Context` with its order and exchange. Inside
+        `jax.shard_map` over this axis, operands are the parts of one device; elsewhere the call shards them over the
+        current mesh. Positions are those in the whole sequence. Default: none.""",
+        check=check_context,
+    )
 
     def __init__(self, **options: Unpack[AttentionOptions]) -> None:
         vars(self).update(DEFAULTS, **options)  # every call comes here: setting fields one by one is slower

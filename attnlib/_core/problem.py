@@ -36,7 +36,8 @@ class AttentionProblem:
       mask: which pairs may attend, or None for all.
       modifiers: applied to the logits after the bias, one after another: the soft cap, the user's score_mod.
       bias: `(*batch | 1, K | 1, G | 1, T | 1, S | 1)`, or None.
-      dropout_seeds: `(4,)` words for `dropout.keep_mask`, or None for no dropout.
+      dropout_seeds: the words of `dropout.hash_seeds`, or None for no dropout; with two more words, the heads are some
+        of all heads (`dropout.batch_head_index`).
       batch: sizes of the batch axes after broadcasting.
       query_positions, key_positions: the positions of the T queries and of the S keys.
       dtype: of the logits and of the softmax statistics: float32, or float64 if an operand is.

@@ -13,7 +13,6 @@ import numpy as np
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape
-from attnlib._core.block_positions import OperandPositions
 from attnlib._core.explicit_axes import replicated
 from attnlib._core.operand_checks import (
     check_arrays,
@@ -37,6 +36,8 @@ from attnlib._core.sizes import explains_symbolic_sizes
 from attnlib._core.validation import check_array
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
+from attnlib._engine.context.call import attend_in_context
+from attnlib._engine.context.part import WHOLE, WholeOperands
 from attnlib._engine.explicit_call import output_and_rows, takes_explicit_axes
 from attnlib._engine.softmax import add_sink
 from attnlib.masks import Causal
@@ -104,17 +105,22 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 @takes_explicit_axes(output_and_rows)
 def attend(arguments: Arguments) -> Any:
     """The output, or a tuple of the output and of the other results that the options ask for."""
-    problem, axes = canonicalize(arguments)
+    return _attend(arguments) if arguments.options.context is None else attend_in_context(arguments, _attend, canonicalize)
+
+
+def _attend(arguments: Arguments, part: WholeOperands = WHOLE) -> Any:
+    problem, axes = canonicalize(arguments, part)
     output, lse, weights = run_problem(problem, arguments.options.implementation)
 
     batch_and_head = (*problem.batch, problem.kv_heads * problem.groups)
     output = output.reshape(*batch_and_head, *output.shape[-2:]).astype(arguments.value.dtype)
-    results = [_axes.unfold_output(output, axes, problem.query_shape)]
+    query_axes = axes.attention_shape(arguments.query.shape)
+    results = [_axes.unfold_output(output, axes, query_axes)]
     if weights is not None:
-        results.append(weights.reshape(*batch_and_head, *problem.query_shape, *problem.key_shape))
+        results.append(weights.reshape(*batch_and_head, *query_axes, *problem.key_shape))
     if problem.return_lse:
         assert lse is not None
-        results.append(lse.reshape(*batch_and_head, *problem.query_shape))
+        results.append(lse.reshape(*batch_and_head, *query_axes))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -125,8 +131,12 @@ def run_problem(problem: AttentionProblem, implementation: Asked) -> AttentionRe
 
 
 @explains_symbolic_sizes()
-def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
-    """(the problem in canonical form, the axes of the operands), after a check of all shapes."""
+def canonicalize(arguments: Arguments, part: WholeOperands = WHOLE) -> tuple[AttentionProblem, _axes.Axes]:
+    """(the problem in canonical form, the axes of the operands), after a check of all shapes.
+
+    Args:
+      part: which of all positions the operands have.
+    """
     query, key, value, score, options = arguments
     mask, bias = options.mask, options.bias
     assert mask is None or isinstance(mask, Mask)
@@ -140,20 +150,22 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     axes, shapes = check_operands(query, key, value, options.attention_axes)
     heads, kv_heads = shapes.heads, key.shape[-2]
     score.check(heads, *shapes.features)
+    whole = part.shapes(shapes)
     if mask is not None:
-        mask.check(shapes)
-    check_bias_shape(bias, shapes)
+        part.whole_mask(mask, shapes).check(whole)
+        mask = part.mask(mask, shapes)
+    check_bias_shape(part.whole_pairs(bias, shapes), whole)
     check_sink_shape(options.sink, heads)
     if options.is_causal:
         mask = Causal() if mask is None else mask & Causal()
     explicit = options.query_positions, options.key_positions
     if any(positions is not None for positions in explicit):
         check_explicit_positions(*explicit, shapes)
-        explicit = _of_one_rank(*explicit, shapes)
+        explicit = _of_one_rank(*explicit, shapes, part)
         mask = ExplicitPositions() if mask is None else mask & ExplicitPositions()
 
     if bias is not None:
-        bias = _axes.split_heads(_axes.fold_pairs(bias, shapes.query, shapes.key), kv_heads, len(shapes.batch) + 4)
+        bias = _axes.split_heads(_axes.fold_pairs(bias, shapes.query, whole.key), kv_heads, len(shapes.batch) + 4)
     query, key, value = (_axes.fold_operand(jnp.asarray(x), axes) for x in (query, key, value))  # (*batch, N, T, D)
     problem = AttentionProblem(
         query=query.reshape(*query.shape[:-3], kv_heads, heads // kv_heads, *query.shape[-2:]),
@@ -163,9 +175,9 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
         modifiers=tuple(modifiers),
         mask=mask,
         bias=bias,
-        dropout_seeds=None if options.dropout_rng is None else _dropout.hash_seeds(options.dropout_rng),
-        query_positions=OperandPositions(shapes.query, "query", explicit=explicit[0]),
-        key_positions=OperandPositions(shapes.key, "key", explicit=explicit[1]),
+        dropout_seeds=None if options.dropout_rng is None else part.dropout_seeds(_dropout.hash_seeds(options.dropout_rng)),
+        query_positions=part.positions(shapes, "query", explicit[0]),
+        key_positions=part.positions(shapes, "key", explicit[1]),
         batch=shapes.batch,
         dtype=shapes.dtype,
         dropout_rate=options.dropout_rate,
@@ -180,12 +192,14 @@ def canonicalize(arguments: Arguments) -> tuple[AttentionProblem, _axes.Axes]:
     return problem, axes
 
 
-def _of_one_rank(query: Array | None, key: Array | None, shapes: AttentionShape) -> tuple[Array | None, Array | None]:
+def _of_one_rank(
+    query: Array | None, key: Array | None, shapes: AttentionShape, part: WholeOperands
+) -> tuple[Array | None, Array | None]:
     """Explicit positions; if one side has batch axes, both have, so that masks compare blocks of the same rank."""
     if max(np.ndim(x) if x is not None else 0 for x in (query, key)) <= 1:
         return query, key
-    lengths = (*shapes.query, *shapes.key)
-    arrays = [jnp.arange(n) if x is None else jnp.asarray(x) for x, n in zip((query, key), lengths, strict=True)]
+    sides = zip((query, key), ("query", "key"), strict=True)
+    arrays = [part.default_positions(shapes, side) if x is None else jnp.asarray(x) for x, side in sides]
     first, second = _axes.align_ranks(*arrays)
     return first, second
 

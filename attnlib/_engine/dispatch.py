@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -12,6 +12,7 @@ from attnlib._core.problem import Asked, AttentionProblem, Implementation
 from attnlib._core.sizes import decide, is_static
 from attnlib._engine.blockwise.implementation import blockwise
 from attnlib._engine.blockwise.plan import choose_kind
+from attnlib._engine.context.implementation import in_context
 from attnlib._engine.cost import operations
 from attnlib._engine.cudnn.implementation import cudnn
 from attnlib._engine.reference import reference
@@ -36,7 +37,13 @@ def choose(problem: AttentionProblem, asked: Asked) -> Implementation:
     Raises:
       ValueError: none can; the message gives each one's reason.
     """
-    return _first(problem, asked, preferred(problem) if asked is None else _named(asked))
+    return _first(problem, asked, _candidates(problem, asked))
+
+
+def _candidates(problem: AttentionProblem, asked: Asked) -> tuple[Implementation, ...]:
+    if problem.options.context is None:
+        return preferred(problem) if asked is None else _named(asked)
+    return (in_context,) if asked is None else _named(asked, {in_context.name: in_context})
 
 
 def _first(problem: AttentionProblem, asked: Asked, candidates: Sequence[Implementation]) -> Implementation:
@@ -74,8 +81,11 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
     return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere
 
 
-def _named(asked: str | Implementation | Sequence[str | Implementation]) -> tuple[Implementation, ...]:
-    named = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+def _named(
+    asked: str | Implementation | Sequence[str | Implementation], others: Mapping[str, Implementation] | None = None
+) -> tuple[Implementation, ...]:
+    """Those asked for, where `others` replace the registered ones of their names."""
+    named = {implementation.name: implementation for implementation in IMPLEMENTATIONS} | dict(others or {})
     several = (asked,) if isinstance(asked, (str, Implementation)) else asked
     return tuple(named[one] if isinstance(one, str) else one for one in several)
 
@@ -134,7 +144,7 @@ def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
             f"key heads and groups {sizes[1]}, queries {sizes[2]}, keys {sizes[3]}, features {sizes[4]}. Pass operands "
             "of the sizes that you expect, such as jax.ShapeDtypeStruct((8, 1024, 4, 64), jnp.float32)."
         )
-    candidates = preferred(problem) if asked is None else _named(asked)
+    candidates = _candidates(problem, asked)
     chosen = _first(problem, asked, candidates)
     others = [implementation for implementation in IMPLEMENTATIONS if implementation.name != chosen.name]
     tried = {implementation.name for implementation in candidates}

@@ -26,7 +26,7 @@ def keep_mask(
     """Which entries of a block are kept.
 
     Args:
-      seeds: `(4,)` words of `hash_seeds`.
+      seeds: words of `hash_seeds`, the first four of them.
       rate: the fraction to drop, in [0, 1).
       batch_head: the index of (batch, head), broadcastable against the two position indices.
       query_index: positions of the block's queries, e.g. `(T, 1)`.
@@ -45,8 +45,14 @@ def keep_mask(
     return _hash32(row ^ column) < threshold
 
 
-def batch_head_index(batch: tuple[int, ...], kv_heads: int, groups: int) -> jax.Array:
-    """The index of (batch, head), `(*batch, K, G, 1, 1)`, in row-major order, heads last."""
+def batch_head_index(batch: tuple[int, ...], kv_heads: int, groups: int, seeds: jax.Array | None = None) -> jax.Array:
+    """The index of (batch, head), `(*batch, K, G, 1, 1)`, in row-major order, heads last.
+
+    With six seeds, the heads are some of all heads: the last two seeds are the first head and the number of all.
+    """
+    if seeds is not None and seeds.shape == (6,):
+        entries, heads = align_ranks(batch_head_index(batch, 1, 1), batch_head_index((), kv_heads, groups))
+        return entries * seeds[5] + heads + seeds[4]
     shape = (*batch, kv_heads, groups)
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1

@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 from jax.sharding import PartitionSpec
 
+from attnlib._core.context import Context
 from attnlib._core.explicit_axes import Partition, is_sharded, on_auto_axes, partition
 from attnlib._core.operand_checks import check_operands
 
@@ -41,14 +43,25 @@ def rows(arguments: Arguments) -> PartitionSpec:
     query, key, value, _, options = arguments
     axes, _ = check_operands(query, key, value, options.attention_axes)
     partitions = [partition(x) for x in (query, key, value)]
+    sequence = _sequence_axis(arguments)
     for name, x, names in zip(("query", "key", "value"), (query, key, value), partitions, strict=True):
         features = [] if name == "value" else [axes.rank - 1]
-        _check_whole(name, x, names, [*axes.attention, *features])
-    chosen: list[Any] = []
+        in_context = sequence is not None and names[axes.attention[0]] == sequence
+        _check_whole(name, x, names, [*axes.attention[in_context:], *features])
+    chosen: list[Any] = [sequence]
     for axis in (*axes.batch, axes.rank - 2):
         candidates = partitions if axis in axes.batch else partitions[:1]
         chosen.append(next((p[axis] for p in candidates if p[axis] and not _overlaps(p[axis], chosen)), None))
-    return PartitionSpec(*chosen)
+    return PartitionSpec(*chosen[1:])
+
+
+def _sequence_axis(arguments: Arguments) -> str | None:
+    """The Explicit mesh axis over which the option `context` shards the sequence, if there is one."""
+    context = arguments.options.context
+    if not isinstance(context, Context):
+        return None
+    meshes = (jax.typeof(x).sharding.mesh for x in arguments[:3])
+    return context.axis_name if any(context.axis_name in mesh.explicit_axes for mesh in meshes) else None
 
 
 def output_and_rows(arguments: Arguments) -> Any:
@@ -58,10 +71,13 @@ def output_and_rows(arguments: Arguments) -> Any:
     output: list[Any] = [None] * axes.rank
     for axis, names in zip((*axes.batch, axes.rank - 2), batch_and_head, strict=True):
         output[axis] = names
+    sequence = _sequence_axis(arguments)
+    output[axes.attention[0]] = sequence
     features = partition(arguments.value)[-1]
-    output[-1] = None if _overlaps(features, list(batch_and_head)) else features
+    output[-1] = None if _overlaps(features, [*batch_and_head, sequence]) else features
     others = arguments.options.return_weights + arguments.options.return_lse
-    return (PartitionSpec(*output), *[batch_and_head] * others) if others else PartitionSpec(*output)
+    other = PartitionSpec(*batch_and_head, sequence) if sequence else batch_and_head
+    return (PartitionSpec(*output), *[other] * others) if others else PartitionSpec(*output)
 
 
 def _check_whole(name: str, array: Any, names: Partition, axes: Sequence[int]) -> None:

@@ -94,7 +94,7 @@ def _dense_mask(problem: AttentionProblem) -> jax.Array | None:
 
 def _keep(problem: AttentionProblem) -> jax.Array:
     query, key = problem.positions
-    heads = _dropout.batch_head_index(problem.batch, problem.kv_heads, problem.groups)
+    heads = _dropout.batch_head_index(problem.batch, problem.kv_heads, problem.groups, problem.dropout_seeds)
     assert problem.dropout_seeds is not None
     return _dropout.keep_mask(problem.dropout_seeds, problem.dropout_rate, heads, query.array_index, key.array_index)
 

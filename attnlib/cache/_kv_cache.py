@@ -35,6 +35,7 @@ _takes_options = takes_options(
         name: f"{name} cannot be given: the cache determines the positions of its tokens."
         for name in ("query_positions", "key_positions")
     }
+    | {"context": "context cannot be given: a cache holds all tokens on each device. Leave context=None."}
 )
 
 

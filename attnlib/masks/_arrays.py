@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ class KeyPadding(Mask):
     """Padding of keys: bool `(*batch, *key axes)` or `(*key axes,)`, True = real."""
 
     mask: Array
+    entries: ClassVar[Mapping[str, str]] = {"mask": "key"}
 
     def __post_init__(self) -> None:
         set_fields(self, mask=_check_bool(self.mask, "KeyPadding mask"))
@@ -40,6 +41,7 @@ class QueryPadding(Mask):
     """Padding of queries: bool `(*batch, *query axes)` or `(*query axes,)`, True = real. Padding attends nothing."""
 
     mask: Array
+    entries: ClassVar[Mapping[str, str]] = {"mask": "query"}
 
     def __post_init__(self) -> None:
         set_fields(self, mask=_check_bool(self.mask, "QueryPadding mask"))
@@ -64,6 +66,7 @@ class Segments(Mask):
     query_ids: Array
     key_ids: Array | None = None
     padding_id: int | Array | None = None
+    entries: ClassVar[Mapping[str, str]] = {"query_ids": "query", "key_ids": "key"}
 
     def __post_init__(self) -> None:
         for name, optional in (("query_ids", False), ("key_ids", True)):
@@ -101,6 +104,7 @@ class Dense(Mask):
     at most the number of query and key axes."""
 
     array: Array
+    entries: ClassVar[Mapping[str, str]] = {"array": "pairs"}
 
     def __post_init__(self) -> None:
         set_fields(self, array=_check_bool(self.array, "mask"))

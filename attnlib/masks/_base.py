@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,13 @@ class Mask(Pytree):
 
     A subclass implements `evaluate(query, key)`; `classify_tiles(query, key)`, to skip tiles; and `check(shapes)`, if
     it holds arrays. A mask is a pytree: arrays and masks in its fields are traced, plain values are static.
+
+    `entries` names the fields with an entry for each "query", each "key" or each of the "pairs". Where the sequence is
+    sharded (`context=`), these arrays are sharded with it, and devices hold the whole of all others.
     """
 
     static_types = (bool, int, type(None))
+    entries: ClassVar[Mapping[str, str]] = {}
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
@@ -86,6 +90,14 @@ class Mask(Pytree):
         from attnlib import plot
 
         return plot.mask(self, query_shape, key_shape, block_sizes=block_sizes, ax=ax)
+
+    def mapped(self, convert: Callable[[Any, str | None], Any]) -> Mask:
+        """The mask with `convert(value, its entry in entries)` for each value that is not a mask, unchecked."""
+        copy: Mask = object.__new__(type(self))
+        for name, value in vars(self).items():
+            new = value.mapped(convert) if isinstance(value, Mask) else convert(value, self.entries.get(name))
+            object.__setattr__(copy, name, new)
+        return copy
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, _as_mask(other, "&"))
@@ -186,3 +198,19 @@ def _as_mask(value: Any, symbol: str) -> Mask:
         f"`{symbol}` combines a Mask with another Mask; got {type(value).__name__}. Wrap a bool array as "
         "attnlib.masks.Dense(array)."
     )
+
+
+def entries_of_leaves(mask: Mask) -> list[str]:
+    """For each array of a mask, whether it has an entry for each "query", "key" or of "pairs", or else "whole"."""
+    return [_entry(mask, path) for path, _ in jax.tree_util.tree_leaves_with_path(mask)]
+
+
+def _entry(mask: Any, path: Sequence[Any]) -> str:
+    for key in path:
+        name = getattr(key, "name", None)
+        if not isinstance(mask, Mask) or name is None:
+            break
+        if name in mask.entries:
+            return mask.entries[name]
+        mask = getattr(mask, name)
+    return "whole"

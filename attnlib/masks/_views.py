@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 
@@ -15,6 +17,7 @@ class PaddedDenseMask(Mask):
     """A dense mask on flat positions `(..., T | 1, S | 1)`, possibly padded at their ends; made by `Dense.pad_to`."""
 
     array: jax.Array
+    entries: ClassVar[Mapping[str, str]] = {"array": "pairs"}
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         return key.cut(query.cut(self.array, -2), -1)

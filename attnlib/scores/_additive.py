@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ class Additive(Score):
     """
 
     scale: Any = None
+    heads: ClassVar[Mapping[str, int]] = {"scale": 2}
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         del precision  # there is no matrix product
@@ -71,6 +73,7 @@ class Concat(Score):
 
     weight: Any = None
     scale: Any = None
+    heads: ClassVar[Mapping[str, int]] = {}
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         if self.scale is not None:

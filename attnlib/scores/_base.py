@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ class Score(Pytree):
 
     may_close_over_arrays = False  # whether `closure_converted` must be called
     is_inner_product = False  # whether the prepared score is <query, key>
+    # For each field with an axis of heads, how many axes it then has; heads come first. None: unknown.
+    heads: ClassVar[Mapping[str, int] | None] = None
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         """(query, key, score) with the same logits, after all work on single positions, which tiles would repeat."""

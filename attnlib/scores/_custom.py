@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,7 @@ class _Converted(Score):
 
     function: ClosureConverted
     params: Sequence[jax.Array]
+    heads: ClassVar[Mapping[str, int]] = {}
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         del precision

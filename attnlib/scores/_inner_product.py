@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ class Dot(Score):
 
     scale: Any = None
     is_inner_product = True
+    heads: ClassVar[Mapping[str, int]] = {"scale": 1}
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         return jnp.einsum("...kgtd,...ksd->...kgts", self._scaled(query), key, precision=precision)
@@ -68,6 +70,7 @@ class Bilinear(Score):
 
     kernel: Any
     is_inner_product = True
+    heads: ClassVar[Mapping[str, int]] = {"kernel": 3}
 
     def prepare(self, query: jax.Array, key: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, Score]:
         kernel = _cast(self.kernel, query)

@@ -200,17 +200,25 @@ def _tangent(plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves,
     loop = _TileLoop(plan, leaves)
 
     def body(carry: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
-        parts = [tile.index.cut(tangent, plan.axes[n]) for tangent, n in zip(tangents, perturbed, strict=True)]
-        terms, values = tile.terms_of(perturbed)
-        (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, parts)
-        weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
-        weighted_dot = weights * logits_dot
-        sum_dot = pv_product(plan.precision, tile.drop(weighted_dot), value)
-        sum_dot += pv_product(plan.precision, tile.drop(weights), value_dot)
-        return tile.index.add(carry[0], sum_dot, _OUTPUT), tile.index.add(carry[1], jnp.sum(weighted_dot, -1), _ROWS)
+        return tangent_of_tile(carry, tile, perturbed, tangents, lse)
 
     weighted_dot, lse_dot = loop.run(body, (zeros_like_varying(output), zeros_like_varying(lse)), checkpoint=True)
     return [weighted_dot - output * lse_dot[..., None], lse_dot]
+
+
+def tangent_of_tile(
+    carry: tuple[jax.Array, jax.Array], tile: Tile, perturbed: tuple[int, ...], tangents: Leaves, lse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(a, c) with the terms of a tile added."""
+    axes, precision = tile.plan.axes, tile.plan.precision
+    parts = [tile.index.cut(tangent, axes[n]) for tangent, n in zip(tangents, perturbed, strict=True)]
+    terms, values = tile.terms_of(perturbed)
+    (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, parts)
+    weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
+    weighted_dot = weights * logits_dot
+    sum_dot = pv_product(precision, tile.drop(weighted_dot), value)
+    sum_dot += pv_product(precision, tile.drop(weights), value_dot)
+    return tile.index.add(carry[0], sum_dot, _OUTPUT), tile.index.add(carry[1], jnp.sum(weighted_dot, -1), _ROWS)
 
 
 def _transpose(
@@ -255,30 +263,49 @@ def _transpose_tiles(
 ) -> list[jax.Array]:
     *leaves, output, lse = residuals
     loop = _TileLoop(plan, leaves)
-    output_ct, lse_ct = cotangents
-    if any(apply_mask for apply_mask, _ in loop.schedule):
-        # A row that attends NaN is NaN. Its cotangent must not be multiplied by the zero weights of masked keys.
-        output_ct = jnp.where(jnp.isnan(lse)[..., None], 0, output_ct)
-    delta = lse_ct - jnp.sum(output * output_ct, -1)
+    masked = any(apply_mask for apply_mask, _ in loop.schedule)
+    output_ct, delta = row_cotangents(output, lse, cotangents, masked)
 
     def body(totals: list[jax.Array], tile: Tile) -> list[jax.Array]:
-        terms, values = tile.terms_of(perturbed)
-        (logits, value), pull = jax.vjp(terms, *values)
-        rows_ct, rows_delta = tile.index.cut(output_ct, _OUTPUT), tile.index.cut(delta, _ROWS)
-        if tile.has_all_keys:
-            weights, row_sum = tile.unnormalized_softmax(logits)
-            rows_ct, rows_delta = rows_ct / row_sum[..., None], rows_delta / row_sum
-        else:
-            weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
-        value_ct = unbroadcast(pt_o_product(plan.precision, tile.drop(weights), rows_ct), value.shape)
-        weights_ct = qk_product(plan.precision, rows_ct, value)
-        logits_ct = weights * (tile.drop(weights_ct) + rows_delta[..., None])
-        parts = pull((logits_ct, value_ct))
-        return [
-            tile.index.add(total, part, plan.axes[n]) for total, part, n in zip(totals, parts, perturbed, strict=True)
-        ]
+        return transpose_of_tile(totals, tile, perturbed, output_ct, lse, delta)
 
     return loop.run(body, [zeros_like_varying(leaves[n]) for n in perturbed], checkpoint=True)
+
+
+def row_cotangents(
+    output: jax.Array, lse: jax.Array, cotangents: Leaves, masked: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(the cotangent of the output, delta)."""
+    output_ct, lse_ct = cotangents
+    if masked:
+        # A row that attends NaN is NaN. Its cotangent must not be multiplied by the zero weights of masked keys.
+        output_ct = jnp.where(jnp.isnan(lse)[..., None], 0, output_ct)
+    return output_ct, lse_ct - jnp.sum(output * output_ct, -1)
+
+
+def transpose_of_tile(
+    totals: list[jax.Array],
+    tile: Tile,
+    perturbed: tuple[int, ...],
+    output_ct: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+) -> list[jax.Array]:
+    """The cotangents of the perturbed leaves with the terms of a tile added."""
+    axes, precision = tile.plan.axes, tile.plan.precision
+    terms, values = tile.terms_of(perturbed)
+    (logits, value), pull = jax.vjp(terms, *values)
+    rows_ct, rows_delta = tile.index.cut(output_ct, _OUTPUT), tile.index.cut(delta, _ROWS)
+    if tile.has_all_keys:
+        weights, row_sum = tile.unnormalized_softmax(logits)
+        rows_ct, rows_delta = rows_ct / row_sum[..., None], rows_delta / row_sum
+    else:
+        weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
+    value_ct = unbroadcast(pt_o_product(precision, tile.drop(weights), rows_ct), value.shape)
+    weights_ct = qk_product(precision, rows_ct, value)
+    logits_ct = weights * (tile.drop(weights_ct) + rows_delta[..., None])
+    parts = pull((logits_ct, value_ct))
+    return [tile.index.add(total, part, axes[n]) for total, part, n in zip(totals, parts, perturbed, strict=True)]
 
 
 def _estimate(problem: AttentionProblem, kind: Kind | None) -> Estimate:

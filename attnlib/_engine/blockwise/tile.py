@@ -236,7 +236,9 @@ class Tile:
         """Which weights dropout keeps."""
         seeds = self.arrays.dropout_seeds
         assert seeds is not None
-        heads = self.index.cut(_dropout.batch_head_index(self.plan.heads[:-2], *self.plan.heads[-2:]), (None, None))
+        *batch, kv_heads, groups = self.plan.heads
+        heads = _dropout.batch_head_index(tuple(batch), kv_heads, groups, seeds)
+        heads = self.index.cut(heads, (None, None))
         query, key = self.query_positions.array_index, self.key_positions.array_index
         return _dropout.keep_mask(seeds, self.plan.dropout_rate, heads, query, key)
 

@@ -1,0 +1,1 @@
+"""Attention of a sequence that is sharded over many devices."""
