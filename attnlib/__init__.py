@@ -3,6 +3,7 @@
 from attnlib import convert, inspect, masks, modifiers, positions, scores
 from attnlib._api import Explanation, additive_attention, attention, dot_product_attention, explain, merge_attention
 from attnlib._attention_fn import attention_fn
+from attnlib._core.context import Context
 from attnlib.cache import KVCache
 from attnlib.layers import init_multi_head_attention, multi_head_attention
 from attnlib.linen import (
@@ -17,6 +18,7 @@ from attnlib.regularization import apply_constraints, constrain, parameter_penal
 __all__ = [
     "AdditiveAttention",
     "BucketedPositionBias",
+    "Context",
     "DotProductAttention",
     "Explanation",
     "KVCache",

@@ -22,6 +22,7 @@ from attnlib._core.options import (
 )
 from attnlib._engine import call as _call
 from attnlib._engine import dispatch as _choose
+from attnlib._engine.context.explanation import explain_context
 from attnlib._engine.dispatch import Explanation
 from attnlib._engine.merge import merge_attention
 from attnlib.scores import Additive, Dot, Score
@@ -241,5 +242,10 @@ def explain(
     """
     score = Dot() if score is None else score
     arguments = _call.arguments(query, key, value, score, Options(**options))  # type: ignore[arg-type]  # shapes will do
+    if arguments.options.context is not None:
+        in_context = explain_context(arguments, _call.canonicalize)
+        if in_context is not None:
+            return _choose.explain(in_context[0], arguments.options.implementation, in_context[1])
+        arguments = arguments.change(context=None)
     problem = jax.eval_shape(lambda arguments: _call.canonicalize(arguments)[0], arguments)
     return _choose.explain(problem, arguments.options.implementation)

@@ -13,11 +13,20 @@ import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
+from attnlib._core.context import zigzag_order
 from attnlib._core.operand_checks import check_axes, compute_dtype
 from attnlib._core.suggestions import require_static
 from attnlib._core.validation import check_array, check_bool, check_int, check_number
 
-__all__ = ["LinearScaling", "NTKScaling", "RotaryScaling", "YaRNScaling", "rotary_embedding"]
+__all__ = [
+    "LinearScaling",
+    "NTKScaling",
+    "RotaryScaling",
+    "YaRNScaling",
+    "inverse_zigzag",
+    "rotary_embedding",
+    "zigzag",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +184,63 @@ def rotary_embedding(
         part = x[..., n * size : (n + 1) * size].astype(dtype)
         parts.append(_rotate(part, magnitude * jnp.cos(angles), magnitude * jnp.sin(angles), interleaved))
     return jnp.concatenate([*(part.astype(x.dtype) for part in parts), x[..., rotated:]], -1)
+
+
+def zigzag(length: int, devices: int) -> np.ndarray:
+    """The positions in the order in which `attnlib.Context(axis_name, order="zigzag")` takes them.
+
+    The sequence has 2n equal parts for n devices, and device i holds the parts i and 2n - 1 - i. Under a causal mask, all
+    devices then have the same work. Reorder everything with an entry for each position by the same index: tokens,
+    labels, rotary positions, segment ids and the rows of a bias, `x[:, zigzag(length, devices)]`. The columns of a bias
+    stay in the order of the positions.
+
+    Args:
+      length: the number of positions, a multiple of 2 * devices.
+      devices: the number of devices along the axis of the context.
+
+    Returns:
+      int32 `(length,)`, a NumPy array: entry i is the position that comes i-th.
+
+    Raises:
+      ValueError: length is no multiple of 2 * devices.
+
+    Example:
+      >>> from attnlib import positions
+      >>> positions.zigzag(8, 2).tolist()
+      [0, 1, 6, 7, 2, 3, 4, 5]
+
+    Source: Zhu, "Ring Flash Attention" (2024); Llama Team, "The Llama 3 Herd of Models" (2024).
+    """
+    return zigzag_order(*_sizes(length, devices))
+
+
+def inverse_zigzag(length: int, devices: int) -> np.ndarray:
+    """The index that brings an array from the order of `zigzag` back to the order of the positions.
+
+    Args:
+      length: the number of positions, a multiple of 2 * devices.
+      devices: the number of devices along the axis of the context.
+
+    Returns:
+      int32 `(length,)`, a NumPy array.
+
+    Raises:
+      ValueError: length is no multiple of 2 * devices.
+
+    Example:
+      >>> import numpy as np
+      >>> from attnlib import positions
+      >>> order, inverse = positions.zigzag(8, 2), positions.inverse_zigzag(8, 2)
+      >>> np.arange(8)[order][inverse].tolist()
+      [0, 1, 2, 3, 4, 5, 6, 7]
+
+    Source: as `zigzag`.
+    """
+    return np.argsort(zigzag_order(*_sizes(length, devices))).astype(np.int32)
+
+
+def _sizes(length: Any, devices: Any) -> tuple[int, int]:
+    return check_int(length, "length", minimum=0), check_int(devices, "devices", minimum=1)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:

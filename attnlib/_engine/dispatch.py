@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from attnlib._core.problem import Asked, AttentionProblem, Implementation
+from attnlib._core.problem import Asked, AttentionProblem, AttentionResult, Implementation
 from attnlib._core.sizes import decide, is_static
 from attnlib._engine.blockwise.implementation import blockwise
 from attnlib._engine.blockwise.plan import choose_kind
+from attnlib._engine.context.explanation import ContextExplanation
 from attnlib._engine.context.implementation import in_context
 from attnlib._engine.cost import operations
 from attnlib._engine.cudnn.implementation import cudnn
@@ -108,6 +109,9 @@ class Explanation:
       bytes: the size of all arguments and of all results, which is the least that any implementation has to read and
         write.
       refusals: the reason why each other implementation would not run.
+      context: with the option `context`, how the sequence is sharded; its attributes are `axis_name`, `devices`, `order`,
+        `exchange`, `turns`, `balance` (1: no device waits) and `received`, the bytes that a device receives by each
+        exchange. Memory, operations, bytes and shapes are then those of one device, and tiles those of all.
     """
 
     implementation: str
@@ -118,12 +122,15 @@ class Explanation:
     flops: int
     bytes: int
     refusals: dict[str, str]
+    context: ContextExplanation | None = None
 
     def __str__(self) -> str:
         lines = [f"implementation: {self.implementation}", f"axes: {self.axes}"]
         if self.block_sizes and self.tiles:
             size, tiles = self.block_sizes, self.tiles
             lines.append(f"tiles: {size[0]} queries x {size[1]} keys, {tiles[0]} of {tiles[1]} computed")
+        if self.context is not None:
+            lines.append(str(self.context))
         lines.append(f"memory: about {self.memory / 1e6:.1f} MB of temporaries in a forward pass")
         lines.append(f"cost: about {_short(self.flops)}FLOP, {_short(self.bytes)}B read and written")
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.refusals.items()])
@@ -136,7 +143,15 @@ def _short(number: int) -> str:
     return f"{rounded / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
-def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
+def _result(chosen: Implementation, problem: AttentionProblem) -> AttentionResult:
+    """The shapes of the result."""
+    if problem.options.context is None:
+        return jax.eval_shape(chosen.run, problem)
+    lse = jax.ShapeDtypeStruct((*problem.heads, problem.query_length), problem.dtype)  # `run` needs the mesh axis
+    return AttentionResult(jax.ShapeDtypeStruct((*lse.shape, problem.value.shape[-1]), problem.dtype), lse, None)
+
+
+def explain(problem: AttentionProblem, asked: Asked, context: ContextExplanation | None = None) -> Explanation:
     sizes = (problem.batch, problem.heads[-2:], problem.query_shape, problem.key_shape, problem.query.shape[-1:])
     if not is_static(*itertools.chain(*sizes)):
         raise ValueError(
@@ -160,7 +175,7 @@ def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
     estimate = chosen.estimate(problem)
     flops = estimate.flops
     if problem.sink is not None:
-        flops += operations(add_sink, jax.eval_shape(chosen.run, problem), problem)
+        flops += operations(add_sink, _result(chosen, problem), problem)
     heads = problem.kv_heads * problem.groups
     shared = f" on {problem.kv_heads} of keys" if problem.groups > 1 else ""
     axes = (
@@ -176,4 +191,5 @@ def explain(problem: AttentionProblem, asked: Asked) -> Explanation:
         flops,
         problem.bytes_accessed,
         refusals,
+        context,
     )

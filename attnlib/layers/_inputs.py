@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
+from attnlib._core.context import Context, Layout, check_lengths, mesh_axis
 from attnlib._core.operand_checks import check_arrays, check_axes
 from attnlib._core.options import LayerOptions
 from attnlib._core.validation import check_array, check_int
@@ -46,6 +48,28 @@ def set_key_positions(options: LayerOptions, key: Array | None) -> None:
 def module_axes(attention_axes: int | Sequence[int] | None, query: Array) -> _axes.Axes:
     """The attention axes of an operand without a heads axis."""
     return _axes.normalize(check_axes(attention_axes), query.ndim, trailing=1)
+
+
+def context_positions(
+    context: Context | None, operand: Array, axes: _axes.Axes
+) -> Array | list[Array] | None:
+    """The positions in the whole sequence of what an operand with a context holds, one array for each attention axis.
+
+    None: 0, 1, 2...
+    """
+    assert context is not None
+    devices, manual = mesh_axis(context.axis_name, (operand,))
+    if not manual and context.order == "contiguous":
+        return None
+    first, *others = axes.attention_shape(operand.shape)
+    length = first * devices if manual else first
+    check_lengths(context, devices, {"the input": length})
+    layout = Layout(length, devices, context.order)
+    if manual:
+        positions: Array = layout.positions(jax.lax.axis_index(context.axis_name))
+    else:
+        positions = layout.order_of_positions().astype(np.int32)
+    return [positions, *(np.arange(size, dtype=np.int32) for size in others)] if others else positions
 
 
 def combine_masks(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from attnlib._api import attention
 from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, BoolMask, Rng
+from attnlib._core.context import Context, check_context
 from attnlib._core.operand_checks import check_key, compute_dtype
 from attnlib._core.options import LayerOptions, takes_options
 from attnlib._core.suggestions import suggests_arguments
@@ -19,6 +20,7 @@ from attnlib.layers._inputs import (
     Params,
     apply_projection,
     combine_masks,
+    context_positions,
     default_operands,
     module_axes,
     promote_dtypes,
@@ -235,7 +237,7 @@ def apply_multi_head(
     for name, positions in (("query", options.get("query_positions")), ("key", options.get("key_positions"))):
         if norm is not None:
             operands[name] = _normalize_heads(operands[name], params[f"{name}_norm"]["scale"], norm)
-        operands[name] = _apply_rotary(operands[name], rotary, positions, axes)
+        operands[name] = _apply_rotary(operands[name], rotary, positions, axes, options.get("context"))
     results = attend(*operands.values(), score=_score(score, params), attention_axes=axes.attention, **options)
     attended, weights = results if options.get("return_weights") else (results, None)
     if "gate" in params:
@@ -258,7 +260,9 @@ def _normalize_heads(x: jax.Array, scale: jax.Array, norm: str) -> jax.Array:
     return (wide * scale).astype(x.dtype)
 
 
-def _apply_rotary(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _axes.Axes) -> jax.Array:
+def _apply_rotary(
+    x: jax.Array, rotary: Rotary, positions: Array | None, axes: _axes.Axes, context: str | Context | None
+) -> jax.Array:
     if not callable(rotary) and not isinstance(rotary, bool):
         raise TypeError(
             f"rotary must be True, False or a function such as functools.partial(attnlib.positions.rotary_embedding, "
@@ -269,7 +273,10 @@ def _apply_rotary(x: jax.Array, rotary: Rotary, positions: Array | None, axes: _
     if positions is not None and positions.ndim > 1:  # (*batch, length) -> the layout of x
         positions = jnp.moveaxis(positions, -1, axes.attention[0])
     embed = rotary if callable(rotary) else rotary_embedding
-    return embed(x, positions, attention_axes=axes.attention)
+    where: Any = positions
+    if positions is None and context is not None:
+        where = context_positions(check_context(context, "context"), x, axes)
+    return embed(x, where, attention_axes=axes.attention)
 
 
 def _score(score: str | Score, params: Params) -> Score:

@@ -75,7 +75,7 @@ class Parameter(nn.Module):
 
 
 # The options that are fields of every module; the others are arguments of the call.
-_FIELD_OPTIONS = ("attention_axes", "dropout_rate", "precision", "implementation", "block_sizes")
+_FIELD_OPTIONS = ("attention_axes", "dropout_rate", "precision", "implementation", "block_sizes", "context")
 
 
 class AttentionModule(nn.Module):

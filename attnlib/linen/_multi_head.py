@@ -13,6 +13,7 @@ from jax.core import max_dim
 
 from attnlib._api import attention
 from attnlib._core.array_types import Array, ScoreMod
+from attnlib._core.context import Context
 from attnlib._core.suggestions import require_static
 from attnlib.cache import KVCache
 from attnlib.layers._inputs import module_axes
@@ -75,7 +76,7 @@ class MultiHeadAttention(AttentionModule):
       dtype: dtype of the computation; default: promoted from inputs and parameters.
       param_dtype: dtype of the parameters; default float32.
       precision: precision of matrix products.
-      implementation, block_sizes: as in `attnlib.dot_product_attention`.
+      implementation, block_sizes, context: as in `attnlib.dot_product_attention`.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -120,6 +121,7 @@ class MultiHeadAttention(AttentionModule):
     precision: Any = None
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
+    context: str | Context | None = None
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
         dimensions = HeadDimensions.resolve(
@@ -193,6 +195,11 @@ class MultiHeadAttention(AttentionModule):
                 "decode=True takes no key_mask, which does not cover the keys in the cache. Pass a mask over the slots "
                 "of the cache, mask=attnlib.masks.KeyPadding(real)."
             )
+        if options.get("context") is not None:
+            raise ValueError(
+                "decode=True takes no context: a cache holds all tokens on each device. Leave context=None, and shard "
+                "batch and heads."
+            )
         if any(options.get(name) is not None for name in ("query_positions", "key_positions")):
             raise ValueError("decode=True takes no positions: the cache determines the positions of its tokens.")
 
@@ -222,7 +229,7 @@ class MultiHeadAttention(AttentionModule):
             return attention(query, key, value, **options)
         keys, values, length = map(jnp.asarray, (self.get_variable("cache", name) for name in names))
         cache = KVCache(keys, values, length, window=self._window(keys.shape[-3]))
-        for name in ("query_positions", "key_positions"):
+        for name in ("query_positions", "key_positions", "context"):
             del options[name]
         results, cache = cache.decode(query, key, value, **{**options, "is_causal": True})
         for name, array in zip(names, (cache.key, cache.value, cache.length), strict=True):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlib._core.array_types import Array
+from attnlib._core.context import Context
 from attnlib._core.suggestions import require_static
 from attnlib._core.validation import check_bool
 from attnlib.layers._projections import Initializer, vector_glorot_uniform
@@ -34,7 +35,8 @@ class AdditiveAttention(SingleHeadAttention):
       use_scale: whether to learn the scale; otherwise it is 1. Default True.
       scale_init: initialiser of the scale; default: glorot uniform.
       param_dtype: dtype of the scale; default float32.
-      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes: as in `MultiHeadAttention`.
+      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context: as in
+        `MultiHeadAttention`.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -57,6 +59,7 @@ class AdditiveAttention(SingleHeadAttention):
     precision: Any = None
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
+    context: str | Context | None = None
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> Score:
         if not check_bool(self.use_scale, "use_scale"):
@@ -75,7 +78,8 @@ class DotProductAttention(SingleHeadAttention):
       use_scale: whether to learn a scalar scale; otherwise it is 1, as in Keras' Attention. Default False.
       score_mode: "dot", or "concat": concat_score_weight * sum_d tanh(scale * (query_d + key_d)).
       param_dtype: dtype of the scalars; default float32.
-      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes: as in `MultiHeadAttention`.
+      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context: as in
+        `MultiHeadAttention`.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -95,6 +99,7 @@ class DotProductAttention(SingleHeadAttention):
     precision: Any = None
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
+    context: str | Context | None = None
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> Score:
         if self.score_mode not in ("dot", "concat"):

@@ -83,14 +83,25 @@ def attend_by_heads(
     arguments: Arguments, context: Context, devices: int, attend: Callable[[Arguments, WholeOperands], Any]
 ) -> Any:
     """The results for the positions of this device."""
-    axes, shapes = check_operands(*arguments[:3], arguments.options.attention_axes)
-    exchange = _HeadExchange(context, devices, axes, shapes, arguments.key.shape[-2])
-    exchange.check(arguments)
-    results = attend(exchange.given(arguments), HeadsOfDevice(exchange.first, shapes.heads))
+    exchange = _exchange(arguments, context, devices)
+    axes, shapes = exchange.axes, exchange.shapes
+    results = attend(*given_to_device(arguments, context, devices))
     output, *lse = results if isinstance(results, tuple) else (results,)
     output = exchange.returned(output, axes.attention[0], axes.rank - 2)
     rows = len(shapes.batch)
     return (output, *(exchange.returned(x, rows + 1, rows) for x in lse)) if lse else output
+
+
+def given_to_device(arguments: Arguments, context: Context, devices: int) -> tuple[Arguments, HeadsOfDevice]:
+    """(the arguments of the heads of this device, which heads these are)."""
+    exchange = _exchange(arguments, context, devices)
+    exchange.check(arguments)
+    return exchange.given(arguments), HeadsOfDevice(exchange.first, exchange.shapes.heads)
+
+
+def _exchange(arguments: Arguments, context: Context, devices: int) -> _HeadExchange:
+    axes, shapes = check_operands(*arguments[:3], arguments.options.attention_axes)
+    return _HeadExchange(context, devices, axes, shapes, arguments.key.shape[-2])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from attnlib._engine.context.loops import ContextPlan, attend, pad_parts, unpad_
 from attnlib._engine.context.positions import LocalPositions
 from attnlib._engine.context.schedule import Schedule
 from attnlib._engine.cost import operations
+from attnlib.masks._base import entries_of_leaves
 
 
 def layouts(problem: AttentionProblem) -> tuple[Layout, Layout]:
@@ -116,20 +117,26 @@ def _arrays(problem: AttentionProblem, schedule: Schedule) -> tuple[TileArrays, 
         ),
         key_positions=dataclasses.replace(key_positions, tile=tile[1], layout=schedule.keys, first=jnp.int32(0)),
     )
-    sides = jax.tree.map(lambda _: "whole", arrays)._replace(query="query", key="key", value="key")
-    sides = sides._replace(bias=None if arrays.bias is None else "pairs", key_positions=_sides(arrays.key_positions))
-    if mask is not None:
-        sides = sides._replace(mask=mask.mapped(_sides_of_values))
-    return arrays, tuple(jax.tree.leaves(sides))
+    return arrays, _sides(arrays)
 
 
-def _sides_of_values(value: Any, side: str | None) -> Any:
-    return jax.tree.map(lambda _: side or "whole", value)
+# What the leaves of some fields are; all others are "whole".
+_SIDES = {"query": "query", "key": "key", "value": "key", "bias": "pairs"}
+_SIDES_OF_KEY_POSITIONS = {"device": "device", "first": "first", "explicit": "key"}
 
 
-def _sides(positions: Any) -> Any:
-    names = {"device": "device", "first": "first", "explicit": None if positions.explicit is None else "key"}
-    return dataclasses.replace(positions, **names)
+def _sides(arrays: TileArrays) -> tuple[str, ...]:
+    of_mask = iter([] if arrays.mask is None else entries_of_leaves(arrays.mask))
+    sides = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(arrays):
+        field = path[0].name
+        if field == "mask":
+            sides.append(next(of_mask))
+        elif field == "key_positions":
+            sides.append(_SIDES_OF_KEY_POSITIONS[path[1].name])
+        else:
+            sides.append(_SIDES.get(field, "whole"))
+    return tuple(sides)
 
 
 def _flat(array: jax.Array, axes: int) -> jax.Array:
