@@ -18,6 +18,7 @@ from option_catalogue import Tilt
 import attnlib
 from attnlib import masks, modifiers, positions, scores
 from attnlib._core import axes as _axes
+from attnlib._core.explicit_axes import reshard
 from attnlib.masks._base import entries_of_leaves
 
 DEVICES, QUERIES, KEYS = 4, 24, 40
@@ -177,17 +178,19 @@ def run(operands: Any, traced: Any, options: Any, **others: Any) -> Any:
 
 def one_device(one: Case) -> Any:
     """(results, gradients, tangents) of a case, in the order of positions."""
-    operands, traced, options = cases.build(one)
-
-    def function(operands: Any) -> Any:
-        return run(operands, traced, options, implementation="reference")
-
-    return _derivatives(one, function, operands, lambda results: results)
+    return _derivatives(one, _function(one, None), cases.build(one)[0], lambda results: results)
 
 
 def many_devices(one: Case, setting: Setting) -> Any:
-    """Likewise over devices, compiled; in the order of positions too, but for the results."""
-    operands, traced, options = cases.build(one)
+    """Likewise over devices; results and their tangents are in the order of the context."""
+    return _derivatives(one, _function(one, setting), cases.build(one)[0], _arrange(one, setting))
+
+
+def _function(one: Case, setting: Setting | None) -> Any:
+    """(output, lse) as a function of the operands in the order of positions."""
+    _, traced, options = cases.build(one)
+    if setting is None:
+        return lambda operands: run(operands, traced, options, implementation="reference")
     arranged = Arranged(one, setting)
 
     def call(operands: Any, traced: Any) -> Any:
@@ -206,11 +209,18 @@ def many_devices(one: Case, setting: Setting) -> Any:
             placed = jax.tree.map(_reshard, placed, specs)
         return call(*placed)
 
+    return function
+
+
+def _arrange(one: Case, setting: Setting) -> Any:
+    """Brings results, or their cotangents, into the order and onto the devices of the context."""
+    arranged = Arranged(one, setting)
+
     def arrange(results: Any) -> Any:
         results = arranged.results(*results)
         return jax.tree.map(_reshard, results, arranged.result_specs()) if setting.mode == "explicit" else results
 
-    return _derivatives(one, function, operands, arrange)
+    return arrange
 
 
 def _tile(setting: Setting) -> Any:
@@ -220,17 +230,15 @@ def _tile(setting: Setting) -> Any:
 def _reshard(array: Any, spec: P) -> Any:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return array
-    return getattr(jax, "reshard", None)(array, spec) if hasattr(jax, "reshard") else jax.sharding.reshard(array, spec)
+    return reshard(array, spec)
 
 
 def _derivatives(one: Case, function: Any, operands: Any, arrange: Any) -> Any:
-    shapes = jax.eval_shape(lambda: run(*_plain(one), implementation="reference"))
+    shapes = _result_shapes(one)
     cotangents, tangents = cases.like(shapes, 2), cases.like(operands, 1)
 
     def everything(operands: Any, tangents: Any, cotangents: Any) -> Any:
-        def finite(operands: Any) -> Any:
-            return [jnp.where(jnp.isfinite(x), x, 0) for x in function(operands)]
-
+        finite = _finite(function)
         results, pullback = jax.vjp(finite, operands)
         _, tangent = jax.jvp(finite, (operands,), (tangents,))
         return results, pullback(list(arrange(cotangents)))[0], tangent
@@ -238,9 +246,37 @@ def _derivatives(one: Case, function: Any, operands: Any, arrange: Any) -> Any:
     return jax.jit(everything)(operands, tangents, cotangents)
 
 
-def _plain(one: Case) -> Any:
+def second_derivatives(one: Case, setting: Setting | None) -> Any:
+    """Products of the second derivative of a loss with a vector: forward over reverse, and reverse over reverse."""
     operands, traced, options = cases.build(one)
-    return operands, traced, options
+    function = _function(one, setting)
+    weights, tangents = cases.like(_result_shapes(one), 2), cases.like(operands, 1)
+
+    def loss(operands: Any) -> Any:
+        # The sum has one value in either order of the positions; its terms have to meet their own weights.
+        arranged = weights if setting is None else _arrange(one, setting)(weights)
+        terms = [jnp.sum(jnp.sin(x) * w) for x, w in zip(_finite(function)(operands), arranged, strict=True)]
+        return sum(terms[1:], terms[0])
+
+    def everything(operands: Any, tangents: Any) -> Any:
+        gradient = jax.grad(loss)
+
+        def along(operands: Any) -> Any:
+            products = jax.tree.map(lambda x, y: jnp.sum(x * y), gradient(operands), tangents)
+            return sum(jax.tree.leaves(products))
+
+        return jax.jvp(gradient, (operands,), (tangents,))[1], jax.grad(along)(operands)
+
+    return jax.jit(everything)(operands, tangents)
+
+
+def _finite(function: Any) -> Any:
+    return lambda operands: [jnp.where(jnp.isfinite(x), x, 0) for x in function(operands)]
+
+
+def _result_shapes(one: Case) -> Any:
+    operands, traced, options = cases.build(one)
+    return jax.eval_shape(lambda: run(operands, traced, options, implementation="reference"))
 
 
 def host(tree: Any) -> Any:

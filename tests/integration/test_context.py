@@ -3,40 +3,78 @@
 import context_cases
 import covering
 import jax
+import numpy as np
 import pytest
 from cases import context as dtype_of
 from context_cases import BY_NAME, CASES, SETTINGS, Arranged, Setting
-from conftest import assert_close
 
 pytestmark = pytest.mark.devices
 
 
-def configurations(every):
-    pool = [(one.name, setting) for one in CASES for setting in SETTINGS]
-    if every:
-        return pool
-
-    def groups(entry):
-        name, setting = entry
-        run = [("order", setting.order), ("exchange", setting.exchange), ("mode", setting.mode)]
-        return {("case", name)} | covering.pairs(run)
-
-    return covering.covering(pool, groups)
+def _pairwise(entry):
+    name, setting = entry
+    run = [("order", setting.order), ("exchange", setting.exchange), ("mode", setting.mode)]
+    return {("case", name)} | covering.pairs(run)
 
 
-def check(name, setting):
+EVERY = [(one.name, setting) for one in CASES for setting in SETTINGS]
+CHOSEN = covering.covering(EVERY, _pairwise)
+# Of second derivatives, which cost most to compile: each exchange and order, and each way to travel.
+SECOND = [
+    ("everything", Setting("zigzag", "ring", "auto")),
+    ("window", Setting("contiguous", "ring", "manual")),
+    ("everything", Setting("contiguous", "gather", "unchecked")),
+    ("dot, scale a head, causal", Setting("zigzag", "heads", "explicit")),
+]
+
+
+def name_of(value):
+    return value if isinstance(value, str) else f"{value.order}-{value.exchange}-{value.mode}"
+
+
+def assert_within(made, expected, tolerance):
+    """Within the tolerance of the largest entry, or of 1."""
+    for got, want in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        got, want = np.asarray(got), np.asarray(want)
+        assert got.dtype == want.dtype == np.float64
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1.0, np.abs(want).max()))
+
+
+def check_first_order(name, setting):
     one = BY_NAME[name]
     with dtype_of(one):
         with jax.set_mesh(setting.mesh()):
-            results, gradients, tangents = context_cases.host(context_cases.many_devices(one, setting))
-        expected = context_cases.one_device(one)
+            made = context_cases.host(context_cases.many_devices(one, setting))
+        results, gradients, tangents = context_cases.one_device(one)
         arranged = Arranged(one, setting)
-        expected = [arranged.results(*expected[0]), expected[1], arranged.results(*expected[2])]
-        made = [results, gradients, tangents]
-        for got, want in zip(made, expected, strict=True):
-            assert_close(jax.tree.leaves(got), jax.tree.leaves(context_cases.host(want)), length=16)
+        assert_within(made, (arranged.results(*results), gradients, arranged.results(*tangents)), 1e-12)
 
 
-@pytest.mark.parametrize(("name", "setting"), configurations(every=False), ids=str)
+def check_second_order(name, setting):
+    one = BY_NAME[name]
+    with dtype_of(one):
+        with jax.set_mesh(setting.mesh()):
+            made = context_cases.host(context_cases.second_derivatives(one, setting))
+        assert_within(made, context_cases.second_derivatives(one, None), 1e-11)
+
+
+@pytest.mark.parametrize(("name", "setting"), CHOSEN, ids=name_of)
 def test_first_order(name, setting):
-    check(name, setting)
+    check_first_order(name, setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "setting"), [one for one in EVERY if one not in CHOSEN], ids=name_of)
+def test_first_order_of_all(name, setting):
+    check_first_order(name, setting)
+
+
+@pytest.mark.parametrize(("name", "setting"), SECOND, ids=name_of)
+def test_second_order(name, setting):
+    check_second_order(name, setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "setting"), [one for one in EVERY if one not in SECOND], ids=name_of)
+def test_second_order_of_all(name, setting):
+    check_second_order(name, setting)

@@ -18,7 +18,7 @@ from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, I
 from attnlib._core.sizes import is_static
 from attnlib._engine.blockwise.implementation import _nothing, _prepared, blockwise
 from attnlib._engine.blockwise.plan import BlockwiseStrategy, plan_blocks, rows_per_query
-from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, TileIndex
+from attnlib._engine.blockwise.tile import Axes, BlockwisePlan, Tile, TileArrays, TileIndex
 from attnlib._engine.context.exchange import Exchange
 from attnlib._engine.context.loops import ContextPlan, attend, pad_parts, unpad_parts
 from attnlib._engine.context.positions import LocalPositions
@@ -179,10 +179,19 @@ def _one_tile(problem: AttentionProblem, schedule: Schedule) -> Any:
         arrays, _ = _arrays(_prepared(problem), schedule)
         plan = BlockwisePlan.of(problem, BlockwiseStrategy("all_heads", schedule.tile), arrays)
         index = TileIndex((), (jnp.int32(0), jnp.int32(0)), schedule.tile, apply_mask=False)
-        parts = [index.cut(x, axes) for x, axes in zip(jax.tree.leaves(arrays), plan.axes, strict=True)]
+        parts = [_tile_of(x, axes, schedule.tile) for x, axes in zip(jax.tree.leaves(arrays), plan.axes, strict=True)]
         return Tile(plan, plan.structure.unflatten(parts), index).state()
 
     return compute
+
+
+def _tile_of(array: jax.Array, axes: Axes, tile: tuple[int, int]) -> jax.Array:
+    """An array in the place of a tile's part, which may be longer than what a device holds."""
+    shape = list(array.shape)
+    for axis, size in zip(axes or (), tile, strict=False):
+        if axis is not None and shape[axis] > 1:
+            shape[axis] = size
+    return array if axes is None else jnp.zeros(shape, array.dtype)
 
 
 in_context = Implementation(
