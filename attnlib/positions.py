@@ -189,8 +189,8 @@ def rotary_embedding(
 def zigzag(length: int, devices: int) -> np.ndarray:
     """The positions in the order in which `attnlib.Context(axis_name, order="zigzag")` takes them.
 
-    The sequence has 2n equal parts for n devices, and device i holds the parts i and 2n - 1 - i. Under a causal mask, all
-    devices then have the same work. Reorder everything with an entry for each position by the same index: tokens,
+    The sequence has 2n equal parts for n devices, and device i holds the parts i and 2n - 1 - i. Under a causal mask,
+    all devices then have the same work. Reorder everything with an entry for each position by the same index: tokens,
     labels, rotary positions, segment ids and the rows of a bias, `x[:, zigzag(length, devices)]`. The columns of a bias
     stay in the order of the positions.
 

@@ -237,9 +237,9 @@ class Options:
     precision: Any = _option(None, "precision of matrix products, as in `jax.lax.Precision`.")
     context: str | Context | None = _option(
         None,
-        """the mesh axis along which the sequence is sharded, or an `attnlib.Context` with its order and exchange. Inside
-        `jax.shard_map` over this axis, operands are the parts of one device; elsewhere the call shards them over the
-        current mesh. Positions are those in the whole sequence. Default: none.""",
+        """the mesh axis along which the sequence is sharded, or an `attnlib.Context` with its order and exchange.
+        Inside `jax.shard_map` over this axis, operands are the parts of one device; elsewhere the call shards them over
+        the current mesh. Positions are those in the whole sequence. Default: none.""",
         check=check_context,
     )
 

@@ -105,7 +105,9 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 @takes_explicit_axes(output_and_rows)
 def attend(arguments: Arguments) -> Any:
     """The output, or a tuple of the output and of the other results that the options ask for."""
-    return _attend(arguments) if arguments.options.context is None else attend_in_context(arguments, _attend, canonicalize)
+    return (
+        _attend(arguments) if arguments.options.context is None else attend_in_context(arguments, _attend, canonicalize)
+    )
 
 
 def _attend(arguments: Arguments, part: WholeOperands = WHOLE) -> Any:
@@ -175,7 +177,9 @@ def canonicalize(arguments: Arguments, part: WholeOperands = WHOLE) -> tuple[Att
         modifiers=tuple(modifiers),
         mask=mask,
         bias=bias,
-        dropout_seeds=None if options.dropout_rng is None else part.dropout_seeds(_dropout.hash_seeds(options.dropout_rng)),
+        dropout_seeds=None
+        if options.dropout_rng is None
+        else part.dropout_seeds(_dropout.hash_seeds(options.dropout_rng)),
         query_positions=part.positions(shapes, "query", explicit[0]),
         key_positions=part.positions(shapes, "key", explicit[1]),
         batch=shapes.batch,

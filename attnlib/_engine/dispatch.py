@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from attnlib._core.problem import Asked, AttentionProblem, AttentionResult, Implementation
 from attnlib._core.sizes import decide, is_static
@@ -109,9 +110,9 @@ class Explanation:
       bytes: the size of all arguments and of all results, which is the least that any implementation has to read and
         write.
       refusals: the reason why each other implementation would not run.
-      context: with the option `context`, how the sequence is sharded; its attributes are `axis_name`, `devices`, `order`,
-        `exchange`, `turns`, `balance` (1: no device waits) and `received`, the bytes that a device receives by each
-        exchange. Memory, operations, bytes and shapes are then those of one device, and tiles those of all.
+      context: with the option `context`, how the sequence is sharded; its attributes are `axis_name`, `devices`,
+        `order`, `exchange`, `turns`, `balance` (1: no device waits) and `received`, the bytes that a device receives
+        by each exchange. Memory, operations, bytes and shapes are then those of one device, and tiles those of all.
     """
 
     implementation: str
@@ -147,8 +148,9 @@ def _result(chosen: Implementation, problem: AttentionProblem) -> AttentionResul
     """The shapes of the result."""
     if problem.options.context is None:
         return jax.eval_shape(chosen.run, problem)
-    lse = jax.ShapeDtypeStruct((*problem.heads, problem.query_length), problem.dtype)  # `run` needs the mesh axis
-    return AttentionResult(jax.ShapeDtypeStruct((*lse.shape, problem.value.shape[-1]), problem.dtype), lse, None)
+    rows = *problem.heads, problem.query_length  # `run` needs the mesh axis
+    output, lse = ((*rows, problem.value.shape[-1]), problem.dtype), (rows, problem.dtype)
+    return jax.eval_shape(lambda: AttentionResult(jnp.zeros(*output), jnp.zeros(*lse), None))
 
 
 def explain(problem: AttentionProblem, asked: Asked, context: ContextExplanation | None = None) -> Explanation:

@@ -50,9 +50,7 @@ def module_axes(attention_axes: int | Sequence[int] | None, query: Array) -> _ax
     return _axes.normalize(check_axes(attention_axes), query.ndim, trailing=1)
 
 
-def context_positions(
-    context: Context | None, operand: Array, axes: _axes.Axes
-) -> Array | list[Array] | None:
+def context_positions(context: Context | None, operand: Array, axes: _axes.Axes) -> Array | list[Array] | None:
     """The positions in the whole sequence of what an operand with a context holds, one array for each attention axis.
 
     None: 0, 1, 2...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -121,7 +122,7 @@ class MultiHeadAttention(AttentionModule):
     precision: Any = None
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
-    context: str | Context | None = None
+    context: str | Context | None = dataclasses.field(default=None, kw_only=True)
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
         dimensions = HeadDimensions.resolve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class AdditiveAttention(SingleHeadAttention):
     precision: Any = None
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
-    context: str | Context | None = None
+    context: str | Context | None = dataclasses.field(default=None, kw_only=True)
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> Score:
         if not check_bool(self.use_scale, "use_scale"):
@@ -99,7 +100,7 @@ class DotProductAttention(SingleHeadAttention):
     precision: Any = None
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
-    context: str | Context | None = None
+    context: str | Context | None = dataclasses.field(default=None, kw_only=True)
 
     def _declare(self, query_features: int, key_features: int, value_features: int) -> Score:
         if self.score_mode not in ("dot", "concat"):

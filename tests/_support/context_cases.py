@@ -72,8 +72,8 @@ CASES = [
     case("explicit keys", positions=lambda draw: (None, draw.integers(-1, 30, 2, KEYS)), options=dict(is_causal=True)),
     # axes
     case("neighborhood", GRID, mask=lambda draw: masks.Neighborhood((3, 2))),
-    case("grid, causal along rows", GRID, mask=lambda draw: masks.Causal(axis=0) & masks.KeyPadding(draw.bools(2, 8, 3)),
-         bias=(1, 8, 8, 1, 8, 3)),
+    case("grid, causal along rows", GRID, bias=(1, 8, 8, 1, 8, 3),
+         mask=lambda draw: masks.Causal(axis=0) & masks.KeyPadding(draw.bools(2, 8, 3))),
     case("second axis", query=(2, 3, QUERIES, 8, 3), key=(2, 3, KEYS, 4, 3), value=(2, 3, KEYS, 4, 5),
          options=dict(attention_axes=-3, **DROPOUT), mask=lambda draw: masks.KeyPadding(draw.bools(2, 3, KEYS))),
     case("no batch", query=(QUERIES, 4, 3), key=(KEYS, 4, 3), value=(KEYS, 4, 5), bias=(4, QUERIES, KEYS)),
@@ -248,8 +248,7 @@ def _derivatives(one: Case, function: Any, operands: Any, arrange: Any) -> Any:
 
 def second_derivatives(one: Case, setting: Setting | None) -> Any:
     """Products of the second derivative of a loss with a vector: forward over reverse, and reverse over reverse."""
-    operands, traced, options = cases.build(one)
-    function = _function(one, setting)
+    operands, function = cases.build(one)[0], _function(one, setting)
     weights, tangents = cases.like(_result_shapes(one), 2), cases.like(operands, 1)
 
     def loss(operands: Any) -> Any:

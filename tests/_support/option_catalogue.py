@@ -229,6 +229,13 @@ ROWS = [
                   "block_sizes=None", implementation="reference", block_sizes=(4, 4)),
         ],
     ),
+    OptionRow(  # the calls that it runs are in context_cases.py
+        ("context",),
+        refused=[
+            wrong("context a number", TypeError, "context must be the name of a mesh axis", "3", context=3),
+            wrong("context of no mesh", ValueError, "context axis 'x' is unknown", "jax.set_mesh", context="x"),
+        ],
+    ),
     OptionRow(
         ("precision",),
         refused=[

@@ -42,9 +42,7 @@ def main(address, process):
 
     (_, output), gradients = program(None)(*operands)
     expected = [np.asarray(x)[:, order] for x in (output, *gradients)]
-    placed = [
-        jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[:, order][index]) for x in operands
-    ]
+    placed = [jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[:, order][index]) for x in operands]
     for exchange in ("ring", "gather", "heads"):
         with jax.set_mesh(mesh):
             (_, output), gradients = program(attnlib.Context("x", "zigzag", exchange))(*placed)

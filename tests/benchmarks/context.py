@@ -16,20 +16,6 @@ import os
 import re
 import sys
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--length", type=int, nargs="+", default=[65536, 131072, 262144])
-parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8, 16])
-parser.add_argument("--orders", nargs="+", default=["contiguous", "zigzag"])
-parser.add_argument("--exchanges", nargs="+", default=["ring", "gather", "heads"])
-parser.add_argument("--peer", action="store_true", help="jax.nn under GSPMD too, which takes long to compile")
-parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e 2x4")
-parser.add_argument("--json", action="store_true", help="print one line of JSON in place of the table")
-
-OPTIONS = parser.parse_args()
-COUNT = max(OPTIONS.devices)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={COUNT}"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask the network what machine this is
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +26,23 @@ from jax.sharding import PartitionSpec as P
 import attnlib
 
 HEADS, FEATURES = 8, 64
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, nargs="+", default=[65536, 131072, 262144])
+    parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--orders", nargs="+", default=["contiguous", "zigzag"])
+    parser.add_argument("--exchanges", nargs="+", default=["ring", "gather", "heads"])
+    parser.add_argument("--peer", action="store_true", help="jax.nn under GSPMD too, which takes long to compile")
+    parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e 2x4")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON in place of the table")
+    return parser.parse_args()
+
+
+OPTIONS = parse()
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask the network what machine this is
+jax.config.update("jax_num_cpu_devices", max(OPTIONS.devices))
 
 
 def mesh_of(devices):

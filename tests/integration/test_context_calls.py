@@ -62,7 +62,7 @@ def test_transformations(transform, inside):
     assert_close(jax.tree.map(np.asarray, got), want, length=LENGTH)
 
 
-@pytest.mark.parametrize("context", [RING, attnlib.Context("x", exchange="gather"), attnlib.Context("x", "zigzag", "ring")])
+@pytest.mark.parametrize("context", [RING, attnlib.Context("x", exchange="gather"), ZIGZAG], ids=str)
 def test_masked_content_does_not_matter(context):
     """NaN in keys that nothing attends reaches no result and no gradient; in one that rows attend, these rows alone."""
     q, k, v = operands()
@@ -182,7 +182,7 @@ REFUSED = {
     "unknown axis": (dict(context="y"), ["context axis 'y' is unknown", "'x'", "jax.set_mesh"]),
     "length": (dict(context="x", length=26), ["multiple of the 4 devices along 'x'", "got 26", "Pad it to 28"]),
     "length of zigzag": (dict(context=ZIGZAG, length=28), ["twice the 4 devices", "got 28", "Pad it to 32"]),
-    "key heads": (dict(context=attnlib.Context("x", exchange="heads")), ["4 devices", "2 key heads", 'exchange="ring"']),
+    "key heads": (dict(context=attnlib.Context("x", exchange="heads")), ["4 devices", "2 key heads"]),
     "weights": (dict(context="x", return_weights=True), ["return_weights=False"]),
     "reference": (dict(context=RING, implementation="reference"), ["it does not support context"]),
     "arrays of a mask": (dict(context=RING, mask=Padded(jnp.ones((LENGTH, LENGTH), bool))), ["Padded", "`entries`"]),

@@ -56,7 +56,7 @@ def test_ring_permutes_alone(order):
 
 def test_ring_sums_gradients_of_replicated_parameters():
     def loss(scale, q, k, v):
-        return jnp.sum(attnlib.dot_product_attention(q, k, v, scale=scale, context=attnlib.Context("x", exchange="ring")))
+        return jnp.sum(attend(scale=scale)(q, k, v))
 
     assert collectives(jax.grad(loss), jnp.ones(8), *operands()) == {"collective-permute", "all-reduce"}
 
@@ -220,8 +220,9 @@ def test_explain_names_the_exchange(exchange):
     q, k, v = operands(64, 16, 8)
     with jax.set_mesh(mesh_of()):
         explanation = attnlib.explain(
-            q, k, v, is_causal=True, sink=0.5, bias=jnp.ones((2, 16, 64, 1)), context=attnlib.Context("x", exchange=exchange)
-        )
+            q, k, v, is_causal=True, sink=0.5, bias=jnp.ones((2, 16, 64, 1)),
+            context=attnlib.Context("x", exchange=exchange),
+        )  # fmt: skip
     context = explanation.context
     assert (context.devices, context.exchange) == (DEVICES, exchange)
     assert f"'x' of 8 devices, contiguous, {exchange}" in str(explanation)

@@ -26,7 +26,7 @@ ONE = jnp.ones((1, 3, 1, 2))
 RESULTS = {"return_weights", "return_lse"}
 DROPOUT = {"dropout_rate", "dropout_rng"}
 POSITIONS = {"query_positions", "key_positions"}
-HOW = {"implementation", "block_sizes", "precision"}
+HOW = {"implementation", "block_sizes", "precision", "context"}
 
 
 def hints(kind):
@@ -56,9 +56,10 @@ def test_every_kind_of_result_takes_all_options(kind):
         (attnlib.additive_attention, (), AttentionOptions),
         (attnlib.attention, (), AttentionOptions),
         (attnlib.explain, (), AttentionOptions),
-        *((getattr(attnlib.inspect, name), RESULTS | DROPOUT, options.InspectionOptions)
+        *((getattr(attnlib.inspect, name), RESULTS | DROPOUT | {"context"}, options.InspectionOptions)
           for name in attnlib.inspect.__all__),
-        *((method, POSITIONS, options.CacheOptions) for method in (attnlib.KVCache.attend, attnlib.KVCache.decode)),
+        *((method, POSITIONS | {"context"}, options.CacheOptions)
+          for method in (attnlib.KVCache.attend, attnlib.KVCache.decode)),
         (attnlib.multi_head_attention, {"return_lse"}, options.LayerOptions),
         *((layer.__call__, {"return_lse", "attention_axes", "dropout_rate", *HOW}, options.CallOptions)
           for layer in (attnlib.MultiHeadAttention, attnlib.AdditiveAttention, attnlib.DotProductAttention)),
@@ -101,10 +102,11 @@ def problem_of(**given):
 
 def test_implementations_list_options_that_they_see():
     seen = {name for name, field in FIELDS.items() if not field.metadata["resolved"]}
-    for each in _choose.IMPLEMENTATIONS:
+    every = (*_choose.IMPLEMENTATIONS, _choose.in_context)
+    for each in every:
         assert each.supports | each.reasons.keys() <= seen
         assert not each.supports & each.reasons.keys()
-    assert set().union(*(each.supports for each in _choose.IMPLEMENTATIONS)) == seen
+    assert set().union(*(each.supports for each in every)) == seen
 
 
 @pytest.mark.parametrize("name", NAMES)

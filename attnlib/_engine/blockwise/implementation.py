@@ -272,9 +272,7 @@ def _transpose_tiles(
     return loop.run(body, [zeros_like_varying(leaves[n]) for n in perturbed], checkpoint=True)
 
 
-def row_cotangents(
-    output: jax.Array, lse: jax.Array, cotangents: Leaves, masked: bool
-) -> tuple[jax.Array, jax.Array]:
+def row_cotangents(output: jax.Array, lse: jax.Array, cotangents: Leaves, masked: bool) -> tuple[jax.Array, jax.Array]:
     """(the cotangent of the output, delta)."""
     output_ct, lse_ct = cotangents
     if masked:

@@ -58,8 +58,8 @@ def resolve(arguments: Arguments) -> tuple[Context, int, bool]:
     devices, manual = mesh_axis(context.axis_name, operands)
     if arguments.options.return_weights:
         raise ValueError(
-            "with context, no device has the weights of all pairs; leave return_weights=False. attnlib.inspect computes "
-            "chosen rows of the weights without context."
+            "with context, no device has the weights of all pairs; leave return_weights=False. "
+            "attnlib.inspect computes chosen rows of the weights without context."
         )
     axes, _ = check_operands(*operands, arguments.options.attention_axes)
     factor = devices if manual else 1
@@ -70,7 +70,7 @@ def resolve(arguments: Arguments) -> tuple[Context, int, bool]:
 
 def localized(arguments: Arguments, context: Context, devices: int) -> Arguments:
     """The shapes of the arguments of one device, from those of whole arguments."""
-    leaves, structure = jax.tree.flatten(arguments)
+    leaves, structure = flatten(arguments)
 
     def local(leaf: Any, spec: P) -> Any:
         if not hasattr(leaf, "shape"):
@@ -96,7 +96,7 @@ def _attend_part(
 def _attend_over_mesh(
     arguments: Arguments, context: Context, devices: int, attend: Attend, canonicalize: Canonicalize
 ) -> Any:
-    leaves, structure = jax.tree.flatten(arguments)
+    leaves, structure = flatten(arguments)
 
     def run(*leaves: Any) -> Any:
         return _attend_part(structure.unflatten(leaves), context, devices, attend, canonicalize)
@@ -124,7 +124,7 @@ def _specs(arguments: Arguments, context: Context) -> list[P]:
         return P() if axis < 0 or (side == "pairs" and array.shape[axis] == 1) else _spec(array.ndim, axis, name)
 
     def of_mask(mask: Any) -> Any:
-        leaves, structure = jax.tree.flatten(mask)
+        leaves, structure = flatten(mask)
         return structure.unflatten(list(map(spec_of, leaves, entries_of_leaves(mask))))
 
     operand = _spec(axes.rank, axes.attention[0], name)
@@ -141,6 +141,11 @@ def _specs(arguments: Arguments, context: Context) -> list[P]:
         ),
     )
     return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, P))
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    leaves, structure = jax.tree.flatten(tree)
+    return leaves, structure
 
 
 def _spec(rank: int, axis: int, name: str) -> P:

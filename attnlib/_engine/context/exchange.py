@@ -79,9 +79,7 @@ class Exchange:
             visit = Visit(self._source(turn.shift), (turn.shift,), tile)
             state, parts = step(state, self._sent(parts, turn.shift), visit)
             home = self._sent(parts, -turn.shift)
-            totals = [
-                _added(total, x, first, axis) for total, x, axis in zip(totals, home, total_axes, strict=True)
-            ]
+            totals = [_added(total, x, first, axis) for total, x, axis in zip(totals, home, total_axes, strict=True)]
         return state, totals
 
     def _around(self, step: Step, state: Any, travelling: Arrays, totals: Arrays) -> Any:

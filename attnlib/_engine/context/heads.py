@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib._core.axes import Axes, AttentionShape
+from attnlib._core.axes import AttentionShape, Axes
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.context import Context, Layout
 from attnlib._core.operand_checks import check_operands
@@ -195,7 +195,7 @@ class _HeadExchange:
     def _mask(self, mask: Mask) -> Mask:
         if isinstance(mask, Dense):
             return Dense(self._pairs(mask.array))
-        changed = {}
+        changed: dict[str, Any] = {}
         for name, value in vars(mask).items():
             side = mask.entries.get(name)
             if isinstance(value, Mask):
@@ -218,4 +218,3 @@ class _HeadExchange:
         copy: Score = object.__new__(type(score))
         vars(copy).update({**vars(score), **own})
         return copy if own else score
-

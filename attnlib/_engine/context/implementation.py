@@ -50,7 +50,11 @@ def _tile_sizes(problem: AttentionProblem, queries: int, keys: int) -> tuple[int
         return jax.ShapeDtypeStruct((*array.shape[:-2], length, array.shape[-1]), array.dtype)
 
     part = dataclasses.replace(
-        problem, query=cut(problem.query, queries), key=cut(problem.key, keys), value=cut(problem.value, keys), mask=None
+        problem,
+        query=cut(problem.query, queries),
+        key=cut(problem.key, keys),
+        value=cut(problem.value, keys),
+        mask=None,
     )
     return plan_blocks(part, "all_heads").block_sizes
 
@@ -74,9 +78,7 @@ def _prepared_for_travel(problem: AttentionProblem) -> AttentionProblem:
     """The problem after the score's work on single positions; keys and values in their own dtype where they can be."""
     key = problem.key.astype(problem.dtype)
     prepared = _prepared(dataclasses.replace(problem, key=key))
-    return dataclasses.replace(
-        prepared, key=problem.key if prepared.key is key else prepared.key, value=problem.value
-    )
+    return dataclasses.replace(prepared, key=problem.key if prepared.key is key else prepared.key, value=problem.value)
 
 
 def _arrays(problem: AttentionProblem, schedule: Schedule) -> tuple[TileArrays, tuple[str, ...]]:
