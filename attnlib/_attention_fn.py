@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from attnlib._api import dot_product_attention
 from attnlib._core.array_types import Array
+from attnlib._core.context import Context
 
 
 def attention_fn(
@@ -34,6 +35,7 @@ def attention_fn(
     is_causal: bool = False,
     implementation: str | tuple[str, ...] | None = None,
     input_positions: Array | None = None,
+    context: str | Context | None = None,
 ) -> jax.Array:
     """Drop-in `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
@@ -63,6 +65,7 @@ def attention_fn(
       promote_dtype: the function that promotes query, key and value in `flax.nnx`; default: as in `flax.linen`.
       is_causal: whether to mask keys after the query.
       implementation: as in `attnlib.dot_product_attention`; set it by `functools.partial(attention_fn, ...)`.
+      context: as in `attnlib.dot_product_attention`; set it by `functools.partial` too.
       input_positions: positions for rotary embedding in `flax.nnx`; refused: this function has no rotary embedding.
 
     Returns:
@@ -106,7 +109,7 @@ def attention_fn(
     output = dot_product_attention(
         query, key, value, bias=bias, mask=mask, is_causal=is_causal, attention_axes=-3, dropout_rate=rate,
         dropout_rng=dropout_rng if rate else None, precision=precision, return_weights=module is not None,
-        implementation=implementation,
+        implementation=implementation, context=context,
     )  # fmt: skip
     if module is None:
         return output

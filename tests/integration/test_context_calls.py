@@ -1,10 +1,13 @@
 """Calls with `context`: transformations of JAX around them, layers, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close
+from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -96,7 +99,7 @@ def test_the_output_is_sharded_like_the_query(kind):
 
 def test_one_device_needs_no_exchange():
     q, k, v = operands()
-    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         got = attend(ZIGZAG)(q, k, v)
     np.testing.assert_array_equal(got, attend(None)(q, k, v))
@@ -144,6 +147,16 @@ def test_axial_rotary_positions_of_a_part():
         mapped = jax.shard_map(lambda v, x: layer.apply(v, x), in_specs=(P(), spec), out_specs=spec)
         got = jax.jit(mapped)(variables, x)
     assert_close(np.asarray(got), plain.apply(variables, x), length=LENGTH)
+
+
+def test_layers_of_flax():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, 8)), jnp.float32)
+    attend = functools.partial(attnlib.attention_fn, context="x")
+    layer, plain = (nn.MultiHeadDotProductAttention(4, attention_fn=fn) for fn in (attend, attnlib.attention_fn))
+    variables, mask = plain.init(jax.random.key(0), x), nn.make_causal_mask(x[..., 0])
+    with jax.set_mesh(mesh_of()):
+        got = jax.jit(layer.apply)(variables, x, mask=mask)
+    assert_close(np.asarray(got), plain.apply(variables, x, mask=mask), length=LENGTH)
 
 
 def test_nnx_modules():

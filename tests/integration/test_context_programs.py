@@ -41,8 +41,8 @@ def collectives(function, *args):
 
 
 def attend(exchange="ring", order="contiguous", **options):
-    context = attnlib.Context("x", order, exchange)
-    return lambda q, k, v: attnlib.dot_product_attention(q, k, v, context=context, **options)
+    options = {"context": attnlib.Context("x", order, exchange), **options}
+    return lambda q, k, v: attnlib.dot_product_attention(q, k, v, **options)
 
 
 def gradient(function):
@@ -52,6 +52,20 @@ def gradient(function):
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_ring_permutes_alone(order):
     assert collectives(gradient(attend(order=order, is_causal=True)), *operands()) == {"collective-permute"}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_batch_and_heads_stay_sharded(kind):
+    """Over other axes of the mesh, without further collectives."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "model", "x"), axis_types=(kind,) * 3)
+    with jax.set_mesh(mesh):
+        args = [jax.device_put(x, NamedSharding(mesh, P("data", "x", "model"))) for x in operands()]
+        compiled = jax.jit(gradient(attend(is_causal=True))).lower(*args).compile()
+        made = compiled(*args)
+    assert set(COLLECTIVES.findall(compiled.as_text())) == {"collective-permute"}
+    for got, want in zip(made, gradient(attend(is_causal=True, context=None))(*operands()), strict=True):
+        assert got.sharding.is_equivalent_to(args[0].sharding, 4)
+        np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=1e-5)
 
 
 def test_ring_sums_gradients_of_replicated_parameters():

@@ -35,6 +35,8 @@ def choose_exchange(problem: AttentionProblem, asked: Asked = None) -> str:
     or mask would have to be gathered. Then "gather" where all keys and values are small beside the queries of one
     device and their results; and else "ring".
     """
+    if problem.query_length == 0 or problem.key_length == 0:
+        return "ring"
     ring = schedule_of(problem, "ring")
     by = received(problem, ring)
     pairs = problem.bias is not None or any(side == "pairs" for side in _entries(problem))

@@ -59,9 +59,9 @@ class ContextExplanation:
 def explain_context(
     arguments: Arguments, canonicalize: Canonicalize
 ) -> tuple[AttentionProblem, ContextExplanation] | None:
-    """(the problem of one device, the explanation); None where there is one device."""
+    """(the problem of one device, the explanation); None where there is one device, or nothing to send."""
     context, devices, manual = resolve(arguments)
-    if devices == 1:
+    if devices == 1 or 0 in (*arguments.query.shape, *arguments.key.shape):
         return None
     part = Part(devices, context.order, 0)
     local = arguments if manual else localized(arguments, context, devices)

@@ -39,6 +39,8 @@ class LocalBlock(BlockPositions):
     def cut(self, array: jax.Array, axis: int) -> jax.Array:
         if array.shape[axis] in (1, self.length):
             return array
+        if array.shape[axis] == self.total:
+            return jnp.take(array, self.array_index.reshape(-1), axis=axis, mode="clip")
         return jax.lax.dynamic_slice_in_dim(array, self.local_start, self.length, axis)
 
     @cached_property
