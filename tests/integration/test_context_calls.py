@@ -105,6 +105,20 @@ def test_one_device_needs_no_exchange():
     np.testing.assert_array_equal(got, attend(None)(q, k, v))
 
 
+@pytest.mark.parametrize("exchange", ["ring", "gather", "heads", None])
+@pytest.mark.parametrize("lengths", [(4, 4), (4, 8), (0, 8), (8, 0)], ids=str)
+def test_few_positions(exchange, lengths):
+    """With one row on a device, the row of a bias is no row for all devices."""
+    draw = np.random.default_rng(0)
+    q, k = (jnp.asarray(draw.normal(size=(2, length, 4, 3)), jnp.float32) for length in lengths)
+    bias, mask = jnp.asarray(draw.normal(size=(1, 4, *lengths)), jnp.float32), jnp.asarray(draw.random(lengths) < 0.7)
+    for given in (bias, bias[:, :, :1]):
+        call = functools.partial(attnlib.dot_product_attention, q, k, k, bias=given, mask=mask, is_causal=True)
+        with jax.set_mesh(mesh_of()):
+            got = call(context=attnlib.Context("x", exchange=exchange))
+        np.testing.assert_allclose(np.asarray(got), call(), rtol=0, atol=1e-5)
+
+
 # Layers.
 
 

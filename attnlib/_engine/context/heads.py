@@ -186,7 +186,8 @@ class _HeadExchange:
     def _pairs(self, array: Any) -> jax.Array:
         array, rows = jnp.asarray(array), array.ndim - len(self.shapes.query) - len(self.shapes.key)
         has_heads = rows > 0 and array.shape[rows - 1] > 1
-        has_rows = rows >= 0 and array.shape[rows] > 1
+        # A device with one row may have a row of its own; if all devices have the same row, gathering repeats it.
+        has_rows = rows >= 0 and (array.shape[rows] > 1 or self.shapes.query[0] == 1)
         if has_heads and has_rows:
             return self._exchanged(array, rows, rows - 1)
         array = self._own(array, rows - 1) if has_heads else array
