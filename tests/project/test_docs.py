@@ -51,9 +51,10 @@ def test_there_are_programs():
 
 
 @pytest.mark.devices
-def test_the_page_of_sharding_runs_on_eight_devices():
+@pytest.mark.parametrize("page", ["guides/sharding.md", "guides/context-parallelism.md"])
+def test_the_pages_of_sharding_run_on_eight_devices(page):
     assert jax.device_count() == 8
-    documents.run_python(read("docs/guides/sharding.md"), "guides/sharding.md")
+    documents.run_python(read(f"docs/{page}"), page)
 
 
 @each(DOCUMENTS)
