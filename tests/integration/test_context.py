@@ -18,9 +18,9 @@ CHOSEN = list(dict.fromkeys(CHOSEN))
 assert {setting for _, setting in CHOSEN} == set(SETTINGS)
 # Of second derivatives, which cost most to compile: each exchange and order, and each way to travel.
 SECOND = [
-    ("everything", Setting("zigzag", "ring", "auto")),
+    ("bias, soft cap, sink", Setting("zigzag", "ring", "auto")),
     ("window", Setting("contiguous", "ring", "manual")),
-    ("everything", Setting("contiguous", "gather", "unchecked")),
+    ("dropout", Setting("contiguous", "gather", "unchecked")),
     ("dot, scale a head, causal", Setting("zigzag", "heads", "explicit")),
 ]
 

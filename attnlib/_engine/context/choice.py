@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
-
 from attnlib._core.problem import Asked, AttentionProblem
+from attnlib._engine.context.heads import heads_refusal
 from attnlib._engine.context.implementation import bytes_of_keys, layouts, schedule_of
 from attnlib._engine.context.schedule import Schedule
 from attnlib.masks._base import entries_of_leaves
@@ -39,28 +38,13 @@ def choose_exchange(problem: AttentionProblem, asked: Asked = None) -> str:
         return "ring"
     ring = schedule_of(problem, "ring")
     by = received(problem, ring)
+    no_heads = heads_refusal(problem.kv_heads, problem.score, layouts(problem)[1].devices)
     pairs = problem.bias is not None or any(side == "pairs" for side in _entries(problem))
-    if by.heads is not None and by.heads < by.ring and not pairs and heads_reason(problem) is None:
+    if by.heads is not None and by.heads < by.ring and not pairs and no_heads is None:
         return "heads"
     rows = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1])
     keys = (problem.key.size + problem.value.size) * layouts(problem)[1].devices
     return "gather" if keys <= rows and by.gather <= by.ring else "ring"
-
-
-def heads_reason(problem: AttentionProblem) -> str | None:
-    """Why the exchange "heads" cannot compute a problem of one device."""
-    devices = layouts(problem)[1].devices
-    if problem.kv_heads % devices:
-        return (
-            f"the {devices} devices must divide the {problem.kv_heads} key heads; use exchange='ring' or 'gather', or "
-            "repeat the key heads"
-        )
-    if type(problem.score).heads is None and jax.tree.leaves(problem.score):
-        return (
-            f"it is unknown which arrays of the score {type(problem.score).__name__} have an axis of heads; set its "
-            "class attribute `heads`, or use exchange='ring' or 'gather'"
-        )
-    return None
 
 
 def _entries(problem: AttentionProblem) -> list[str]:

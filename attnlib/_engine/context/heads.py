@@ -92,6 +92,23 @@ def attend_by_heads(
     return (output, *(exchange.returned(x, rows + 1, rows) for x in lse)) if lse else output
 
 
+def heads_refusal(kv_heads: int, score: Score, devices: int) -> str | None:
+    """Why the exchange cannot compute a call, and what to write; None where it can."""
+    others = 'use exchange="ring" or "gather"'
+    if kv_heads % devices:
+        return (
+            f"the {devices} devices along the axis must divide the {kv_heads} key heads. Repeat them, "
+            f"jnp.repeat(key, n, -2) and likewise value, or {others}"
+        )
+    if type(score).heads is None and jax.tree.leaves(score):
+        return (
+            f"it is unknown which arrays of {type(score).__name__} have an axis of heads. Set its class attribute "
+            '`heads`, such as {"scale": 1} for a field that has an axis of heads where it has one axis, or '
+            f"{others}"
+        )
+    return None
+
+
 def given_to_device(arguments: Arguments, context: Context, devices: int) -> tuple[Arguments, HeadsOfDevice]:
     """(the arguments of the heads of this device, which heads these are)."""
     exchange = _exchange(arguments, context, devices)
@@ -113,19 +130,9 @@ class _HeadExchange:
     kv_heads: int
 
     def check(self, arguments: Arguments) -> None:
-        if self.kv_heads % self.devices:
-            raise ValueError(
-                f'context with exchange="heads" needs key heads that the {self.devices} devices along '
-                f"{self.context.axis_name!r} divide; got {self.kv_heads} key heads. Repeat them, jnp.repeat(key, "
-                f'{self.devices}, -2) and likewise value, or use exchange="ring" or "gather".'
-            )
-        score = arguments.score
-        if type(score).heads is None and jax.tree.leaves(score):
-            raise ValueError(
-                f'context with exchange="heads" cannot take the heads of the arrays of {type(score).__name__}. Set its '
-                'class attribute `heads`, such as {"scale": 1} for a field that has an axis of heads where it has one '
-                'axis, or use exchange="ring" or "gather".'
-            )
+        reason = heads_refusal(self.kv_heads, arguments.score, self.devices)
+        if reason is not None:
+            raise ValueError(f'context with exchange="heads" cannot compute this: {reason}.')
 
     @property
     def count(self) -> int:
