@@ -46,12 +46,12 @@ CASES = [
     # scores
     case("dot, scale a head, causal", score=lambda draw: scores.Dot(draw(8)), mask=lambda draw: masks.Causal(7)),
     case("bilinear a head", score=lambda draw: scores.Bilinear(draw(8, 3, 3)), mask=lambda draw: masks.Lengths(20, 33)),
-    case("additive a head", score=lambda draw: scores.Additive(draw(8, 3)), options=dict(is_causal=True)),
+    case("no mask"),
     case("concat", score=lambda draw: scores.Concat(draw(), draw()), mask=_segments),
     case("custom", score=lambda draw: scores.Custom(lambda q, k, w: jnp.tanh(w * q @ k), draw()),
          mask=lambda draw: masks.Prefix(jnp.asarray([11, 31]))),
+    case("additive a head", score=lambda draw: scores.Additive(draw(8, 3)), options=dict(is_causal=True)),
     # masks
-    case("no mask"),
     case("window", SQUARE, mask=lambda draw: masks.SlidingWindow(4, 3)),
     case("causal window", SQUARE, mask=lambda draw: masks.SlidingWindow(6, 0), bias=(1, KEYS)),
     case("far window", SQUARE, mask=lambda draw: masks.SlidingWindow(13, 0)),
