@@ -278,7 +278,7 @@ def _transpose_tiles(
             weights, row_sum = tile.unnormalized_softmax(logits)
             rows_ct, rows_delta = rows_ct / row_sum[..., None], rows_delta / row_sum
         else:
-            weights = jax.lax.optimization_barrier(tile.softmax(logits, tile.index.cut(lse, _ROWS)))
+            weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
         value_ct = unbroadcast(pt_o_product(plan.form, tile.drop(weights), rows_ct), value.shape)
         weights_ct = qk_product(plan.form, rows_ct, value)
         logits_ct = weights * (tile.drop(weights_ct) + rows_delta[..., None])

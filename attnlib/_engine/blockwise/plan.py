@@ -171,6 +171,8 @@ def _tiles(problem: AttentionProblem, kind: Kind) -> BlockwiseStrategy:
     numbers_per_pair = max(rows_per_query(problem, kind) * features_per_pair, 1)
     pairs = (_NUMBERS if features_per_pair == 1 else _NUMBERS_WITH_FEATURES) / numbers_per_pair
     keys = min(_power_of_two(math.sqrt(pairs)), _MAX_BLOCK_SIZE)
+    if problem.mask is None and features_per_pair == 1 and keys < lengths[1] <= 2 * keys:
+        keys *= 2  # a tile with all keys has no running softmax
     queries = min(_power_of_two(pairs / keys), _MAX_BLOCK_SIZE)
     queries, keys = min(queries, _covering_power_of_two(lengths[0])), min(keys, _covering_power_of_two(lengths[1]))
     (queries, keys), cost = _shrink_for_mask(problem, queries, keys, numbers_per_pair)
