@@ -111,7 +111,8 @@ def _product(function: Any, form: Form, *operands: jax.Array) -> jax.Array:
 
 def _rule(function: Any, form: Form, perturbed: tuple[int, ...], operands: Any, tangents: Any) -> Any:
     forward, transpose = HashablePartial(_forward, (function, form)), HashablePartial(_transpose, (function, form))
-    return [_product(function, form, *operands)], linear_tangent(forward, transpose, operands, perturbed, tangents)
+    results = [_product(function, form, *operands)]
+    return results, linear_tangent(forward, transpose, operands, perturbed, tangents, results)
 
 
 def _forward(function: Any, form: Form, perturbed: tuple[int, ...], residuals: Any, tangents: Any) -> list[jax.Array]:

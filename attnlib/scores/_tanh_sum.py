@@ -216,7 +216,8 @@ class _DerivativeTerm(NamedTuple):
 def _rule(spec: PairSumSpec, perturbed: tuple[int, ...], args: Any, tangents: Any) -> Any:
     query, key, *weights = args
     forward, transpose = HashablePartial(_forward, (spec,)), HashablePartial(_transpose, (spec,))
-    return [pair_sum(spec, query, key, weights)], linear_tangent(forward, transpose, args, perturbed, tangents)
+    results = [pair_sum(spec, query, key, weights)]
+    return results, linear_tangent(forward, transpose, args, perturbed, tangents, results)
 
 
 def _forward(spec: PairSumSpec, perturbed: tuple[int, ...], residuals: Any, tangents: Any) -> list[jax.Array]:

@@ -17,8 +17,8 @@ from attnlib.scores import Dot
 
 WINDOW = masks.SlidingWindow(20, 3)
 CASES = [
-    Case("window", query=(1, 1091, 2, 4), key=(1, 1103, 1, 4), value=(1, 1103, 1, 3), dtype="float64", bias=(1, 1, 1091, 1),
-         mask=lambda draw: WINDOW),
+    Case("window", query=(1, 1091, 2, 4), key=(1, 1103, 1, 4), value=(1, 1103, 1, 3), dtype="float64",
+         bias=(1, 1, 1091, 1), mask=lambda draw: WINDOW),
     Case("window, dropout", query=(2, 1101, 1, 4), key=(1, 977, 1, 4), value=(1, 977, 1, 3), dtype="float64",
          mask=lambda draw: WINDOW, options=dict(dropout_rate=0.4)),
     Case("neighborhood", query=(2, 33, 31, 2, 4), key=(2, 33, 31, 2, 4), value=(2, 33, 31, 2, 3), dtype="float64",

@@ -147,9 +147,9 @@ def _attend(plan: BlockwisePlan, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
 
 
 def _rule(plan: BlockwisePlan, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> Any:
-    output, lse = _attend(plan, leaves)
+    results = _attend(plan, leaves)
     forward, transpose = HashablePartial(_tangent, (plan,)), HashablePartial(_transpose, (plan,))
-    return (output, lse), linear_tangent(forward, transpose, (*leaves, output, lse), perturbed, tangents)
+    return results, linear_tangent(forward, transpose, (*leaves, *results), perturbed, tangents, results)
 
 
 class _TileLoop:
