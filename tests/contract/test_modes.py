@@ -35,6 +35,7 @@ def function_of(case, traced, options, name, tiles=True):
 # Which modes, and which configurations
 
 TRACED = [name for name, mode in MODES.items() if not mode.needs_values]
+TRACED_ANEW = ["x64", "tracer leaks", "vmap, spmd_axis_name", "pmap", "scan of checkpoint"]
 RUN = [name for name, mode in MODES.items() if not mode.traced_only]
 
 
@@ -71,18 +72,31 @@ def run_configurations():
 
 
 def traced_configurations():
-    """(case, implementation)s: by default each feature with some implementation, and each coarse one with each."""
-    pool = [(case, name) for case in cases.CASES for name in cases.COMPLETE]
+    """(case, implementation, modes)s: by default each feature with some implementation, and each coarse one with each.
+
+    The modes that share the plain trace are tried with all of these. Of the modes that trace anew each configuration has
+    one: all of these modes but one are run below, with each coarse feature, so that one meets each of them here.
+    """
+    pool = [(case, name, mode) for case in cases.CASES for name in cases.COMPLETE for mode in TRACED_ANEW]
+    shared = [mode for mode in TRACED if mode not in TRACED_ANEW]
 
     def met(configuration):
-        case, name = configuration
-        return {*features(case), *((name, feature) for feature in features(case) & COARSE)}
+        case, name, mode = configuration
+        coarse = features(case) & COARSE
+        leaks = coarse if MODES[mode].traced_only else set()
+        return {*features(case), (mode, name), *((name, one) for one in coarse), *((mode, one) for one in leaks)}
 
-    chosen = covering(pool, met)
-    return [one if one in chosen else pytest.param(*one, marks=pytest.mark.slow) for one in pool]
+    chosen = [(case, name, [*shared, mode]) for case, name, mode in covering(pool, met)]
+    every = [(case, name, TRACED) for case in cases.CASES for name in cases.COMPLETE]
+    return [*chosen, *(pytest.param(*one, marks=pytest.mark.slow) for one in every)]
 
 
 # Traced
+
+
+def say(value):
+    """Of the modes of a configuration the last one, which may be its own."""
+    return str(value[-1] if isinstance(value, list) else value)
 
 
 def types(tree):
@@ -113,13 +127,13 @@ def trace(modes, function, operands, *others):
         ), name
 
 
-@pytest.mark.parametrize(("case", "name"), traced_configurations(), ids=str)
-def test_attention_is_traced_in_all_modes(case, name):
+@pytest.mark.parametrize(("case", "name", "modes"), traced_configurations(), ids=say)
+def test_attention_is_traced_in_modes(case, name, modes):
     if (reason := cases.refusal(case, name)) is not None:
         pytest.skip(reason)
     with cases.context(case):
         operands, traced, options = cases.build(case)
-        trace(TRACED, function_of(case, traced, options, name), operands)
+        trace(modes, function_of(case, traced, options, name), operands)
 
 
 def shape(*sizes, dtype="float32"):
