@@ -4,6 +4,7 @@ Those of scores, masks, modifiers and options are in the rows of their catalogue
 `build` draws the same operands each time.
 """
 
+import functools
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -135,6 +136,7 @@ def by_name(implementation: str | None) -> dict[str, Any]:
     return dict(implementation=how, block_sizes=BLOCK_SIZES.get(implementation))
 
 
+@functools.cache
 def refusal(case: Case, name: str) -> str | None:
     """Why an implementation does not run a case; None where it does."""
     with context(case):

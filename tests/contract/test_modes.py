@@ -57,15 +57,23 @@ def features(case):
 COARSE = {"Dot", "Additive", "Custom", "Tilt", "bias", "sink", "dropout_rate", "logits_soft_cap", "grouped", "rank 5"}
 
 
+# Modes that compute what others compute: put together in another way, or one operation at a time.
+ALIKE = {"pmap", "remat with a policy", "custom_jvp", "linearize", "linear_transpose", "debug_nans, disable_jit"}
+
+
 def pairs_of(configuration):
     mode, case, name = configuration
     coarse = {feature for feature in features(case) if feature in COARSE} | {case.mask is not None}
-    return {(mode, name), *((mode, feature) for feature in coarse), *((name, feature) for feature in coarse)}
+    kind = "alike" if mode in ALIKE else mode
+    return {(mode, name), *((kind, feature) for feature in coarse), *((name, feature) for feature in coarse)}
 
 
 @functools.cache
 def run_configurations():
-    """(mode, case, implementation)s to run: each mode with each implementation, and both with each coarse feature."""
+    """(mode, case, implementation)s to run: each mode with each implementation, and both with each coarse feature.
+
+    Modes that are alike have each coarse feature among them.
+    """
     some = [case for case in cases.CASES if case.dtype == "float32" and case.name != "longer"]
     pool = [(mode, case, name) for mode in RUN for case in some for name in cases.COMPLETE]
     return covering(pool, pairs_of)
