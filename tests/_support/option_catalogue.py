@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import modifier_catalogue
 import numpy as np
-from attention_case import GROUPED, WHOLE, Case
+from attention_case import GROUPED, VALUES, WHOLE, Case
 from refusals import Later, Wrong, wrong
 from score_catalogue import distance
 
@@ -80,7 +80,7 @@ ROWS = [
         ("logits_soft_cap",),
         cases=[
             Case("soft cap", bias=(5, 7), options=dict(logits_soft_cap=0.8), second_order=True),
-            Case("soft cap, causal, additive", **ADDITIVE, options=dict(logits_soft_cap=2.0, is_causal=True)),
+            Case("soft cap, causal, additive", **ADDITIVE, **VALUES, options=dict(logits_soft_cap=2.0, is_causal=True)),
         ],
         refused=[
             *(wrong(f"soft cap {cap}", ValueError, "logits_soft_cap must be a number in [1e-30", str(cap),
@@ -94,7 +94,7 @@ ROWS = [
         cases=[
             Case("dropout", options=DROPOUT),
             Case("dropout, grouped, causal", **GROUPED, options=dict(**DROPOUT, is_causal=True)),
-            Case("dropout, additive, padded", **ADDITIVE, options=DROPOUT,
+            Case("dropout, additive, padded", **ADDITIVE, **VALUES, options=DROPOUT,
                  mask=lambda draw: masks.KeyPadding(draw.bools(2, 7))),
         ],
         refused=[

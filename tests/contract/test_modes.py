@@ -9,14 +9,13 @@ import cases
 import jax
 import jax.numpy as jnp
 import pytest
-from attention_case import Draw
+from cases import features
 from conftest import assert_close
 from covering import covered, covering
 from jax_modes import MODES, derivative
 
 import attnlib
 from attnlib import inspect, masks, modifiers, positions
-from attnlib._core.identity import node_types
 
 
 def function_of(case, traced, options, name, tiles=True):
@@ -37,20 +36,6 @@ def function_of(case, traced, options, name, tiles=True):
 TRACED = [name for name, mode in MODES.items() if not mode.needs_values]
 TRACED_ANEW = ["x64", "tracer leaks", "vmap, spmd_axis_name", "pmap", "scan of checkpoint"]
 RUN = [name for name, mode in MODES.items() if not mode.traced_only]
-
-
-@functools.cache
-def features(case):
-    """What a case has: kinds of scores, masks and modifiers, options, and how its operands are laid out."""
-    draw = Draw(0, case.dtype)
-    made = [make(draw) for make in (case.score, case.mask, case.score_mod) if make is not None]
-    kinds = {kind for one in made for kind in (*node_types(one), type(one))}
-    arrays = {name for name in ("bias", "sink", "positions") if getattr(case, name) is not None}
-    return {
-        *(kind.__name__ for kind in kinds if kind.__module__.startswith(("attnlib", "option_catalogue"))),
-        *arrays, *case.options, case.dtype, f"rank {len(case.query)}",
-        "grouped" if case.query[-2:-1] != case.key[-2:-1] else "each head its own",
-    }  # fmt: skip
 
 
 # Features by which a program differs, rather than the entries of a mask.
@@ -82,8 +67,8 @@ def run_configurations():
 def traced_configurations():
     """(case, implementation, modes)s: by default each feature with some implementation, and each coarse one with each.
 
-    The modes that share the plain trace are tried with all of these. Of the modes that trace anew each configuration has
-    one: all of these modes but one are run below, with each coarse feature, so that one meets each of them here.
+    All are tried in the modes that share the plain trace, and each in one that traces anew. All of the latter but one
+    are run below, with each coarse feature, so that one meets each of them here.
     """
     pool = [(case, name, mode) for case in cases.CASES for name in cases.COMPLETE for mode in TRACED_ANEW]
     shared = [mode for mode in TRACED if mode not in TRACED_ANEW]

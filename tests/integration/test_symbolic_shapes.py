@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close
+from covering import covering
 from jax import export
 from symbolic_case import symbolic_arguments
 
@@ -27,11 +28,15 @@ REFUSED = {"block sparse": "BlockSparse blocks cover a number of positions"}
 
 
 def traced_configurations():
-    """All cases by default; of blockwise those whose derivatives differ, and the others in the slow tests."""
+    """All cases by default; of blockwise some in which each feature is, and the others in the slow tests."""
+    chosen = {
+        None: cases.CASES,
+        "blockwise": covering([case for case in cases.CASES if not case.values_only], cases.features),
+    }
     for case in cases.CASES:
-        yield pytest.param(case, None, True, id=f"default-{case}")
-        marks = [pytest.mark.slow] if case.values_only else []
-        yield pytest.param(case, "blockwise", False, id=f"blockwise-{case}", marks=marks)
+        for name, some in chosen.items():
+            marks = [] if case in some else [pytest.mark.slow]
+            yield pytest.param(case, name, name is None, id=f"{name or 'default'}-{case}", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "name", "lengths"), [*traced_configurations()])
