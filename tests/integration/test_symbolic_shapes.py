@@ -141,12 +141,14 @@ PROGRAMS = {
     "KVCache": (decoded, "b,t,4,8 b,t,2,8 b:int32"),
     "inspect": (looked_into, "b,t,4,8 b,s,2,8"),
 }
-SIZES = [dict(b=1, t=1, s=1, k=1), dict(b=2, t=5, s=7, k=2), dict(b=3, t=8, s=2, k=2)]
+SIZES = [dict(b=1, t=1, s=1, k=1), dict(b=2, t=5, s=7, k=2)]
+MORE_SIZES = [*SIZES, dict(b=3, t=8, s=2, k=2)]
 
 
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param(MORE_SIZES, marks=pytest.mark.slow)], ids=["two", "three"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_one_exported_program_serves_all_sizes(name):
-    check_exported(functools.partial(PROGRAMS[name][0], {}), PROGRAMS[name][1], "btsk", SIZES)
+def test_one_exported_program_serves_all_sizes(name, sizes):
+    check_exported(functools.partial(PROGRAMS[name][0], {}), PROGRAMS[name][1], "btsk", sizes)
 
 
 # With lengths that are numbers: programs of tiles, also the one for few queries.
