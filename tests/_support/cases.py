@@ -64,7 +64,7 @@ def _cases() -> list[Case]:
         # axes
         Case("no batch", query=(5, 3, 4), key=(7, 3, 4), value=(7, 3, 6), mask=lambda draw: draw.bools(3, 5, 7)),
         Case("two axes", **GRID, bias=(1, 2, 3, 4, 5, 2), mask=lambda draw: masks.Causal(axis=0)),
-        Case("two axes, row-major", **GRID, mask=lambda draw: masks.Causal(), bias=(4, 1, 1)),
+        Case("two axes, row-major", **GRID, **VALUES, mask=lambda draw: masks.Causal(), bias=(4, 1, 1)),
         Case("two axes, partly broadcast", **GRID, mask=lambda draw: draw.bools(3, 1, 1, 2), bias=(1, 4, 5, 1)),
         Case("two axes, neighborhood", query=(2, 5, 4, 2, 6), key=(2, 5, 4, 2, 6), value=(2, 5, 4, 2, 7),
              mask=lambda draw: masks.Neighborhood((3, 2))),
