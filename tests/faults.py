@@ -87,7 +87,7 @@ FAULTS = [
         "empty-row-nan",  # a row that attends nothing is NaN
         "return jnp.where(row_max == -jnp.inf, 0, row_max)",
         "return row_max",
-        ("test_cases.py values and nothing and attends]",),
+        ("test_contract.py rows_that_attend_nothing and blockwise-bias-dot",),
     ),
     Fault(
         "swap-k-and-g",  # heads take turns among key heads
