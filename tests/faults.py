@@ -87,7 +87,7 @@ FAULTS = [
         "empty-row-nan",  # a row that attends nothing is NaN
         "return jnp.where(row_max == -jnp.inf, 0, row_max)",
         "return row_max",
-        ("test_cases.py values and nothing and attends]",),
+        ("test_contract.py rows_that_attend_nothing and blockwise-bias-dot",),
     ),
     Fault(
         "swap-k-and-g",  # heads take turns among key heads
@@ -163,9 +163,21 @@ FAULTS = [
     ),
     Fault(
         "second-order-sign",  # the transpose of a product has the wrong sign
-        "lambda p, ct, weights: pt_o_product(",
-        "lambda p, ct, weights: -pt_o_product(",
+        "lambda form, ct, weights: pt_o_product(",
+        "lambda form, ct, weights: -pt_o_product(",
         ("test_cases.py second and [dot]",),
+    ),
+    Fault(
+        "key-spans",  # the last tile of a window leaves the keys
+        "first_key = np.minimum(spans[:, 0], key.length - keys)",
+        "first_key = spans[:, 0]",
+        ("test_key_spans.py window",),
+    ),
+    Fault(
+        "pairs-by-keys",  # a product with pairs stored by keys has another sign
+        "return [_split(_swap(jax.lax.optimization_barrier(output)), weights)]",
+        "return [_split(_swap(jax.lax.optimization_barrier(-output)), weights)]",
+        ("test_linear_transpose.py factor",),
     ),
     # scores
     Fault(

@@ -58,11 +58,16 @@ def _no_rule(perturbed: tuple[int, ...], args: Leaves, tangents: Leaves) -> Any:
 
 
 def linear_tangent(
-    forward: Function, transpose: Function, residuals: Leaves, perturbed: tuple[int, ...], tangents: Leaves
+    forward: Function,
+    transpose: Function,
+    residuals: Leaves,
+    perturbed: tuple[int, ...],
+    tangents: Leaves,
+    results: Leaves,
 ) -> list[jax.Array]:
-    """The tangents for a rule: the linear map `forward(perturbed, residuals, tangents)`, with its transpose."""
+    """The tangents of the results for a rule: the linear map `forward(perturbed, residuals, tangents)`."""
     return linear_map(
-        HashablePartial(forward, (perturbed,)), HashablePartial(transpose, (perturbed,)), residuals, tangents
+        HashablePartial(forward, (perturbed,)), HashablePartial(transpose, (perturbed,)), residuals, tangents, results
     )
 
 

@@ -8,7 +8,7 @@ and transpose. The module uses public extension points of JAX only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from attnlib._core.varying_axes import cast_to_varying, varying_axes
 
 Leaves = Sequence[Any]
 LinearFn = Callable[[tuple[Any, ...], tuple[Any, ...]], Sequence[Any]]
+Avals = tuple[Any, ...] | None  # of the results of a linear map, if they are known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +64,19 @@ def output_avals(function: Callable[..., Any], *avals: Any) -> list[Any]:
 
 
 def linear_map(
-    forward: LinearFn, transpose: LinearFn, residuals: Sequence[jax.Array], operands: Sequence[jax.Array]
+    forward: LinearFn,
+    transpose: LinearFn,
+    residuals: Sequence[jax.Array],
+    operands: Sequence[jax.Array],
+    results: Sequence[jax.Array],
 ) -> list[jax.Array]:
     """`forward(residuals, operands)`, linear in the operands, with the transpose `transpose(residuals, cotangents)`.
 
     Both functions must be hashable, equal if they compute the same, and differentiable in the floating-point residuals.
+    The results of `forward` have the types of `results`, so that it is not traced to find them.
     """
-    return _bind(*residuals, *operands, forward=forward, transpose=transpose, count=len(residuals))
+    avals = _plain(map(jax.typeof, results))
+    return _bind(*residuals, *operands, forward=forward, transpose=transpose, count=len(residuals), avals=avals)
 
 
 def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -77,13 +84,19 @@ def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.sum(x, [axis for axis, size in enumerate(shape) if size != x.shape[axis]], keepdims=True)
 
 
+def _plain(avals: Iterable[Any]) -> tuple[Any, ...] | None:
+    """The avals if they do not depend on a mesh, else None: a program may be evaluated again on another mesh."""
+    avals = tuple(avals)
+    return avals if all(aval.sharding.mesh.empty for aval in avals) and not varying_axes(*avals) else None
+
+
 _linear_map = Primitive("attnlib_linear_map")
 _linear_map.multiple_results = True
 
 
-def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int) -> Any:
+def _bind(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, avals: Avals) -> Any:
     jaxpr = exposed_jaxpr(HashablePartial(_apply_flat, (forward, count)), *args)
-    return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, jaxpr=jaxpr)
+    return _linear_map.bind(*args, forward=forward, transpose=transpose, count=count, jaxpr=jaxpr, avals=avals)
 
 
 def exposed_jaxpr(function: Any, *args: Any) -> Any:
@@ -97,8 +110,8 @@ def _exposes_jaxpr(function: Any) -> bool:
     return function.exposes_jaxpr or any(map(_exposes_jaxpr, (function.function, *function.arguments)))
 
 
-def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any) -> list[Any]:
-    del transpose, jaxpr
+def _evaluate(*args: Any, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any, avals: Avals) -> list[Any]:
+    del transpose, jaxpr, avals
     return call_traced_once(HashablePartial(_apply_flat, (forward, count)), *args)
 
 
@@ -112,14 +125,20 @@ mlir.register_lowering(_linear_map, mlir.lower_fun(_evaluate, multiple_results=T
 
 
 @_linear_map.def_abstract_eval  # type: ignore[untyped-decorator]
-def _abstract_eval(*avals: Any, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any) -> list[Any]:
+def _abstract_eval(
+    *args: Any, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any, avals: Avals
+) -> list[Any]:
     del transpose, jaxpr
-    return output_avals(HashablePartial(_apply_flat, (forward, count)), *avals)
+    if avals is not None and _plain(args) is not None:
+        return list(avals)
+    return output_avals(HashablePartial(_apply_flat, (forward, count)), *args)
 
 
-def _jvp(primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any) -> Any:
+def _jvp(
+    primals: Any, tangents: Any, *, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any, avals: Avals
+) -> Any:
     del jaxpr
-    params: dict[str, Any] = dict(forward=forward, transpose=transpose, count=count)
+    params: dict[str, Any] = dict(forward=forward, transpose=transpose, count=count, avals=avals)
     residuals, operands = primals[:count], primals[count:]
     out = _bind(*primals, **params)
     terms = []
@@ -138,11 +157,12 @@ ad.primitive_jvps[_linear_map] = _jvp
 
 
 def _transpose(
-    cotangents: Any, *args: Any, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any
+    cotangents: Any, *args: Any, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any, avals: Avals
 ) -> list[Any]:
-    del jaxpr
+    del jaxpr, avals
     cotangents = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cotangents]
-    out = _bind(*args[:count], *cotangents, forward=transpose, transpose=forward, count=count)
+    operand_avals = _plain(operand.aval for operand in args[count:])
+    out = _bind(*args[:count], *cotangents, forward=transpose, transpose=forward, count=count, avals=operand_avals)
     return [None] * count + list(out)
 
 
@@ -158,8 +178,10 @@ def _batched(
     return jax.vmap(lambda *args: tuple(function(*args)), in_axes=(axes, 0))(residuals, operands)
 
 
-def _batch(args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any) -> Any:
-    del jaxpr
+def _batch(
+    args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, count: int, jaxpr: Any, avals: Avals
+) -> Any:
+    del jaxpr, avals
     size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
     operands = [
         jnp.broadcast_to(x[None], (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
@@ -167,7 +189,7 @@ def _batch(args: Any, dims: Any, *, forward: LinearFn, transpose: LinearFn, coun
     ]
     axes = tuple(dims[:count])
     forward, transpose = (HashablePartial(_batched, (function, axes)) for function in (forward, transpose))
-    out = _bind(*args[:count], *operands, forward=forward, transpose=transpose, count=count)
+    out = _bind(*args[:count], *operands, forward=forward, transpose=transpose, count=count, avals=None)
     return out, [0] * len(out)
 
 

@@ -80,3 +80,15 @@ def tile_kinds(
         return kinds, pairs
     known = query.is_implicit and key.is_implicit
     return np.minimum(kinds, mask.classify_tiles(rows, columns) if known else PARTIAL), pairs
+
+
+def key_spans(mask: Mask | None, query: OperandPositions, key: OperandPositions, queries: int) -> np.ndarray:
+    """(first key, last key + 1) for each block of so many queries, from the first to the last that the mask leaves.
+
+    They are multiples of 64, except for the end of all keys. A block that attends nothing has (0, 0).
+    """
+    side = 64
+    attends = tile_kinds(mask, query, key, (queries, side))[0] != EMPTY
+    first = np.argmax(attends, 1) * side
+    last = (attends.shape[1] - np.argmax(attends[:, ::-1], 1)) * side
+    return np.where(attends.any(1)[:, None], np.stack([first, np.minimum(last, key.length)], 1), 0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import max_dim
 
-from attnlib._autodiff.matmul import qk_product
+from attnlib._autodiff.matmul import Form, qk_product
 from attnlib._core.sizes import as_scalar, is_static
 from attnlib.scores._base import Score, _cast, _per_head, check_parameter
 
@@ -54,7 +54,7 @@ class InnerProduct(Score):
     is_inner_product = True
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
-        return qk_product(precision, query, key)
+        return qk_product(Form(precision), query, key)
 
     def features_per_pair(self, features: int) -> int:
         return 1

@@ -59,7 +59,8 @@ SQUARE = dict(query=(2, 7, 3, 4), key=(2, 7, 3, 4), value=(2, 7, 3, 6))
 WHOLE = (2, 3, 5, 7)  # the weights of the default shapes
 # An implementation sees a mask through three methods alone (which pairs, which tiles, padded). So derivatives are made
 # for each way a mask is laid out, not for each kind: none, static with full, partial and empty tiles, an array a batch
-# index or head, a length that is traced, nothing. For the others, values show that the three methods agree.
+# index or head, a length that is traced, nothing. For the others, values show that the three methods agree. Likewise,
+# additive scores are the most costly to differentiate, so few cases do.
 VALUES = dict(values_only=True)
 
 

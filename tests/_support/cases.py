@@ -4,6 +4,7 @@ Those of scores, masks, modifiers and options are in the rows of their catalogue
 `build` draws the same operands each time.
 """
 
+import functools
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +22,7 @@ from option_catalogue import ADDITIVE, DROPOUT
 import attnlib
 from attnlib import masks, scores
 from attnlib._core.block_positions import OperandPositions
+from attnlib._core.identity import node_types
 from attnlib._core.options import Options
 from attnlib._core.tile_kinds import tile_kinds
 from attnlib._engine import call as _call
@@ -49,7 +51,7 @@ def _cases() -> list[Case]:
         *(case for row in score_catalogue.ROWS for case in row.all_cases()),
         # grouped heads
         Case("grouped", **GROUPED),
-        Case("grouped additive", **GROUPED, score=lambda draw: scores.Additive(draw(6, 4))),
+        Case("grouped additive", **GROUPED, **VALUES, score=lambda draw: scores.Additive(draw(6, 4))),
         Case("grouped, mask and bias a head", **GROUPED, mask=lambda draw: draw.bools(1, 6, 5, 7), bias=(2, 6, 1, 7)),
         Case("multi-query", query=(2, 5, 6, 4), key=(2, 7, 1, 4), value=(2, 7, 1, 3), bias=(1, 6, 5, 1)),
         # masks
@@ -62,7 +64,7 @@ def _cases() -> list[Case]:
         # axes
         Case("no batch", query=(5, 3, 4), key=(7, 3, 4), value=(7, 3, 6), mask=lambda draw: draw.bools(3, 5, 7)),
         Case("two axes", **GRID, bias=(1, 2, 3, 4, 5, 2), mask=lambda draw: masks.Causal(axis=0)),
-        Case("two axes, row-major", **GRID, mask=lambda draw: masks.Causal(), bias=(4, 1, 1)),
+        Case("two axes, row-major", **GRID, **VALUES, mask=lambda draw: masks.Causal(), bias=(4, 1, 1)),
         Case("two axes, partly broadcast", **GRID, mask=lambda draw: draw.bools(3, 1, 1, 2), bias=(1, 4, 5, 1)),
         Case("two axes, neighborhood", query=(2, 5, 4, 2, 6), key=(2, 5, 4, 2, 6), value=(2, 5, 4, 2, 7),
              mask=lambda draw: masks.Neighborhood((3, 2))),
@@ -85,7 +87,8 @@ def _cases() -> list[Case]:
              options=dict(is_causal=True, **DROPOUT)),
         # dtypes
         Case("bfloat16", dtype="bfloat16", mask=lambda draw: masks.KeyPadding(draw.bools(2, 7)), bias=(1, 7)),
-        Case("float16", dtype="float16", **ADDITIVE, mask=lambda draw: masks.KeyPadding(draw.bools(2, 7)), bias=(1, 7)),
+        Case("float16", dtype="float16", **ADDITIVE, **VALUES, bias=(1, 7),
+             mask=lambda draw: masks.KeyPadding(draw.bools(2, 7))),
         Case("float64", dtype="float64", mask=lambda draw: masks.KeyPadding(draw.bools(2, 7)), bias=(1, 7)),
         Case("float64 everything", dtype="float64", **ADDITIVE, mask=lambda draw: draw.bools(2, 1, 5, 7), bias=WHOLE,
              options=dict(logits_soft_cap=1.5, is_causal=True, **DROPOUT)),
@@ -122,6 +125,20 @@ def build(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     return operands, traced, case.options
 
 
+@functools.cache
+def features(case: Case) -> set[str]:
+    """What a case has: kinds of scores, masks and modifiers, options, and how its operands are laid out."""
+    draw = Draw(0, case.dtype)
+    made = [make(draw) for make in (case.score, case.mask, case.score_mod) if make is not None]
+    kinds = {kind for one in made for kind in (*node_types(one), type(one))}
+    arrays = {name for name in ("bias", "sink", "positions") if getattr(case, name) is not None}
+    return {
+        *(kind.__name__ for kind in kinds if kind.__module__.startswith(("attnlib", "option_catalogue"))),
+        *arrays, *case.options, case.dtype, f"rank {len(case.query)}",
+        "grouped" if case.query[-2:-1] != case.key[-2:-1] else "each head its own",
+    }  # fmt: skip
+
+
 def run(operands: dict[str, Any], traced: dict[str, Any], options: dict[str, Any], implementation: str | None) -> Any:
     """(output, weights, lse)."""
     return attnlib.attention(
@@ -135,6 +152,7 @@ def by_name(implementation: str | None) -> dict[str, Any]:
     return dict(implementation=how, block_sizes=BLOCK_SIZES.get(implementation))
 
 
+@functools.cache
 def refusal(case: Case, name: str) -> str | None:
     """Why an implementation does not run a case; None where it does."""
     with context(case):

@@ -130,8 +130,7 @@ def _checkify(function: Function) -> Derivative:
 
 @contextlib.contextmanager
 def _leaks() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # JAX collects garbage after each trace: only what the trace made
+    gc.freeze()  # JAX collects garbage after each trace: only what the trace made, since all else takes seconds
     try:
         with jax.checking_leaks():
             yield

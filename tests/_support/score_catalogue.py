@@ -161,7 +161,7 @@ ROWS = [
         },
         cases=[
             Case("additive scale a feature", score=lambda draw: scores.Additive(draw(4))),
-            Case("additive scale a head", score=lambda draw: scores.Additive(draw(3, 4)), second_order=True),
+            Case("additive scale a head", score=lambda draw: scores.Additive(draw(3, 4))),
         ],
         refused=[
             wrong("additive scale of heads", ValueError, "additive scale", "(), (8,) or (4, 8)", "(4,)",

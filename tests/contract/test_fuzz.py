@@ -106,7 +106,7 @@ def words(error):
     return re.sub("0x[0-9a-f]+", "0x", str(error))  # an object's address, which is another one each time
 
 
-@few_and_many(350, 700)
+@few_and_many(200, 700)
 def test_wrong_calls_are_refused_at_the_border(examples):
     @fuzz(examples)
     @given(arguments=spoilt(), promotion=st.sampled_from(("standard", "strict")))
@@ -136,7 +136,7 @@ def placed_masks(draw):
     return draw(mask_trees(sizes, concrete=True)), sizes, (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
 
 
-@few_and_many(200, 500)
+@few_and_many(100, 500)
 def test_masks_say_what_their_definition_says(examples):
     @fuzz(examples)
     @given(drawn=placed_masks())

@@ -9,14 +9,13 @@ import cases
 import jax
 import jax.numpy as jnp
 import pytest
-from attention_case import Draw
+from cases import features
 from conftest import assert_close
 from covering import covered, covering
 from jax_modes import MODES, derivative
 
 import attnlib
 from attnlib import inspect, masks, modifiers, positions
-from attnlib._core.identity import node_types
 
 
 def function_of(case, traced, options, name, tiles=True):
@@ -35,54 +34,62 @@ def function_of(case, traced, options, name, tiles=True):
 # Which modes, and which configurations
 
 TRACED = [name for name, mode in MODES.items() if not mode.needs_values]
+TRACED_ANEW = ["x64", "tracer leaks", "vmap, spmd_axis_name", "pmap", "scan of checkpoint"]
 RUN = [name for name, mode in MODES.items() if not mode.traced_only]
-
-
-@functools.cache
-def features(case):
-    """What a case has: kinds of scores, masks and modifiers, options, and how its operands are laid out."""
-    draw = Draw(0, case.dtype)
-    made = [make(draw) for make in (case.score, case.mask, case.score_mod) if make is not None]
-    kinds = {kind for one in made for kind in (*node_types(one), type(one))}
-    arrays = {name for name in ("bias", "sink", "positions") if getattr(case, name) is not None}
-    return {
-        *(kind.__name__ for kind in kinds if kind.__module__.startswith(("attnlib", "option_catalogue"))),
-        *arrays, *case.options, case.dtype, f"rank {len(case.query)}",
-        "grouped" if case.query[-2:-1] != case.key[-2:-1] else "each head its own",
-    }  # fmt: skip
 
 
 # Features by which a program differs, rather than the entries of a mask.
 COARSE = {"Dot", "Additive", "Custom", "Tilt", "bias", "sink", "dropout_rate", "logits_soft_cap", "grouped", "rank 5"}
 
 
+# Modes that compute what others compute: put together in another way, or one operation at a time.
+ALIKE = {"pmap", "remat with a policy", "custom_jvp", "linearize", "linear_transpose", "debug_nans, disable_jit"}
+
+
 def pairs_of(configuration):
     mode, case, name = configuration
     coarse = {feature for feature in features(case) if feature in COARSE} | {case.mask is not None}
-    return {(mode, name), *((mode, feature) for feature in coarse), *((name, feature) for feature in coarse)}
+    kind = "alike" if mode in ALIKE else mode
+    return {(mode, name), *((kind, feature) for feature in coarse), *((name, feature) for feature in coarse)}
 
 
 @functools.cache
 def run_configurations():
-    """(mode, case, implementation)s to run: each mode with each implementation, and both with each coarse feature."""
+    """(mode, case, implementation)s to run: each mode with each implementation, and both with each coarse feature.
+
+    Modes that are alike have each coarse feature among them.
+    """
     some = [case for case in cases.CASES if case.dtype == "float32" and case.name != "longer"]
     pool = [(mode, case, name) for mode in RUN for case in some for name in cases.COMPLETE]
     return covering(pool, pairs_of)
 
 
 def traced_configurations():
-    """(case, implementation)s: by default each feature with some implementation, and each coarse one with each."""
-    pool = [(case, name) for case in cases.CASES for name in cases.COMPLETE]
+    """(case, implementation, modes)s: by default each feature with some implementation, and each coarse one with each.
+
+    All are tried in the modes that share the plain trace, and each in one that traces anew. All of the latter but one
+    are run below, with each coarse feature, so that one meets each of them here.
+    """
+    pool = [(case, name, mode) for case in cases.CASES for name in cases.COMPLETE for mode in TRACED_ANEW]
+    shared = [mode for mode in TRACED if mode not in TRACED_ANEW]
 
     def met(configuration):
-        case, name = configuration
-        return {*features(case), *((name, feature) for feature in features(case) & COARSE)}
+        case, name, mode = configuration
+        coarse = features(case) & COARSE
+        leaks = coarse if MODES[mode].traced_only else set()
+        return {*features(case), (mode, name), *((name, one) for one in coarse), *((mode, one) for one in leaks)}
 
-    chosen = covering(pool, met)
-    return [one if one in chosen else pytest.param(*one, marks=pytest.mark.slow) for one in pool]
+    chosen = [(case, name, [*shared, mode]) for case, name, mode in covering(pool, met)]
+    every = [(case, name, TRACED) for case in cases.CASES for name in cases.COMPLETE]
+    return [*chosen, *(pytest.param(*one, marks=pytest.mark.slow) for one in every)]
 
 
 # Traced
+
+
+def say(value):
+    """Of the modes of a configuration the last one, which may be its own."""
+    return str(value[-1] if isinstance(value, list) else value)
 
 
 def types(tree):
@@ -113,13 +120,13 @@ def trace(modes, function, operands, *others):
         ), name
 
 
-@pytest.mark.parametrize(("case", "name"), traced_configurations(), ids=str)
-def test_attention_is_traced_in_all_modes(case, name):
+@pytest.mark.parametrize(("case", "name", "modes"), traced_configurations(), ids=say)
+def test_attention_is_traced_in_modes(case, name, modes):
     if (reason := cases.refusal(case, name)) is not None:
         pytest.skip(reason)
     with cases.context(case):
         operands, traced, options = cases.build(case)
-        trace(TRACED, function_of(case, traced, options, name), operands)
+        trace(modes, function_of(case, traced, options, name), operands)
 
 
 def shape(*sizes, dtype="float32"):

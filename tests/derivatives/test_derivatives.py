@@ -213,9 +213,11 @@ PARTS_OF_OTHERS = (
     "grad of bias", "grad of score", "shard_map value, check_vma=True", "shard_map value, check_vma=False",
     "shard_map grad, check_vma=True", "explicit mesh value", "explicit mesh grad",
 )  # fmt: skip
-# With one setting of check_vma each; test_cases.py has second orders in reverse over reverse.
+# With one setting of check_vma each; test_cases.py has second orders of dot products in reverse over reverse.
 PAIRED = ("shard_map jvp, check_vma=True", "shard_map second order, check_vma=False", "grad of grad")
-SLOW = [case for case in CASES if case[1] in PARTS_OF_OTHERS + PAIRED]
+SLOW = [case for case in CASES if case[1] in PARTS_OF_OTHERS + PAIRED and case != ("additive", "grad of grad")]
+# The transpose of a tangent is a gradient, and that of the first is in reverse over reverse.
+SLOW += [("additive", "forward over reverse"), ("additive", "jvp"), ("custom", "jvp")]
 SLOW += [("concat", "second order of score and bias")]  # the products of "additive", by one number more
 OUTSIDE = [case for case in CASES if "shard_map" not in case[1]]  # which is for programs
 SLOW_OUTSIDE = [case for case in OUTSIDE if case not in [("dot", "grad"), ("dot", "linearize")]]

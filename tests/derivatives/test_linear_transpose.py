@@ -8,7 +8,7 @@ from conftest import assert_close
 
 import attnlib
 from attnlib import masks
-from attnlib._autodiff.matmul import pt_o_product, pv_product, qk_product
+from attnlib._autodiff.matmul import Form, pt_o_product, pv_product, qk_product
 
 on_every_implementation = pytest.mark.parametrize("implementation", COMPLETE)
 
@@ -57,22 +57,24 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
-def test_products_are_linear_in_each_factor(product, keys):
+@pytest.mark.parametrize("form", [Form(), Form("highest", by_keys=True)], ids=["by queries", "by keys"])
+def test_products_are_linear_in_each_factor(product, form, keys):
     factors = [keys.normal(*shape) for shape in PRODUCTS[product]]
-    result = product(None, *factors)
-    _, pullback = jax.vjp(lambda *factors: product(None, *factors), *factors)
+    result = product(form, *factors)
+    assert_close(result, product(Form(), *factors), length=6)
+    _, pullback = jax.vjp(lambda *factors: product(form, *factors), *factors)
     for n, expected in enumerate(pullback(result)):
 
         def in_one(x, n=n):
-            return product(None, *factors[:n], x, *factors[n + 1 :])
+            return product(form, *factors[:n], x, *factors[n + 1 :])
 
         assert_close(jax.linear_transpose(in_one, factors[n])(result)[0], expected, length=6)
     with pytest.raises(TypeError, match=r"jax\.linear_transpose needs a linear function"):
-        jax.linear_transpose(lambda *factors: product(None, *factors), *factors)(result)
+        jax.linear_transpose(lambda *factors: product(form, *factors), *factors)(result)
 
 
 def test_derivatives_compute_a_product_once(keys):
     """Where all arguments are known, the rule for unknown ones adds nothing."""
     query, key = keys.normal(1, 2, 3, 4), keys.normal(1, 5, 4)
-    program = jax.make_jaxpr(lambda query: jax.linearize(lambda x: qk_product(None, x, key), query)[0])(query)
+    program = jax.make_jaxpr(lambda query: jax.linearize(lambda x: qk_product(Form(), x, key), query)[0])(query)
     assert str(program).count("attnlib_ruled") == 1

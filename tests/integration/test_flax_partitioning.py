@@ -59,7 +59,17 @@ def mesh():
     return jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto, AxisType.Auto))
 
 
-@pytest.mark.parametrize(("kind", "name"), [*(("partitioning", name) for name in LAYERS), ("logical", "grouped")])
+def or_slow(chosen, rest):
+    return [*chosen, *(pytest.param(*one, marks=pytest.mark.slow) for one in rest)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    or_slow(
+        [("partitioning", "additive"), ("partitioning", "gate, several output axes"), ("logical", "grouped")],
+        [("partitioning", name) for name in ("multi-head", "grouped", "AdditiveAttention")],
+    ),
+)
 def test_boxed_parameters_are_the_bare_ones_with_names(kind, name):
     """Initialised, applied and differentiated, boxed or not, as the layer without names."""
     named, plain = LAYERS[name](WITH[kind]), LAYERS[name](unnamed)
@@ -103,7 +113,7 @@ SHARDED = {
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("partitioning", "additive"), ("partitioning", "gate, several output axes"), ("logical", "grouped")],
+    or_slow([("partitioning", "gate, several output axes"), ("logical", "grouped")], [("partitioning", "additive")]),
 )
 def test_sharded_over_heads_and_batch(kind, name):
     """Initialised sharded under a mesh by the names, and applied: the numbers of one device, heads staying in place."""

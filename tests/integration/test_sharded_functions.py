@@ -140,23 +140,49 @@ def mesh_of(axis_type, *sizes):
     return jax.make_mesh(sizes, ("data", "model")[: len(sizes)], devices=devices, axis_types=(axis_type,) * len(sizes))
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "explicit"])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_numbers(name, mode):
+def sharded(name, mode):
+    """(the function, its arguments, the mesh)."""
     function, whole = FUNCTIONS[name]
     args = operands()
-    expected = jax.jit(function)(*args)
     if mode == "shard_map":
         specs = (DATA, DATA, DATA, WHOLE)
         mesh = mesh_of(AxisType.Auto, 2)
-        made = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=WHOLE if whole else DATA))(*args)
-    else:
-        spec = DATA if name == "module" else BOTH  # a projection of the module takes all heads
-        mesh = mesh_of(AxisType.Explicit, 2, 2)
-        with jax.set_mesh(mesh):
-            specs = (spec, spec, spec, WHOLE)
-            sharded = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs, strict=True)]
-            made = jax.jit(function)(*sharded)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=WHOLE if whole else DATA), args, mesh
+    spec = DATA if name == "module" else BOTH  # a projection of the module takes all heads
+    mesh = mesh_of(AxisType.Explicit, 2, 2)
+    specs = (spec, spec, spec, WHOLE)
+    return function, [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs, strict=True)], mesh
+
+
+# What these compile on Explicit axes is in programs of test_sharded_modes.py; by default they are traced.
+TRACED = {
+    "second derivative", "second derivative of the scale", "tangent", "vmap", "scan of checkpoints", "inspect", "merge",
+    "ragged cache", "captures, reference",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(TRACED))
+def test_types_on_explicit_axes(name):
+    function, args, mesh = sharded(name, "explicit")
+    with jax.set_mesh(mesh):
+        made = jax.eval_shape(function, *args)
+    expected = jax.eval_shape(function, *operands())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=[pytest.mark.slow] * (mode == "explicit" and name in TRACED))
+        for name in FUNCTIONS
+        for mode in ("shard_map", "explicit")
+    ],
+)
+def test_numbers(name, mode):
+    function, args, mesh = sharded(name, mode)
+    expected = jax.jit(FUNCTIONS[name][0])(*operands())
+    with jax.set_mesh(mesh):
+        made = jax.jit(function)(*args)
     assert_close(jax.tree.map(np.asarray, made), jax.tree.map(np.asarray, expected), length=32)
 
 

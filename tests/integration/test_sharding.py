@@ -1,5 +1,6 @@
 """Sharding over batch and heads: no collective is compiled, outputs are sharded as the query, numbers do not change."""
 
+import functools
 import re
 
 import jax
@@ -57,13 +58,27 @@ def _mesh(layout, axis_type):
     return jax.make_mesh(MESHES[layout], ("x", "y")[: len(MESHES[layout])], (axis_type,) * len(MESHES[layout]))
 
 
-CASES = [("dot", "causal, dropout, segments", layout, program)
-         for layout in SPECS for program in ("forward", "grad", "jvp", "second order")]  # fmt: skip
-CASES += [("dot", "alibi, sink", "both", program) for program in ("forward", "grad")]
-CASES += [("additive", "plain", "both", program) for program in ("forward", "grad", "jvp", "second order")]
+# A second derivative has the programs of the others in it. Batch and heads together are sharded as each alone.
+CASES = [("dot", "causal, dropout, segments", "both", program) for program in ("forward", "grad", "jvp")]
+CASES += [("dot", "causal, dropout, segments", layout, "second order") for layout in SPECS]
+CASES += [("dot", "alibi, sink", "both", "grad"), ("additive", "plain", "both", "grad")]
+MORE = [("dot", "causal, dropout, segments", layout, program)
+        for layout in ("batch", "heads") for program in ("forward", "grad", "jvp")]  # fmt: skip
+MORE += [("dot", "alibi, sink", "both", "forward")]
+MORE += [("additive", "plain", "both", program) for program in ("forward", "jvp", "second order")]
 
 
-@pytest.mark.parametrize(("score", "options", "layout", "program"), CASES)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@functools.cache
+def _expected(score, options, program):
+    """On one device."""
+    return jax.tree.map(np.asarray, jax.jit(_programs(score, options)[program])(*_operands()))
+
+
+@pytest.mark.parametrize(("score", "options", "layout", "program"), [*CASES, *(slow(*one) for one in MORE)])
 def test_no_collectives(score, options, layout, program):
     function = _programs(score, options)[program]
     operands = _operands()
@@ -72,29 +87,31 @@ def test_no_collectives(score, options, layout, program):
     compiled = jax.jit(function).lower(*sharded).compile()
     found = COLLECTIVES.findall(compiled.as_text())
     assert not found, found
-    actual, expected = compiled(*sharded), jax.jit(function)(*operands)
+    actual, expected = compiled(*sharded), _expected(score, options, program)
     for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert got.sharding.is_equivalent_to(sharding, got.ndim)
-        scale = float(jnp.max(jnp.abs(want)))
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(
-    ("layout", "options"), [*((layout, "causal, dropout, segments") for layout in SPECS), ("both", "alibi, sink")]
+    ("layout", "options"),
+    [
+        ("both", "causal, dropout, segments"),
+        slow("batch", "causal, dropout, segments"),
+        slow("heads", "causal, dropout, segments"),
+        ("both", "alibi, sink"),
+    ],
 )
 def test_explicit_mesh(layout, options):
-    """With explicit axes the type of every array carries its sharding."""
+    """With explicit axes the type of every array carries its sharding. A gradient holds the forward pass."""
     operands = _operands()
-    functions = _programs("dot", options)
     with jax.set_mesh(_mesh(layout, AxisType.Explicit)):
         sharded = tuple(jax.device_put(x, SPECS[layout]) for x in operands)
-        for name in ("forward", "grad"):
-            compiled = jax.jit(functions[name]).lower(*sharded).compile()
-            assert not COLLECTIVES.findall(compiled.as_text())
-            actual = jax.tree.map(np.asarray, compiled(*sharded))
-            expected = jax.jit(functions[name])(*operands)
-            for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+        compiled = jax.jit(_programs("dot", options)["grad"]).lower(*sharded).compile()
+        assert not COLLECTIVES.findall(compiled.as_text())
+        actual = jax.tree.map(np.asarray, compiled(*sharded))
+    for got, want in zip(actual, _expected("dot", options, "grad"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_the_pattern_finds_collectives():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close
+from covering import covering
 from jax import export
 from symbolic_case import symbolic_arguments
 
@@ -27,11 +28,15 @@ REFUSED = {"block sparse": "BlockSparse blocks cover a number of positions"}
 
 
 def traced_configurations():
-    """All cases by default; of blockwise those whose derivatives differ, and the others in the slow tests."""
+    """All cases by default; of blockwise some in which each feature is, and the others in the slow tests."""
+    chosen = {
+        None: cases.CASES,
+        "blockwise": covering([case for case in cases.CASES if not case.values_only], cases.features),
+    }
     for case in cases.CASES:
-        yield pytest.param(case, None, True, id=f"default-{case}")
-        marks = [pytest.mark.slow] if case.values_only else []
-        yield pytest.param(case, "blockwise", False, id=f"blockwise-{case}", marks=marks)
+        for name, some in chosen.items():
+            marks = [] if case in some else [pytest.mark.slow]
+            yield pytest.param(case, name, name is None, id=f"{name or 'default'}-{case}", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "name", "lengths"), [*traced_configurations()])
@@ -136,12 +141,14 @@ PROGRAMS = {
     "KVCache": (decoded, "b,t,4,8 b,t,2,8 b:int32"),
     "inspect": (looked_into, "b,t,4,8 b,s,2,8"),
 }
-SIZES = [dict(b=1, t=1, s=1, k=1), dict(b=2, t=5, s=7, k=2), dict(b=3, t=8, s=2, k=2)]
+SIZES = [dict(b=1, t=1, s=1, k=1), dict(b=2, t=5, s=7, k=2)]
+MORE_SIZES = [*SIZES, dict(b=3, t=8, s=2, k=2)]
 
 
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param(MORE_SIZES, marks=pytest.mark.slow)], ids=["two", "three"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_one_exported_program_serves_all_sizes(name):
-    check_exported(functools.partial(PROGRAMS[name][0], {}), PROGRAMS[name][1], "btsk", SIZES)
+def test_one_exported_program_serves_all_sizes(name, sizes):
+    check_exported(functools.partial(PROGRAMS[name][0], {}), PROGRAMS[name][1], "btsk", sizes)
 
 
 # With lengths that are numbers: programs of tiles, also the one for few queries.

@@ -1,5 +1,7 @@
 """README is true: its two commands have the promised form, its Python runs, its tables name what exists."""
 
+import contextlib
+import io
 import re
 import tomllib
 
@@ -13,13 +15,15 @@ README = read("README.md")
 
 
 @pytest.fixture(scope="module")
-def namespace():
-    return documents.run_python(README, "README")
+def program():
+    """(the names of README's program, what it prints)."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        names = documents.run_python(README, "README")
+    return names, printed.getvalue()
 
 
-def test_python_blocks_run_in_order(capsys):
-    documents.run_python(README, "README")
-    assert "implementation:" in capsys.readouterr().out  # of `explain`, and warnings are errors
+def test_python_blocks_run_in_order(program):
+    assert "implementation:" in program[1]  # of `explain`, and warnings are errors
 
 
 def test_it_is_short():
@@ -31,10 +35,10 @@ def test_every_fence_is_python_or_bash():
 
 
 @pytest.mark.parametrize("row", rows(section(README, "Features")), ids=lambda row: row[0])
-def test_the_example_of_each_feature_runs(row, namespace):
+def test_the_example_of_each_feature_runs(row, program):
     feature, example, more = row
     (code,) = names_in(example)
-    assert eval(code.replace("\\|", "|"), namespace) is not None, feature
+    assert eval(code.replace("\\|", "|"), program[0]) is not None, feature
     assert documents.links(more), "a feature leads to a page"
 
 

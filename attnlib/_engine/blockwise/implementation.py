@@ -34,10 +34,16 @@ from attnlib._autodiff.matmul import pt_o_product, pv_product, qk_product
 from attnlib._autodiff.zeros import zeros_like_varying
 from attnlib._core import axes as _axes
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
-from attnlib._core.tile_kinds import EMPTY, tile_kinds
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise import decode as _decode
-from attnlib._engine.blockwise.plan import BlockwiseStrategy, Kind, plan_blocks, rows_per_query, unsupported
+from attnlib._engine.blockwise.plan import (
+    BlockwiseStrategy,
+    Kind,
+    plan_blocks,
+    rows_per_query,
+    tile_starts,
+    unsupported,
+)
 from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, whole
 from attnlib._engine.cost import operations
 from attnlib._engine.softmax import SoftmaxState
@@ -73,7 +79,7 @@ def _run(problem: AttentionProblem, kind: Kind | None) -> AttentionResult:
 
 def _run_blocks(problem: AttentionProblem, strategy: BlockwiseStrategy) -> AttentionResult:
     problem = _prepared(problem)
-    arrays = _padded(problem, strategy.block_sizes)
+    arrays = _padded(problem, strategy)
     plan = BlockwisePlan.of(problem, strategy, arrays)
     leaves = jax.tree.leaves(arrays)
     output, lse = _attend(plan, leaves)
@@ -90,10 +96,11 @@ def _prepared(problem: AttentionProblem) -> AttentionProblem:
     return dataclasses.replace(problem, query=query, key=key, value=value, score=score, bias=bias)
 
 
-def _padded(problem: AttentionProblem, block_sizes: tuple[int, int]) -> TileArrays:
-    """The arrays, padded to whole tiles."""
+def _padded(problem: AttentionProblem, strategy: BlockwiseStrategy) -> TileArrays:
+    """The arrays, padded to whole tiles; tiles of key spans begin anywhere, so that keys need no padding."""
     lengths = problem.query_length, problem.key_length
-    queries, keys = (-(-length // size) * size for length, size in zip(lengths, block_sizes, strict=True))
+    queries, keys = (-(-length // size) * size for length, size in zip(lengths, strategy.block_sizes, strict=True))
+    keys = problem.key_length if strategy.has_key_spans else keys
     positions = problem.query_positions, problem.key_positions
     mask = problem.mask
     if mask is not None:
@@ -140,9 +147,9 @@ def _attend(plan: BlockwisePlan, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
 
 
 def _rule(plan: BlockwisePlan, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> Any:
-    output, lse = _attend(plan, leaves)
+    results = _attend(plan, leaves)
     forward, transpose = HashablePartial(_tangent, (plan,)), HashablePartial(_transpose, (plan,))
-    return (output, lse), linear_tangent(forward, transpose, (*leaves, output, lse), perturbed, tangents)
+    return results, linear_tangent(forward, transpose, (*leaves, *results), perturbed, tangents, results)
 
 
 class _TileLoop:
@@ -190,7 +197,7 @@ def _joined(state: SoftmaxState, tile: Tile) -> SoftmaxState:
     row_max = jnp.maximum(old.row_max, _softmax.finite_row_max(logits))
     rescale, weights = exp(old.row_max - row_max), exp(logits - row_max[..., None])
     row_sum = old.row_sum * rescale + jnp.sum(weights, -1)
-    output = old.output * rescale[..., None] + pv_product(tile.plan.precision, tile.drop(weights), value)
+    output = old.output * rescale[..., None] + pv_product(tile.plan.form, tile.drop(weights), value)
     return SoftmaxState(row_max, row_sum, output)
 
 
@@ -210,14 +217,14 @@ def tangent_of_tile(
     carry: tuple[jax.Array, jax.Array], tile: Tile, perturbed: tuple[int, ...], tangents: Leaves, lse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(a, c) with the terms of a tile added."""
-    axes, precision = tile.plan.axes, tile.plan.precision
+    axes, form = tile.plan.axes, tile.plan.form
     parts = [tile.index.cut(tangent, axes[n]) for tangent, n in zip(tangents, perturbed, strict=True)]
     terms, values = tile.terms_of(perturbed)
     (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, parts)
     weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
     weighted_dot = weights * logits_dot
-    sum_dot = pv_product(precision, tile.drop(weighted_dot), value)
-    sum_dot += pv_product(precision, tile.drop(weights), value_dot)
+    sum_dot = pv_product(form, tile.drop(weighted_dot), value)
+    sum_dot += pv_product(form, tile.drop(weights), value_dot)
     return tile.index.add(carry[0], sum_dot, _OUTPUT), tile.index.add(carry[1], jnp.sum(weighted_dot, -1), _ROWS)
 
 
@@ -262,6 +269,8 @@ def _transpose_tiles(
     plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, cotangents: Leaves
 ) -> list[jax.Array]:
     *leaves, output, lse = residuals
+    by_keys = plan.strategy.kind != "dense" and jax.default_backend() == "cpu"
+    plan = dataclasses.replace(plan, pairs_by_keys=by_keys)
     loop = _TileLoop(plan, leaves)
     masked = any(apply_mask for apply_mask, _ in loop.schedule)
     output_ct, delta = row_cotangents(output, lse, cotangents, masked)
@@ -290,17 +299,17 @@ def transpose_of_tile(
     delta: jax.Array,
 ) -> list[jax.Array]:
     """The cotangents of the perturbed leaves with the terms of a tile added."""
-    axes, precision = tile.plan.axes, tile.plan.precision
+    axes, form = tile.plan.axes, tile.plan.form
     terms, values = tile.terms_of(perturbed)
     (logits, value), pull = jax.vjp(terms, *values)
     rows_ct, rows_delta = tile.index.cut(output_ct, _OUTPUT), tile.index.cut(delta, _ROWS)
-    if tile.has_all_keys:
+    if tile.plan.strategy.kind == "dense":
         weights, row_sum = tile.unnormalized_softmax(logits)
         rows_ct, rows_delta = rows_ct / row_sum[..., None], rows_delta / row_sum
     else:
         weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
-    value_ct = unbroadcast(pt_o_product(precision, tile.drop(weights), rows_ct), value.shape)
-    weights_ct = qk_product(precision, rows_ct, value)
+    value_ct = unbroadcast(pt_o_product(form, tile.drop(weights), rows_ct), value.shape)
+    weights_ct = qk_product(form, rows_ct, value)
     logits_ct = weights * (tile.drop(weights_ct) + rows_delta[..., None])
     parts = pull((logits_ct, value_ct))
     return [tile.index.add(total, part, axes[n]) for total, part, n in zip(totals, parts, perturbed, strict=True)]
@@ -312,11 +321,12 @@ def _estimate(problem: AttentionProblem, kind: Kind | None) -> Estimate:
         return Estimate(memory=0, flops=0)
     strategy = plan_blocks(problem, kind)
     tile = strategy.block_sizes
-    kinds, _ = tile_kinds(problem.mask, problem.query_positions, problem.key_positions, tile)
+    starts = tile_starts(strategy, problem.mask, problem.query_positions, problem.key_positions)
+    tiles = sum(map(len, starts.values())), -(-problem.query_length // tile[0]) * -(-problem.key_length // tile[1])
     numbers = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
     numbers += problem.key.size + problem.value.size + 2 * rows_per_query(problem, strategy.kind) * tile[0] * tile[1]
     if strategy.kind == "decode":
         numbers = _decode.numbers(problem, strategy)
     flops = operations(partial(_run_blocks, strategy=strategy), problem)
     memory = numbers * jnp.dtype(problem.dtype).itemsize
-    return Estimate(memory, flops, tile, (int((kinds != EMPTY).sum()), kinds.size))
+    return Estimate(memory, flops, tile, tiles)

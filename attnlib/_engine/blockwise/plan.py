@@ -10,14 +10,20 @@ import math
 from typing import Literal
 
 import jax
+import numpy as np
 
+from attnlib._core.block_positions import OperandPositions
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.sizes import decide, is_static, static_product
+from attnlib._core.tile_kinds import FULL, PARTIAL, key_spans, tile_kinds
+from attnlib.masks import Mask
 
 # The limits below were measured on 2 CPU cores (docs/performance/tuning.md).
 # Numbers in the largest array of a tile, for scores without and with an axis of features for each pair.
 _NUMBERS, _NUMBERS_WITH_FEATURES = 2**20, 2**17
-_MAX_BLOCK_SIZES = 2048, 512
+_MAX_BLOCK_SIZE = 1024
+# Queries of the tiles that have all keys of a window.
+_SPAN_QUERIES = 128, 256, 512
 # Pairs of a key head from which on a loop over heads is faster than all heads at once.
 _PAIRS_LOOP_OVER_HEADS = 2**16
 # Logits up to which one tile of all pairs is faster than a loop over heads, and than tiles of all heads; and the pairs
@@ -40,18 +46,20 @@ class BlockwiseStrategy:
         `"decode"`: so too, and keys and values keep their layout in memory.
       block_sizes: (queries, keys) of a tile.
       fallback_keys: the number of keys of a tile where `"decode"` computes results that were not finite again.
+      has_key_spans: whether each block of queries has one tile, with all keys that a static mask leaves.
     """
 
     kind: Kind
     block_sizes: tuple[int, int]
     fallback_keys: int = 512
+    has_key_spans: bool = False
 
 
 def plan_blocks(problem: AttentionProblem, kind: Kind | None = None) -> BlockwiseStrategy:
     """The strategy of this kind, or of the kind that is likely fastest on this machine."""
     kind = choose_kind(problem) if kind is None else kind
     if kind not in ("dense", "decode"):
-        return BlockwiseStrategy(kind, _tile_sizes(problem, kind))
+        return _tiles(problem, kind)
     whole = BlockwiseStrategy(kind, (problem.query_length, problem.key_length))
     if problem.block_sizes is None:
         return whole
@@ -141,19 +149,52 @@ def rows_per_query(problem: AttentionProblem, kind: Kind) -> int:
     return static_product((problem.groups,) if kind == "loop_over_heads" else problem.heads)
 
 
-def _tile_sizes(problem: AttentionProblem, kind: Kind) -> tuple[int, int]:
+def tile_starts(
+    strategy: BlockwiseStrategy, mask: Mask | None, query: OperandPositions, key: OperandPositions
+) -> dict[int, np.ndarray]:
+    """The first query and the first key of each tile that the mask does not empty, by the kind of the tiles."""
+    queries, keys = strategy.block_sizes
+    if not strategy.has_key_spans:
+        kinds, _ = tile_kinds(mask, query, key, (queries, keys))
+        return {kind: np.argwhere(kinds == kind) * np.array([queries, keys]) for kind in (FULL, PARTIAL)}
+    spans = key_spans(mask, query, key, queries)
+    first_key = np.minimum(spans[:, 0], key.length - keys)  # the last tile must not end beyond the last key
+    return {PARTIAL: np.stack([np.arange(len(spans)) * queries, first_key], 1)[spans[:, 1] > 0]}
+
+
+def _tiles(problem: AttentionProblem, kind: Kind) -> BlockwiseStrategy:
     lengths = problem.query_length, problem.key_length
     if problem.block_sizes is not None:
-        return min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
+        sizes = min(problem.block_sizes[0], lengths[0]), min(problem.block_sizes[1], lengths[1])
+        return BlockwiseStrategy(kind, sizes)
     features_per_pair = problem.score.prepared_features_per_pair(problem.query.shape[-1])
-    numbers = (_NUMBERS if features_per_pair == 1 else _NUMBERS_WITH_FEATURES) / max(
-        rows_per_query(problem, kind) * features_per_pair, 1
-    )
-    keys = min(_power_of_two(math.sqrt(numbers)), _MAX_BLOCK_SIZES[1])
-    queries = min(_power_of_two(numbers / keys), _MAX_BLOCK_SIZES[0])
+    numbers_per_pair = max(rows_per_query(problem, kind) * features_per_pair, 1)
+    pairs = (_NUMBERS if features_per_pair == 1 else _NUMBERS_WITH_FEATURES) / numbers_per_pair
+    keys = min(_power_of_two(math.sqrt(pairs)), _MAX_BLOCK_SIZE)
+    if problem.mask is None and features_per_pair == 1 and keys < lengths[1] <= 2 * keys:
+        keys *= 2  # a tile with all keys has no running softmax
+    queries = min(_power_of_two(pairs / keys), _MAX_BLOCK_SIZE)
     queries, keys = min(queries, _covering_power_of_two(lengths[0])), min(keys, _covering_power_of_two(lengths[1]))
-    size = _shrink_for_mask(problem, queries, keys, rows_per_query(problem, kind) * features_per_pair)
-    return _balanced_block(lengths[0], size[0]), _balanced_block(lengths[1], size[1])
+    (queries, keys), cost = _shrink_for_mask(problem, queries, keys, numbers_per_pair)
+    if (spans := _spans(problem, numbers_per_pair, pairs, cost)) is not None:
+        return BlockwiseStrategy(kind, spans, has_key_spans=True)
+    return BlockwiseStrategy(kind, (_balanced_block(lengths[0], queries), _balanced_block(lengths[1], keys)))
+
+
+def _spans(problem: AttentionProblem, numbers_per_pair: int, max_pairs: float, cost: float) -> tuple[int, int] | None:
+    """(queries, keys) of tiles with all keys that a static mask leaves, if they cost less than other tiles."""
+    best = None
+    if problem.mask is None:
+        return best
+    for queries in _SPAN_QUERIES:
+        spans = key_spans(problem.mask, problem.query_positions, problem.key_positions, queries)
+        keys = int((spans[:, 1] - spans[:, 0]).max())
+        fits = queries < problem.query_length and 0 < keys < problem.key_length and queries * keys <= max_pairs
+        # These tiles have no running softmax.
+        span_cost = 0.9 * len(spans) * queries * keys * _cost_of_a_pair(queries * keys * numbers_per_pair)
+        if fits and span_cost < cost:
+            best, cost = (queries, keys), span_cost
+    return best
 
 
 def _power_of_two(number: float) -> int:
@@ -166,22 +207,23 @@ def _covering_power_of_two(length: int) -> int:
     return max(2 ** math.ceil(math.log2(max(length, 1))), 16)
 
 
-def _shrink_for_mask(problem: AttentionProblem, queries: int, keys: int, numbers_per_pair: int) -> tuple[int, int]:
-    """Smaller tiles, down to 128, if a static mask then empties enough of them.
+def _shrink_for_mask(
+    problem: AttentionProblem, queries: int, keys: int, numbers_per_pair: int
+) -> tuple[tuple[int, int], float]:
+    """(tiles of this size or smaller, down to 128, if a static mask then empties enough of them; what they cost).
 
     All sizes are compared, since a mask of scattered blocks empties no tile that is larger than its blocks.
     """
-    best = queries, keys
-    if problem.mask is None or max(best) < 256:
-        return best
-    min_cost, penalty = math.inf, 1.0
+    best, min_cost, penalty = (queries, keys), math.inf, 1.0
+    if problem.mask is None:
+        return best, min_cost
     while True:
         pairs = problem.pairs_computed(queries, keys)
-        cost = penalty * pairs * _cost_of_a_pair(queries * keys * numbers_per_pair)
-        if cost < min_cost:
-            best, min_cost = (queries, keys), cost
+        cost = pairs * _cost_of_a_pair(queries * keys * numbers_per_pair)
+        if penalty * cost < min_cost:
+            best, min_cost = (queries, keys), penalty * cost
         if max(queries, keys) < 256:
-            return best
+            return best, min_cost
         queries, keys = (queries // 2, keys) if queries > keys else (queries // 2, keys // 2)
         penalty /= 0.97  # of two sizes that cost the same, the larger
 

@@ -13,15 +13,15 @@ import numpy as np
 
 from attnlib._autodiff.exponential import exp
 from attnlib._autodiff.leaves import TreeStructure, partial_in
-from attnlib._autodiff.matmul import pv_product
+from attnlib._autodiff.matmul import Form, pv_product, qk_product
 from attnlib._core import axes as _axes
 from attnlib._core.block_positions import OperandPositions
 from attnlib._core.nan_where import nan_where
 from attnlib._core.problem import AttentionProblem
-from attnlib._core.tile_kinds import FULL, PARTIAL, tile_kinds
+from attnlib._core.tile_kinds import PARTIAL
 from attnlib._engine import dropout as _dropout
 from attnlib._engine import softmax as _softmax
-from attnlib._engine.blockwise.plan import BlockwiseStrategy
+from attnlib._engine.blockwise.plan import BlockwiseStrategy, tile_starts
 from attnlib._engine.nonfinite import sanitize
 from attnlib._engine.softmax import SoftmaxState
 from attnlib.masks._base import Mask
@@ -114,6 +114,7 @@ class BlockwisePlan:
     heads: tuple[int, ...]  # (*batch, K, G)
     dropout_rate: float
     precision: Any
+    pairs_by_keys: bool = False  # whether the pairs of a tile lie in memory by keys; see `_autodiff/matmul.py`
 
     @classmethod
     def of(cls, problem: AttentionProblem, strategy: BlockwiseStrategy, arrays: TileArrays) -> BlockwisePlan:
@@ -125,18 +126,22 @@ class BlockwisePlan:
     def block_sizes(self) -> tuple[int, int]:
         return self.strategy.block_sizes
 
+    @property
+    def form(self) -> Form:
+        return Form(self.precision, self.pairs_by_keys)
+
     def schedule(self, arrays: TileArrays) -> list[tuple[bool, np.ndarray]]:
         """Up to two lists of tiles: (False, those without a mask), (True, those to apply the mask to).
 
         A list has a row for each tile: the indices along the batch axes and of the key head where the tiles have one
         each, the first query and the first key. Tiles that the mask empties are left out.
         """
-        kinds, _ = tile_kinds(arrays.mask, arrays.query_positions, arrays.key_positions, self.block_sizes)
         one_head = self.strategy.kind == "loop_over_heads"
         batch_and_head = np.argwhere(np.ones(self.heads[:-1])) if one_head else np.zeros((1, 0), int)
         lists = []
-        for kind in (FULL, PARTIAL):
-            tiles = np.argwhere(kinds == kind) * np.array(self.block_sizes)
+        for kind, tiles in tile_starts(
+            self.strategy, arrays.mask, arrays.query_positions, arrays.key_positions
+        ).items():
             rows = [np.repeat(batch_and_head, len(tiles), 0), np.tile(tiles, (len(batch_and_head), 1))]
             lists.append((kind == PARTIAL, np.hstack(rows).astype(np.int32)))
         return [(apply_mask, rows) for apply_mask, rows in lists if len(rows)]
@@ -167,15 +172,18 @@ class Tile:
 
     @property
     def has_all_keys(self) -> bool:
-        """Whether the plan has this one tile: its softmax needs neither a state nor an lse."""
-        return self.plan.strategy.kind == "dense"
+        """Whether the softmax of the tile's rows is that of the tile, so that it has no earlier state."""
+        return self.plan.strategy.has_key_spans or self.index.sizes[1] >= self.arrays.key_positions.length
 
     def terms(self) -> tuple[jax.Array, jax.Array]:
         """(logits, values). Masked logits are -inf; masked content cannot matter, NaN or not."""
         query, key, value, bias, score, modifiers, *_ = self.arrays
         if self.index.apply_mask:
             query, key, value, bad_queries, bad_keys = sanitize(query, key, value)
-        logits = score.block(query, key, self.plan.precision)
+        if score.is_inner_product:
+            logits = qk_product(self.plan.form, query, key)
+        else:
+            logits = score.block(query, key, self.plan.precision)
         if bias is not None:
             logits = logits + bias
         for modifier in modifiers:
@@ -203,7 +211,8 @@ class Tile:
         query, key = self.arrays.query_positions, self.arrays.key_positions
         rank = self.arrays.query.ndim
         mask = jnp.ones((1,) * rank, bool)
-        if query.length % self.index.sizes[0] or key.length % self.index.sizes[1]:  # the last tiles have padding
+        keys_have_padding = key.length % self.index.sizes[1] and not self.plan.strategy.has_key_spans
+        if query.length % self.index.sizes[0] or keys_have_padding:
             mask = _axes.split_heads(query.contains(self.query_positions) & key.contains(self.key_positions), 1, rank)
         if self.arrays.mask is None:
             return mask
@@ -220,7 +229,7 @@ class Tile:
         """The state of the tile's rows after its keys alone."""
         logits, value = self.terms()
         row_max, weights = _unnormalized(logits)
-        return SoftmaxState(row_max, jnp.sum(weights, -1), pv_product(self.plan.precision, self.drop(weights), value))
+        return SoftmaxState(row_max, jnp.sum(weights, -1), pv_product(self.plan.form, self.drop(weights), value))
 
     def unnormalized_softmax(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(weights before the division by their sum, what to divide by) of a tile that has all keys."""

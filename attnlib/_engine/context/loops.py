@@ -79,9 +79,9 @@ def attend(plan: ContextPlan, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
 
 
 def _rule(plan: ContextPlan, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> Any:
-    output, lse = attend(plan, leaves)
+    results = attend(plan, leaves)
     forward, transpose = HashablePartial(_tangent, (plan,)), HashablePartial(_transpose, (plan,))
-    return (output, lse), linear_tangent(forward, transpose, (*leaves, output, lse), perturbed, tangents)
+    return results, linear_tangent(forward, transpose, (*leaves, *results), perturbed, tangents, results)
 
 
 def _forward(plan: ContextPlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:

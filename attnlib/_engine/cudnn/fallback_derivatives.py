@@ -78,7 +78,7 @@ def _run(split: _SplitProblem, training: bool, *leaves: jax.Array) -> list[jax.A
 def _output_rule(split: _SplitProblem, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> Any:
     output = _output(split, True, leaves)
     forward, transpose = HashablePartial(_tangent, (split,)), HashablePartial(_transpose, (split,), exposes_jaxpr=True)
-    return [output], linear_tangent(forward, transpose, leaves, perturbed, tangents)
+    return [output], linear_tangent(forward, transpose, leaves, perturbed, tangents, [output])
 
 
 def _tangent(split: _SplitProblem, perturbed: tuple[int, ...], leaves: Leaves, tangents: Leaves) -> list[jax.Array]:
