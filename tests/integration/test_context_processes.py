@@ -45,8 +45,9 @@ def test_two_processes():
     processes = [start(SUPPORT / "two_processes.py", address, str(n)) for n in range(2)]
     for process, printed in zip(processes, finish(*processes), strict=True):
         assert process.returncode == 0 and "equal" in printed, printed
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", int(address.rpartition(":")[2])))  # the port is free again
+    host, _, port = address.rpartition(":")
+    with socket.socket() as caller:
+        assert caller.connect_ex((host, int(port))), "a process still listens"
 
 
 def temporaries(devices, length, *, order="contiguous", exchange="ring"):
