@@ -19,6 +19,7 @@ from attnlib._core.block_positions import BlockPositions
 from attnlib._core.context import Context, Layout
 from attnlib._core.operand_checks import check_operands
 from attnlib._core.pytree import register
+from attnlib._core.tile_kinds import TileKinds, TileRanges
 from attnlib._engine.context.exchange import take_parts
 from attnlib._engine.context.part import WholeOperands
 from attnlib.masks import Dense, Predicate
@@ -74,6 +75,12 @@ class _HeadsOfMask(Mask):
         if block.ndim < 3 or block.shape[-3] == 1:
             return block
         return jax.lax.dynamic_slice_in_dim(block, self.first, self.count, -3)
+
+    def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
+        return self.mask.classify_tiles(query, key)
+
+    def pad_to(self, query: BlockPositions, key: BlockPositions, sizes: tuple[int, int]) -> Mask:
+        return _HeadsOfMask(self.mask.pad_to(query, key, sizes), self.first, self.heads, self.count)
 
     def check(self, shapes: AttentionShape) -> None:
         self.mask.check(shapes._replace(heads=self.heads))
@@ -212,7 +219,10 @@ class _HeadExchange:
                 changed[name] = self._gathered(value, value.ndim - len(getattr(self.shapes, side)))
         copy: Mask = object.__new__(type(mask))
         vars(copy).update({**vars(mask), **changed})
-        if isinstance(mask, Predicate) or not type(mask).__module__.startswith("attnlib."):
+        if any(isinstance(part, Mask) for part in changed.values()):
+            return copy
+        # Arrays and functions may depend on the head.
+        if jax.tree.leaves(mask) or isinstance(mask, Predicate) or not type(mask).__module__.startswith("attnlib."):
             return _HeadsOfMask(copy, self.first, self.shapes.heads, self.count)
         return copy
 
