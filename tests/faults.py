@@ -109,9 +109,15 @@ FAULTS = [
     ),
     Fault(
         "in-turn-mask",  # heads in turn take the mask of other heads
-        "dynamic_slice_in_dim(block, index * size, ",
+        "dynamic_slice_in_dim(block, index * heads, ",
         "dynamic_slice_in_dim(block, index, ",
         ("test_cases.py values and grouped and mask and head]",),
+    ),
+    Fault(
+        "heads-of-a-tile",  # tiles with several heads overlap
+        "np.argwhere(np.ones(self.heads[:-1] // at_once)) * at_once",
+        "np.argwhere(np.ones(self.heads[:-1] // at_once))",
+        ("test_long_tiles.py heads",),
     ),
     Fault(
         "bias-gradient-last-tile",  # the gradient of a bias is that of its last tile
@@ -171,7 +177,7 @@ FAULTS = [
         "key-spans",  # the last tile of a window leaves the keys
         "first_key = np.minimum(spans[:, 0], key.length - keys)",
         "first_key = spans[:, 0]",
-        ("test_key_spans.py window",),
+        ("test_long_tiles.py window",),
     ),
     Fault(
         "pairs-by-keys",  # a product with pairs stored by keys has another sign
@@ -460,8 +466,8 @@ FAULTS = [
     ),
     Fault(
         "explain-memory",  # explain estimates no memory for tiles
-        "2 * rows_per_query(",
-        "0 * rows_per_query(",
+        "problem.value.size + 2 * pairs",
+        "problem.value.size + 0 * pairs",
         ("test_memory.py explain_estimates and tile",),
     ),
     Fault(
