@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from attnlib._api import attention
 from attnlib._core.array_types import Array
+from attnlib._core.axes import align_ranks
 from attnlib._core.suggestions import require_static
 from attnlib._modules.call import AttentionCall
 from attnlib.cache import KVCache
@@ -57,9 +58,10 @@ class MultiHeadCall(AttentionCall):
             cache = self._load_cache()
             options["attend"] = functools.partial(self._decode, cache, lengths)
             if cache is not None:
-                (axis,) = module_axes(self.attention_axes, query).attention
-                new = jnp.arange(query.shape[axis], dtype=jnp.int32)
-                options["query_positions"] = cache.length[..., None] + new if cache.length.ndim else cache.length + new
+                (axis,) = module_axes(self.attention_axes, query.ndim).attention
+                start = cache.length[..., None] if cache.length.ndim else cache.length
+                start, new = align_ranks(start, jnp.arange(query.shape[axis], dtype=jnp.int32))
+                options["query_positions"] = start + new
         elif lengths is not None:
             raise ValueError("lengths counts the tokens that decode=True appends to a cache; this call has none.")
         if options.get("logits_soft_cap") is None:
@@ -88,7 +90,7 @@ class MultiHeadCall(AttentionCall):
             )
         if any(options.get(name) is not None for name in ("query_positions", "key_positions")):
             raise ValueError("decode=True takes no positions: the cache determines the positions of its tokens.")
-        axes = module_axes(self.attention_axes, query)
+        axes = module_axes(self.attention_axes, query.ndim)
         if len(axes.attention) != 1:
             raise ValueError(f"decode=True needs one attention axis; there are {len(axes.attention)}.")
 

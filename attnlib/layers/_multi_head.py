@@ -211,7 +211,7 @@ def apply_multi_head(
     set_key_positions(options, key)
     key, value = default_operands(query, key, value)
     _check_params(params, normalize_qk, options.get("sink"))
-    axes = module_axes(attention_axes, query)
+    axes = module_axes(attention_axes, query.ndim)
     mask = combine_masks(options.get("mask"), query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
     options["mask"] = mask
     query, key, value, params = promote_dtypes(query, key, value, params, dtype)
