@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape, align_ranks, broadcasts
 from attnlib._core.sizes import is_static
 from attnlib._core.suggestions import require_static, require_static_flag
+
+T = TypeVar("T")
 
 # Each kind of array: its name in errors, its dtypes, and the dtype that a remedy converts to.
 _KINDS: dict[str, tuple[str, tuple[Any, ...], str]] = {
@@ -206,16 +208,17 @@ def check_positions(array: Any, name: str, batch: tuple[int, ...], positions: tu
         )
 
 
-def per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """The values of the attention axes: a tuple as it is, an int repeated."""
+def per_axis(value: T | tuple[T, ...], axes: int) -> tuple[T, ...]:
+    """The values of the attention axes: a tuple as it is, an int or a text repeated."""
     return value if isinstance(value, tuple) else (value,) * axes
 
 
-def check_per_axis(value: int | tuple[int, ...], name: str, shapes: AttentionShape) -> None:
+def check_per_axis(value: Any, name: str, shapes: AttentionShape) -> None:
     """Raises ValueError unless a tuple has one value for each attention axis."""
     axes = len(shapes.key)
     if isinstance(value, tuple) and len(value) != axes:
-        raise ValueError(f"{name} must be an int or one int for each of the {axes} attention axes; got {value}.")
+        kind = "a string or one string" if isinstance(value[0], str) else "an int or one int"
+        raise ValueError(f"{name} must be {kind} for each of the {axes} attention axes; got {value}.")
 
 
 def expand_per_batch(value: int | Array) -> int | Array:

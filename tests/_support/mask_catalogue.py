@@ -125,8 +125,8 @@ def sliding_window(pairs, left, right):
     return (pairs.query - left <= pairs.key) & (pairs.key <= pairs.query + right)
 
 
-def neighborhood(pairs, size, dilation=1, border="shift"):
-    near = oracle.neighborhood(pairs.query_axes, pairs.key_axes, size, dilation, border == "clip")
+def neighborhood(pairs, size, dilation=1, border="shift", stride=1):
+    near = oracle.neighborhood(pairs.query_axes, pairs.key_axes, size, dilation, border, stride)
     return near.reshape(pairs.query.size, pairs.key.size)
 
 
@@ -193,6 +193,19 @@ GRID_REAL = draw(*GRID_KEY, seed=1)
 
 def zeros(*shape, dtype=bool):
     return np.zeros(shape, dtype)
+
+
+def random_neighborhood(of):
+    """The stride is at most the size: a size for each axis, from the stride on."""
+    small = st.integers(1, 6)
+
+    def more_than(stride):
+        size = st.tuples(*[st.integers(s, 7) for s in stride]) if isinstance(stride, tuple) else st.integers(stride, 7)
+        return st.fixed_dictionaries(dict(size=size, stride=st.just(stride), dilation=of.each, border=border))
+
+    each = st.sampled_from(("shift", "clip"))
+    border = each | st.tuples(*[each] * of.axes)
+    return (small | st.tuples(*[small] * of.axes)).flatmap(more_than)
 
 
 def random_segments(of):
@@ -265,27 +278,44 @@ ROWS = [
     ),
     MaskKind(
         masks.Neighborhood, neighborhood,
-        random=lambda of: dict(size=of.each, dilation=of.each, border=st.sampled_from(("shift", "clip"))),
+        random=random_neighborhood,
         examples={
             "neighborhood, clipped and dilated": dict(size=3, dilation=2, border="clip"),
             "neighborhood": dict(size=3),
+            "neighborhood, strided": dict(size=4, stride=3),
+            "neighborhood, strided, dilated and clipped": dict(size=3, dilation=2, border="clip", stride=2),
         },
-        grid_examples={"neighborhood": dict(size=(1, 2)), "neighborhood of one size": dict(size=2, border="clip")},
-        exact=[dict(size=7)],
+        grid_examples={
+            "neighborhood": dict(size=(1, 2)),
+            "neighborhood of one size": dict(size=2, border="clip"),
+            "neighborhood, borders and strides": dict(size=(3, 2), border=("clip", "shift"), stride=(1, 2)),
+        },
+        exact=[dict(size=7), dict(size=9, stride=4), dict(size=8, stride=8)],
         cases=[
             Case("neighborhood", **VALUES, **SQUARE, mask=lambda draw: masks.Neighborhood(3)),
             Case("neighborhood, clipped and dilated", **VALUES, **SQUARE,
                  mask=lambda draw: masks.Neighborhood(3, 2, "clip")),
+            Case("neighborhood, strided", **VALUES, **SQUARE, mask=lambda draw: masks.Neighborhood(4, stride=3)),
         ],
         refused_when_made=[
             wrong("neighborhood 0", ValueError, "Neighborhood size must be an int >= 1", size=0),
             wrong("neighborhood None", TypeError, "Neighborhood size must be an int", size=None),
             wrong("dilation 0", ValueError, "Neighborhood dilation must be an int >= 1", size=3, dilation=(1, 0)),
-            wrong("border", ValueError, 'border must be "shift" or "clip"; got \'wrap\'', size=3, border="wrap"),
+            wrong("stride 0", ValueError, "Neighborhood stride must be an int >= 1", size=3, stride=0),
+            wrong("stride above size", ValueError, "stride must be at most size", "stride=4 and size=3", size=3,
+                  stride=4),
+            wrong("stride above one size", ValueError, "at most size", "stride=2 and size=(3, 1)", size=(3, 1),
+                  stride=2),
+            wrong("borders", ValueError, "one of these for each axis", size=3, border=("shift", "wrap")),
+            wrong("no border", ValueError, "one of these for each axis", size=3, border=None),
+            wrong("border", ValueError, 'border must be "shift" or "clip"', "got 'wrap'", size=3, border="wrap"),
         ],
         refused_in_calls=[
             wrong("neighborhood sizes", ValueError, "Neighborhood size", "1 attention axes", size=(3, 3)),
             wrong("dilations", ValueError, "Neighborhood dilation", size=3, dilation=(1, 2)),
+            wrong("strides", ValueError, "Neighborhood stride", size=3, stride=(1, 2)),
+            wrong("borders of axes", ValueError, "Neighborhood border must be a string", "1 attention axes", size=3,
+                  border=("clip", "shift")),
         ],
     ),
     MaskKind(
