@@ -217,7 +217,7 @@ def check_per_axis(value: Any, name: str, shapes: AttentionShape) -> None:
     """Raises ValueError unless a tuple has one value for each attention axis."""
     axes = len(shapes.key)
     if isinstance(value, tuple) and len(value) != axes:
-        kind = "a string or one string" if isinstance(value[0], str) else "an int or one int"
+        kind = "a string or one string" if value and isinstance(value[0], str) else "an int or one int"
         raise ValueError(f"{name} must be {kind} for each of the {axes} attention axes; got {value}.")
 
 

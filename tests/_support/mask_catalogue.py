@@ -165,6 +165,23 @@ def segments(pairs, query_ids, key_ids=None, padding_id=None):
     return same if padding_id is None else same & (pairs.of_query(query) != np.int64(padding_id))
 
 
+def registers(pairs, keys, mask=None, *, queries=None, grid=None):
+    """The mask over the other positions, with rows and columns of registers before it."""
+    counts = keys if queries is None else queries, keys
+    later = [max(side.size - count, 0) for side, count in zip((pairs.query, pairs.key), counts, strict=True)]
+    if mask is None:
+        return np.bool_(True)
+    shapes = ([length] if grid is None else pairs_of(grid) for length in later)
+    inner = np.asarray(attends(mask if isinstance(mask, masks.Mask) else masks.Dense(mask), Pairs(*shapes)))
+    inner = np.broadcast_to(inner, np.broadcast_shapes(inner.shape, later))
+    padding = [(0, 0)] * (inner.ndim - 2) + [(pairs.query.size - later[0], 0), (pairs.key.size - later[1], 0)]
+    return np.pad(inner, padding, constant_values=True)
+
+
+def pairs_of(grid):
+    return grid if isinstance(grid, tuple) else (grid,)
+
+
 def predicate(pairs, fn):
     return np.asarray(fn(*(side[0] if len(side) == 1 else side for side in zip(*pairs.along, strict=True))))
 
@@ -206,6 +223,24 @@ def random_neighborhood(of):
     each = st.sampled_from(("shift", "clip"))
     border = each | st.tuples(*[each] * of.axes)
     return (small | st.tuples(*[small] * of.axes)).flatmap(more_than)
+
+
+def random_registers(of):
+    """Over one axis only; the mask is one of its positions or an array."""
+    if of.axes > 1:
+        return st.nothing()
+    (queries,), (keys,) = of.sizes.query, of.sizes.key
+
+    def with_mask(counts):
+        mask = st.none() | st.builds(masks.Causal, st.integers(-of.far, of.far)) | st.builds(
+            masks.SlidingWindow, of.reach, of.reach
+        )  # fmt: skip
+        if counts[0] < queries and counts[1] < keys and not of.concrete:
+            later = queries - counts[0], keys - counts[1]
+            mask |= st.integers(0, 99).map(lambda seed: masks.Dense(draw(*later, seed=seed)))
+        return st.fixed_dictionaries(dict(keys=st.just(counts[1]), queries=st.just(counts[0]), mask=mask))
+
+    return st.tuples(st.integers(0, queries + 1), st.integers(0, keys + 1)).flatmap(with_mask)
 
 
 def random_segments(of):
@@ -457,6 +492,44 @@ ROWS = [
             wrong("segments without key ids", ValueError, "Segments needs key_ids", query_ids=np.ones((2, 5), int)),
             wrong("segments of other length", ValueError, "Segments key_ids", "(2, 6)",
                   query_ids=np.ones((2, 5), int), key_ids=np.ones((2, 6), int)),
+        ],
+    ),
+    MaskKind(
+        masks.Registers, registers,
+        random=random_registers,
+        examples={
+            "registers before a window": dict(keys=2, mask=masks.SlidingWindow(1, 0), queries=1, grid=None),
+            "registers": dict(keys=3),
+            "registers before causal": dict(keys=2, mask=masks.Causal()),
+            "keys without queries": dict(keys=3, mask=masks.Causal(), queries=0),
+            "queries without keys": dict(keys=0, mask=masks.Causal(-1), queries=2),
+            "no register": dict(keys=0, mask=masks.SlidingWindow(1, 1)),
+            "registers alone": dict(keys=9, mask=masks.Causal()),
+            "registers before padding": dict(keys=1, mask=masks.KeyPadding(REAL[1:]) & masks.Causal(2)),
+            "registers before an array": dict(keys=2, mask=draw(4, 5, seed=3), queries=1),
+            "registers before ids": dict(keys=2, mask=masks.Segments(QUERY_IDS[2:], IDS[2:])),
+            "registers before registers": dict(keys=1, mask=masks.Registers(2, masks.Causal(), queries=0)),
+        },
+        exact=[dict(keys=3, mask=masks.SlidingWindow(5, 2)), dict(keys=8, mask=masks.Causal(), queries=0)],
+        cases=[
+            Case("registers before a window", **VALUES,
+                 mask=lambda draw: masks.Registers(2, masks.SlidingWindow(1, 0))),
+            Case("registers before a grid", **VALUES, **SQUARE,
+                 mask=lambda draw: masks.Registers(1, masks.Neighborhood((1, 2)), grid=(2, 3))),
+            Case("registers before an array", **VALUES,
+                 mask=lambda draw: masks.Registers(2, draw.bools(2, 1, 4, 5), queries=1)),
+        ],
+        refused_when_made=[
+            wrong("registers a float", TypeError, "Registers keys must be an int >= 0", keys=1.5),
+            wrong("registers below 0", ValueError, "Registers queries must be an int >= 0", keys=1, queries=-1),
+            wrong("registers before numbers", TypeError, "must be a bool array", keys=1, mask=np.ones((4, 6))),
+            wrong("registers before a name", TypeError, "mask must be a bool array or a Mask", keys=1, mask="causal"),
+            wrong("grid of nothing", ValueError, "Registers grid must be an int >= 1", keys=1, grid=(0, 3)),
+        ],
+        refused_in_calls=[
+            wrong("registers before another grid", ValueError, "need 7 queries and 7 keys", "got 5 and 7", keys=1,
+                  grid=(2, 3)),
+            wrong("registers before another array", ValueError, "mask must broadcast", keys=1, mask=zeros(5, 7)),
         ],
     ),
     MaskKind(
