@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from attention_case import SQUARE, VALUES, WHOLE, Case
+from attention_case import GROUPED, SQUARE, VALUES, WHOLE, Case
 from hypothesis import strategies as st
 from refusals import Wrong, wrong
 
@@ -48,6 +48,11 @@ class Pairs:
         """A whole number `()` or `(*batch,)` against `(*batch, N, T, S)`."""
         value = np.asarray(value).astype(np.int64)
         return value[..., None, None, None] if value.ndim else value
+
+    def of_head(self, value):
+        """A whole number `()` or `(N,)` against `(*batch, N, T, S)`."""
+        value = np.asarray(value).astype(np.int64)
+        return value[:, None, None] if value.ndim else value
 
     def of_query(self, array):
         """An array `(*batch, *query axes)` against `(*batch, N, T, S)`."""
@@ -121,7 +126,7 @@ def causal(pairs, offset=0, axis=None):
 
 
 def sliding_window(pairs, left, right):
-    left, right = (math.inf if side is None else side for side in (left, right))
+    left, right = (math.inf if side is None else pairs.of_head(side) for side in (left, right))
     return (pairs.query - left <= pairs.key) & (pairs.key <= pairs.query + right)
 
 
@@ -292,23 +297,35 @@ ROWS = [
     ),
     MaskKind(
         masks.SlidingWindow, sliding_window,
-        random=lambda of: dict(left=of.reach, right=of.reach),
+        random=lambda of: dict(left=of.reach | of.of_heads, right=of.reach | of.of_heads),
         examples={
             "window": dict(left=2, right=1),
             "window of one": dict(left=0, right=0),
             "window open on the left": dict(left=None, right=1),
             "window open on the right": dict(left=1, right=None),
             "window open": dict(left=None, right=None),
+            "window, traced": dict(left=jnp.int32(2), right=np.array(1, np.uint8)),
+            "window of nothing, traced": dict(left=jnp.int32(-1), right=jnp.int32(0)),
         },
         grid_examples={"window": dict(left=2, right=1)},
         exact=[dict(left=7, right=2)],
         cases=[
             Case("sliding window", **VALUES, mask=lambda draw: masks.SlidingWindow(2, 1)),
+            Case("sliding windows a head", **VALUES,
+                 mask=lambda draw: masks.SlidingWindow(draw.integers(-1, 4, 3), jnp.array([1, 0, -1]))),
+            Case("sliding windows a head, grouped", **GROUPED, **VALUES,
+                 mask=lambda draw: masks.SlidingWindow(draw.integers(0, 4, 6), 2)),
             Case("sliding window, one side open", **VALUES, mask=lambda draw: masks.SlidingWindow(None, 1)),
         ],
         refused_when_made=[
             wrong("window negative", ValueError, "SlidingWindow left must be an int >= 0 or None", left=-1, right=0),
+            wrong("window an array of floats", TypeError, "SlidingWindow left must be an int or an integer array",
+                  left=np.ones(4), right=0),
             wrong("window a float", TypeError, "SlidingWindow right must be an int >= 0 or None", left=1, right=1.5),
+        ],
+        refused_in_calls=[
+            wrong("windows of other heads", ValueError, "each of the 4 query heads", "(3,)", left=np.ones(3, int),
+                  right=0),
         ],
     ),
     MaskKind(
