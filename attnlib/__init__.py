@@ -1,6 +1,6 @@
 """attnlib: attention for JAX, any score, any mask, any axes, in one engine."""
 
-from attnlib import convert, inspect, masks, modifiers, positions, scores
+from attnlib import convert, inspect, masks, modifiers, nnx, positions, scores
 from attnlib._api import Explanation, additive_attention, attention, dot_product_attention, explain, merge_attention
 from attnlib._attention_fn import attention_fn
 from attnlib.cache import KVCache
@@ -36,6 +36,7 @@ __all__ = [
     "merge_attention",
     "modifiers",
     "multi_head_attention",
+    "nnx",
     "parameter_penalty",
     "positions",
     "regularization_loss",

@@ -23,7 +23,8 @@ LEVELS = [
     {"_engine"},  # how to compute it
     {"_api", "implementations"},  # the public functions
     {"layers", "cache", "inspect", "_attention_fn", "plot", "regularization"},
-    {"linen", "convert"},
+    {"_modules"},  # the calls of the modules, without what stores parameters
+    {"linen", "nnx", "convert"},
     {"__init__"},
     {"demo"},  # a user of the public names
 ]
@@ -177,7 +178,8 @@ def test_annotations_hold_at_run_time():
         import warnings
         warnings.simplefilter("ignore")  # beartype's, about annotations of others
         from jaxtyping import install_import_hook
-        public = ["_api", "cache", "inspect", "masks", "positions", "scores", "layers", "linen", "regularization"]
+        public = ["_api", "cache", "inspect", "masks", "positions", "scores", "regularization"]
+        public += ["layers", "linen", "nnx"]
         with install_import_hook([f"attnlib.{name}" for name in public], "beartype.beartype"):
             import attnlib
         import jax, jax.numpy as jnp, numpy as np
@@ -203,6 +205,10 @@ def test_annotations_hold_at_run_time():
         attnlib.multi_head_attention(params, query[:, :, 0], key_mask=np.ones((2, 5), bool))
         layer = attnlib.MultiHeadAttention(num_heads=2, output_shape=(2, 3))
         layer.init_with_output(jax.random.key(0), query[:, :, 0], sow_weights=True)
+        rngs = attnlib.nnx._base.nnx.Rngs(0)
+        table = attnlib.nnx.RelativePositionBias((4,), 2, rngs=rngs)
+        layer = attnlib.nnx.MultiHeadAttention(2, 8, score_mod=table, dropout_rate=0.5, rngs=rngs)
+        layer(query[:, :, 0], deterministic=False, rngs=rngs), layer.init_cache([2, 5, 8])
         attnlib.AdditiveAttention().init_with_output(jax.random.key(0), query[:, :, 0], key[:, :, 0])
 
         try:
