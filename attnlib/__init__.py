@@ -1,5 +1,8 @@
 """attnlib: attention for JAX, any score, any mask, any axes, in one engine."""
 
+import importlib
+import typing
+
 from attnlib import convert, inspect, masks, modifiers, positions, scores
 from attnlib._api import Explanation, additive_attention, attention, dot_product_attention, explain, merge_attention
 from attnlib._attention_fn import attention_fn
@@ -14,6 +17,9 @@ from attnlib.linen import (
     RelativePositionBias,
 )
 from attnlib.regularization import apply_constraints, constrain, parameter_penalty, regularization_loss
+
+if typing.TYPE_CHECKING:
+    from attnlib import nnx
 
 __all__ = [
     "AdditiveAttention",
@@ -38,9 +44,16 @@ __all__ = [
     "merge_attention",
     "modifiers",
     "multi_head_attention",
+    "nnx",
     "parameter_penalty",
     "positions",
     "regularization_loss",
     "scores",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name == "nnx":  # imported where it is used, since flax.nnx takes a quarter of the time of all imports
+        return importlib.import_module("attnlib.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

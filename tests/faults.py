@@ -109,9 +109,15 @@ FAULTS = [
     ),
     Fault(
         "in-turn-mask",  # heads in turn take the mask of other heads
-        "dynamic_slice_in_dim(block, index * size, ",
+        "dynamic_slice_in_dim(block, index * heads, ",
         "dynamic_slice_in_dim(block, index, ",
         ("test_cases.py values and grouped and mask and head]",),
+    ),
+    Fault(
+        "heads-of-a-tile",  # tiles with several heads overlap
+        "np.argwhere(np.ones(self.heads[:-1] // at_once)) * at_once",
+        "np.argwhere(np.ones(self.heads[:-1] // at_once))",
+        ("test_long_tiles.py heads",),
     ),
     Fault(
         "bias-gradient-last-tile",  # the gradient of a bias is that of its last tile
@@ -171,7 +177,7 @@ FAULTS = [
         "key-spans",  # the last tile of a window leaves the keys
         "first_key = np.minimum(spans[:, 0], key.length - keys)",
         "first_key = spans[:, 0]",
-        ("test_key_spans.py window",),
+        ("test_long_tiles.py window",),
     ),
     Fault(
         "pairs-by-keys",  # a product with pairs stored by keys has another sign
@@ -298,9 +304,21 @@ FAULTS = [
     ),
     Fault(
         "neighborhood-border",  # Neighborhood does not shift at the far border
-        "first = numpy.maximum(numpy.minimum(first, group - size), 0)",
-        "first = numpy.maximum(first, 0)",
+        "numpy.maximum(numpy.minimum(first, group - self.size), 0)",
+        "numpy.maximum(first, 0)",
         ("test_masks.py natten",),
+    ),
+    Fault(
+        "neighborhood-stride",  # queries of a stride share the window of an earlier query
+        "self.stride + self.stride // 2",
+        "self.stride + self.stride // 3",
+        ("test_sparse_shapes.py stride_is_that_of_natten",),
+    ),
+    Fault(
+        "registers-tiles",  # a tile with one register is taken to be full
+        "kinds = np.where(side.last < count, FULL, kinds)",
+        "kinds = np.where(side.first < count, FULL, kinds)",
+        ("test_registers.py grid_follows",),
     ),
     Fault(
         "positions-padding",  # padding among explicit positions attends
@@ -360,9 +378,21 @@ FAULTS = [
     ),
     Fault(
         "ring-slot",  # a ring writes to the next slot
-        "start = length if self.window is None else length % capacity",
-        "start = length if self.window is None else (length + 1) % capacity",
+        "start = length if cache.window is None else length % capacity",
+        "start = length if cache.window is None else (length + 1) % capacity",
         ("test_cache.py one_by_one",),
+    ),
+    Fault(
+        "truncate-overflow",  # tokens that others have overwritten become valid again
+        "(cache.length > cache.capacity) & (lengths > 0)",
+        "(cache.length > cache.capacity) & (lengths > cache.capacity)",
+        ("test_cache_edits.py beyond_the_capacity_stay",),
+    ),
+    Fault(
+        "nnx-draws",  # NNX draws the norms after the output projection
+        '"value", "query_norm", "key_norm", "out"',
+        '"value", "out", "query_norm", "key_norm"',
+        ("test_nnx.py seeds_give",),
     ),
     Fault(
         "cache-window",  # the window of a cache sees one more token
@@ -460,8 +490,8 @@ FAULTS = [
     ),
     Fault(
         "explain-memory",  # explain estimates no memory for tiles
-        "2 * rows_per_query(",
-        "0 * rows_per_query(",
+        "problem.value.size + 2 * pairs",
+        "problem.value.size + 0 * pairs",
         ("test_memory.py explain_estimates and tile",),
     ),
     Fault(

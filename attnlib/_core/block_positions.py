@@ -48,6 +48,11 @@ class BlockPositions:
     def length(self) -> int:
         return self.total if self.size is None else self.size
 
+    @property
+    def is_all(self) -> bool:
+        """Whether these are all positions, in order."""
+        return self.length == self.total
+
     @cached_property
     def position(self) -> jax.Array:
         """Flat positions, by default in row-major order; explicit ones of a batch are `(*batch, 1, T, 1)`."""
@@ -78,7 +83,7 @@ class BlockPositions:
         """
         batch = array.shape[: array.ndim - len(self.shape)]
         entries = jnp.asarray(array).reshape(*batch, self.total)
-        if self.length != self.total:
+        if not self.is_all:
             entries = jnp.take(entries, self.array_index.reshape(-1), axis=-1, mode="clip")
         entries = entries[..., None] if self.side == "query" else entries[..., None, :]
         return entries[..., None, :, :] if batch else entries  # batch entries get a head axis of one
@@ -88,6 +93,36 @@ class BlockPositions:
         if array.shape[axis] == 1 or self.length == array.shape[axis]:
             return array
         return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)
+
+    def after(self, count: int, shape: tuple[int, ...]) -> BlockPositions:
+        """These positions, counted from position `count` on along axes of lengths `shape`; earlier ones are below 0."""
+        return _LaterPositions(shape, self.side, size=self.length, every=self, count=count)
+
+
+@dataclass(frozen=True)
+class _LaterPositions(BlockPositions):
+    """The positions `every` without the first `count`."""
+
+    every: BlockPositions = dataclasses.field(kw_only=True)
+    count: int = dataclasses.field(kw_only=True)
+
+    @property
+    def is_all(self) -> bool:
+        return False
+
+    @cached_property
+    def position(self) -> jax.Array:
+        return self.every.position - self.count
+
+    @cached_property
+    def array_index(self) -> jax.Array:
+        return self.every.array_index - self.count
+
+    def cut(self, array: jax.Array, axis: int) -> jax.Array:
+        """The entries of a flattened axis at these positions; positions before the first return the first entry."""
+        if array.shape[axis] == 1:
+            return array
+        return jnp.take(array, self.array_index.reshape(-1), axis=axis, mode="clip")
 
 
 @register

@@ -136,8 +136,8 @@ class _Static:
         return ", ".join(f"{name}={value!r}" for name, value in self.plain)
 
 
-class _SignatureOfInit:
-    """The signature of `__init__`, in place of that of `Pytree.__new__`."""
+class SignatureOfInit:
+    """The signature of `__init__`, in place of that of `Pytree.__new__` or of a metaclass."""
 
     def __get__(self, instance: Any, owner: type) -> inspect.Signature:
         if instance is not None:
@@ -157,7 +157,7 @@ class Pytree:
     """
 
     static_types: ClassVar[tuple[type, ...]] = ()  # further types of static values
-    __signature__: ClassVar[Any] = _SignatureOfInit()
+    __signature__: ClassVar[Any] = SignatureOfInit()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Not in `__init_subclass__`, which runs before the decorators that may register the class with JAX.

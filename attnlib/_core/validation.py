@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape, align_ranks, broadcasts
 from attnlib._core.sizes import is_static
 from attnlib._core.suggestions import require_static, require_static_flag
+
+T = TypeVar("T")
 
 # Each kind of array: its name in errors, its dtypes, and the dtype that a remedy converts to.
 _KINDS: dict[str, tuple[str, tuple[Any, ...], str]] = {
@@ -196,6 +198,14 @@ def check_per_batch(value: Any, name: str, shapes: AttentionShape) -> None:
         raise ValueError(f"{name} must be () or one integer for each batch index {shapes.batch}; got shape {shape}.")
 
 
+def check_per_head(value: Any, name: str, shapes: AttentionShape) -> None:
+    """Raises ValueError unless a number is `()` or one for each query head."""
+    if value is not None and np.shape(value) not in ((), (shapes.heads,)):
+        raise ValueError(
+            f"{name} must be () or one integer for each of the {shapes.heads} query heads; got shape {np.shape(value)}."
+        )
+
+
 def check_positions(array: Any, name: str, batch: tuple[int, ...], positions: tuple[int, ...], side: str) -> None:
     """Raises ValueError unless an array of one entry a position is `(*batch, *axes)` or `(*axes,)`."""
     shape = tuple(array.shape)
@@ -206,27 +216,40 @@ def check_positions(array: Any, name: str, batch: tuple[int, ...], positions: tu
         )
 
 
-def per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """The values of the attention axes: a tuple as it is, an int repeated."""
+def per_axis(value: T | tuple[T, ...], axes: int) -> tuple[T, ...]:
+    """The values of the attention axes: a tuple as it is, an int or a text repeated."""
     return value if isinstance(value, tuple) else (value,) * axes
 
 
-def check_per_axis(value: int | tuple[int, ...], name: str, shapes: AttentionShape) -> None:
+def check_per_axis(value: Any, name: str, shapes: AttentionShape) -> None:
     """Raises ValueError unless a tuple has one value for each attention axis."""
     axes = len(shapes.key)
     if isinstance(value, tuple) and len(value) != axes:
-        raise ValueError(f"{name} must be an int or one int for each of the {axes} attention axes; got {value}.")
+        kind = "a string or one string" if value and isinstance(value[0], str) else "an int or one int"
+        raise ValueError(f"{name} must be {kind} for each of the {axes} attention axes; got {value}.")
 
 
 def expand_per_batch(value: int | Array) -> int | Array:
     """A value for each batch index as int32, broadcastable to a block `(*batch, N, T, S)`. An int stays."""
     if isinstance(value, int):
         return value
-    value, int32 = jnp.asarray(value), jnp.iinfo(jnp.int32)
-    limits = jnp.iinfo(value.dtype)
-    # A length beyond int32 means "no limit", so it is clipped and does not wrap around.
-    value = jnp.clip(value, max(int32.min, limits.min), min(int32.max, limits.max)).astype(jnp.int32)
+    value = _as_int32(value, jnp.iinfo(jnp.int32).min)
     return value[..., None, None, None] if value.ndim else value
+
+
+def expand_per_head(value: int | Array) -> int | Array:
+    """A value for each query head as int32, broadcastable to a block `(*batch, N, T, S)`. An int stays."""
+    if isinstance(value, int):
+        return value
+    value = _as_int32(value, -jnp.iinfo(jnp.int32).max)  # so that it has a negative
+    return value[..., None, None] if value.ndim else value
+
+
+def _as_int32(value: Array, least: int) -> jax.Array:
+    """The numbers as int32. One beyond int32 means "no limit", so it is clipped and does not wrap around."""
+    value = jnp.asarray(value)
+    limits = jnp.iinfo(value.dtype)
+    return jnp.clip(value, max(least, limits.min), min(jnp.iinfo(jnp.int32).max, limits.max)).astype(jnp.int32)
 
 
 def saturating_add(index: jax.Array, by: int | Array) -> jax.Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Unpack
 
 import jax
@@ -20,10 +19,11 @@ from attnlib._core.operand_checks import compute_dtype, is_concrete
 from attnlib._core.options import CacheOptions, takes_options
 from attnlib._core.pytree import register, serializable
 from attnlib._core.sizes import decide, is_static
-from attnlib._core.validation import check_array, check_bool, check_int, check_ints
+from attnlib._core.validation import check_bool, check_int, check_ints
 from attnlib.cache import _storage
+from attnlib.cache._edits import selected_sequences, shorter_length, write
 from attnlib.cache._storage import StoredKeyValue
-from attnlib.cache._tokens import canonical_tokens, common_token_count, new_positions
+from attnlib.cache._tokens import canonical_tokens, common_token_count, new_positions, valid_token_count
 from attnlib.masks import Mask, SlidingWindow
 from attnlib.masks._arrays import as_mask
 from attnlib.scores import Dot, Score
@@ -162,9 +162,9 @@ class KVCache:
         [3, 1]
         """
         key, value = self._check_tokens(key, "key", attention_axes), self._check_tokens(value, "value", attention_axes)
-        num_valid = self._num_valid(lengths, common_token_count(key=key, value=value))
+        num_valid = valid_token_count(self, lengths, common_token_count(key=key, value=value))
         self._check_capacity(num_valid, key.shape[-3])
-        return self._write(_storage.quantize_like(key, value, self._arrays), num_valid)
+        return write(self, _storage.quantize_like(key, value, self._arrays), num_valid)
 
     @_takes_options
     def attend(
@@ -215,7 +215,7 @@ class KVCache:
                 f"has a window; got {num_new}. The cache has overwritten keys of the oldest queries: use decode, or "
                 "create the cache with a larger capacity."
             )
-        num_valid = self._num_valid(lengths, num_new)
+        num_valid = valid_token_count(self, lengths, num_new)
         query_positions = new_positions(self.length - num_valid, num_valid, num_new)
         return self._attention(
             query, self._arrays, axis, mask, query_positions=query_positions, key_positions=self._key_positions(),
@@ -266,10 +266,10 @@ class KVCache:
         key, value = self._check_tokens(key, "key", attention_axes), self._check_tokens(value, "value", attention_axes)
         query, axis = canonical_tokens(query, "query", self.key.ndim, attention_axes)
         num_new = common_token_count(query=query, key=key, value=value)
-        num_valid = self._num_valid(lengths, num_new)
+        num_valid = valid_token_count(self, lengths, num_new)
         self._check_capacity(num_valid, num_new)
         new_tokens = _storage.quantize_like(key, value, self._arrays)
-        cache = self._write(new_tokens, num_valid)
+        cache = write(self, new_tokens, num_valid)
         query_positions = new_positions(self.length, num_valid, num_new)
         if self._retains_visible(num_new):
             storage, key_positions = cache._arrays, cache._key_positions()
@@ -282,6 +282,45 @@ class KVCache:
             is_causal=is_causal, **options,
         )  # fmt: skip
         return results, cache
+
+    def truncate(self, lengths: int | Array) -> KVCache:
+        """The cache without the tokens after the first `lengths`, for speculative decoding and finished sequences.
+
+        Nothing is copied: the content of empty slots does not matter.
+
+        Args:
+          lengths: an int or ints `()`, or `(*batch)` if ragged: how many tokens stay, at least 0. A sequence with fewer
+            tokens stays as it is, and one beyond the capacity gives NaN until lengths is 0.
+
+        Raises:
+          ValueError, TypeError: an argument does not fit, or the cache has a window.
+
+        >>> import jax.numpy as jnp, attnlib
+        >>> cache = attnlib.KVCache.create((2,), 6, num_kv_heads=1, key_dim=4)
+        >>> cache = cache.append(jnp.ones((2, 5, 1, 4)), jnp.ones((2, 5, 1, 4)))
+        >>> int(cache.truncate(3).length)
+        3
+        """
+        return dataclasses.replace(self, length=shorter_length(self, lengths))
+
+    def select(self, indices: Array) -> KVCache:
+        """The cache of some sequences, for beam search and continuous batching.
+
+        Args:
+          indices: ints `(n,)`, the sequences by their index along the first batch axis, in any order, also repeatedly.
+            The first batch axis of the result has n sequences. An index beyond the batch gives NaN if it is traced.
+
+        Raises:
+          ValueError, TypeError: an index is not in 0..batch - 1, or an argument does not fit.
+
+        >>> import jax.numpy as jnp, attnlib
+        >>> cache = attnlib.KVCache.create((2,), 6, num_kv_heads=1, key_dim=4, ragged=True)
+        >>> cache = cache.append(jnp.ones((2, 3, 1, 4)), jnp.ones((2, 3, 1, 4)), jnp.array([3, 1]))
+        >>> cache.select(jnp.array([1, 1, 0])).length.tolist()
+        [1, 1, 3]
+        """
+        storage, length = selected_sequences(self, indices)
+        return dataclasses.replace(self, **storage._asdict(), length=length)
 
     # In the methods below, the token axis of every array is -3.
 
@@ -341,23 +380,6 @@ class KVCache:
             )
         return array
 
-    def _num_valid(self, lengths: Any, num_new: int) -> int | jax.Array:
-        """The number of new tokens that are real: an int, or ints `(*batch)`."""
-        if lengths is None:
-            return num_new
-        check_array(lengths, "lengths", kind="integer")
-        if self.length.shape != self.batch_shape:
-            raise ValueError("lengths needs a cache with a length for each sequence: create it with ragged=True.")
-        if lengths.shape != self.batch_shape:
-            raise ValueError(f"lengths must have shape (*batch) = {self.batch_shape}; got {lengths.shape}.")
-        if (
-            is_static(num_new)
-            and is_concrete(lengths)
-            and not np.all((np.asarray(lengths) >= 0) & (np.asarray(lengths) <= num_new))
-        ):
-            raise ValueError(f"lengths must be in 0..{num_new}, for {num_new} tokens; got {lengths}.")
-        return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, num_new)
-
     def _check_capacity(self, num_valid: int | jax.Array, num_new: int) -> None:
         if self.window is not None:
             return
@@ -369,32 +391,3 @@ class KVCache:
                 f"the capacity of the cache is {self.capacity} tokens; appending these tokens needs {total}. Create "
                 "the cache with a larger capacity, or with a window."
             )
-
-    def _writes_slice(self, num_new: int) -> bool:
-        """Whether the slots of so many new tokens are a slice of the cache, for every symbolic number."""
-        return num_new == 1 if self.window is not None else decide(lambda: num_new <= self.capacity, otherwise=False)
-
-    def _write(self, tokens: StoredKeyValue, num_valid: int | jax.Array) -> KVCache:
-        """The cache with the first `num_valid` of the tokens appended."""
-        length, capacity, num_new = self.length, self.capacity, tokens.key.shape[-3]
-        uniform = not isinstance(num_valid, jax.Array) and length.ndim == 0
-        if num_new == 0:
-            storage = self._arrays
-        elif uniform and self._writes_slice(num_new):
-            start = length if self.window is None else length % capacity
-            storage = jax.tree.map(partial(_storage.write_slice, start), self._storage_for(tokens), tokens)
-        else:
-            valid_length = jnp.asarray(num_valid, jnp.int32)[..., None]
-            index, start, valid_length = align_ranks(
-                jnp.arange(num_new, dtype=jnp.int32), length[..., None], valid_length
-            )
-            slots = start + index
-            is_written = index < valid_length
-            if self.window is not None:  # the ring keeps the newest tokens
-                slots, is_written = slots % capacity, is_written & (index >= valid_length - capacity)
-            # The other tokens get distinct slots beyond the end, so that the scatter drops them and indices stay
-            # unique. Each sequence has its own slots even if all are equal: XLA of jax 0.8 copies the cache otherwise.
-            slots = jnp.broadcast_to(jnp.where(is_written, slots, capacity + index), (*self.batch_shape, num_new))
-            slots = sharded_like(slots, tokens.key)
-            storage = jax.tree.map(partial(_storage.scatter_slots, slots), self._storage_for(tokens), tokens)
-        return dataclasses.replace(self, **storage._asdict(), length=jnp.asarray(length + num_valid, jnp.int32))

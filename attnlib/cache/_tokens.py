@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlib._core import axes as _axes
-from attnlib._core.operand_checks import check_arrays, check_axes
+from attnlib._core.operand_checks import check_arrays, check_axes, is_concrete
+from attnlib._core.sizes import is_static
+from attnlib._core.validation import check_array
+
+if TYPE_CHECKING:
+    from attnlib.cache._kv_cache import KVCache
 
 
 def new_positions(first: Any, num_valid: int | jax.Array, num_new: int) -> jax.Array:
@@ -16,6 +22,24 @@ def new_positions(first: Any, num_valid: int | jax.Array, num_new: int) -> jax.A
     start, end = (jnp.asarray(x, jnp.int32)[..., None] for x in (first, num_valid))
     index, start, end = _axes.align_ranks(jnp.arange(num_new, dtype=jnp.int32), start, end)
     return jnp.where(index < end, start + index, -1)
+
+
+def valid_token_count(cache: KVCache, lengths: Any, num_new: int) -> int | jax.Array:
+    """The number of new tokens that are real: an int, or ints `(*batch)`."""
+    if lengths is None:
+        return num_new
+    check_array(lengths, "lengths", kind="integer")
+    if cache.length.shape != cache.batch_shape:
+        raise ValueError("lengths needs a cache with a length for each sequence: create it with ragged=True.")
+    if lengths.shape != cache.batch_shape:
+        raise ValueError(f"lengths must have shape (*batch) = {cache.batch_shape}; got {lengths.shape}.")
+    if (
+        is_static(num_new)
+        and is_concrete(lengths)
+        and not np.all((np.asarray(lengths) >= 0) & (np.asarray(lengths) <= num_new))
+    ):
+        raise ValueError(f"lengths must be in 0..{num_new}, for {num_new} tokens; got {lengths}.")
+    return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, num_new)
 
 
 def canonical_tokens(array: Any, name: str, rank: int, attention_axes: Any) -> tuple[jax.Array, int]:

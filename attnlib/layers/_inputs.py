@@ -45,9 +45,9 @@ def set_key_positions(options: LayerOptions, key: Array | None) -> None:
         options["key_positions"] = options.get("query_positions")
 
 
-def module_axes(attention_axes: int | Sequence[int] | None, query: Array) -> _axes.Axes:
-    """The attention axes of an operand without a heads axis."""
-    return _axes.normalize(check_axes(attention_axes), query.ndim, trailing=1)
+def module_axes(attention_axes: int | Sequence[int] | None, rank: int) -> _axes.Axes:
+    """The attention axes of an operand of this rank, without a heads axis."""
+    return _axes.normalize(check_axes(attention_axes), rank, trailing=1)
 
 
 def context_positions(context: Context | None, operand: Array, axes: _axes.Axes) -> Array | list[Array] | None:

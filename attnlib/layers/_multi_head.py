@@ -15,7 +15,7 @@ from attnlib._core.context import Context, check_context
 from attnlib._core.operand_checks import check_key, compute_dtype
 from attnlib._core.options import LayerOptions, takes_options
 from attnlib._core.suggestions import suggests_arguments
-from attnlib._core.validation import check_bool, check_int
+from attnlib._core.validation import check_int
 from attnlib.layers._inputs import (
     Params,
     apply_projection,
@@ -28,13 +28,12 @@ from attnlib.layers._inputs import (
     zero_padding,
 )
 from attnlib.layers._projections import (
-    HeadDimensions,
     Initializer,
     check_score_name,
     default_bias_init,
     default_kernel_init,
+    multi_head_parameters,
     normalization,
-    projection_inits,
 )
 from attnlib.positions import rotary_embedding
 from attnlib.scores import Additive, Dot, Score
@@ -108,23 +107,19 @@ def init_multi_head_attention(
     query_features = check_int(query_features, "query_features", minimum=1)
     key_features = query_features if key_features is None else check_int(key_features, "key_features", minimum=1)
     value_features = key_features if value_features is None else check_int(value_features, "value_features", minimum=1)
-    dimensions = HeadDimensions.resolve(
-        query_features, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, num_kv_heads=num_kv_heads,
-        output_shape=output_shape, use_gate=use_gate,
+    groups = multi_head_parameters(
+        query_features, key_features, value_features, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim,
+        num_kv_heads=num_kv_heads, output_shape=output_shape, use_bias=use_bias, use_gate=use_gate, score=score,
+        use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink, kernel_init=kernel_init, bias_init=bias_init,
+        out_kernel_init=out_kernel_init, out_bias_init=out_bias_init, scale_init=scale_init,
     )  # fmt: skip
-    projections = dimensions.projections(query_features, key_features, value_features)
     params: dict[str, dict[str, jax.Array]] = {}
-    for name, projection in projections.items():
-        rng, kernel_rng, bias_rng = jax.random.split(rng, 3)
-        inits = projection_inits(name, kernel_init, bias_init, out_kernel_init, out_bias_init)
-        params[name] = {"kernel": projection.init_kernel(kernel_rng, inits[0], param_dtype)}
-        if check_bool(use_bias, "use_bias"):
-            params[name]["bias"] = projection.init_bias(bias_rng, inits[1], param_dtype)
-    vectors = dimensions.vectors(
-        score, scale_init=scale_init, use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink
-    )
-    for name, vector in vectors.items():
-        params[name] = {vector.name: vector.init(rng, vector.shape, param_dtype)}
+    for group, specs in groups.items():
+        rngs = [rng] * len(specs)
+        if "kernel" in specs:
+            rng, *rngs = jax.random.split(rng, 3)
+        named = zip(rngs, specs.items(), strict=False)
+        params[group] = {name: spec.initialize(own_rng, param_dtype) for own_rng, (name, spec) in named}
     return params
 
 
@@ -218,7 +213,7 @@ def apply_multi_head(
     set_key_positions(options, key)
     key, value = default_operands(query, key, value)
     _check_params(params, normalize_qk, options.get("sink"))
-    axes = module_axes(attention_axes, query)
+    axes = module_axes(attention_axes, query.ndim)
     mask = combine_masks(options.get("mask"), query_mask, key_mask, sliding_window, axes, query.shape, key.shape)
     options["mask"] = mask
     query, key, value, params = promote_dtypes(query, key, value, params, dtype)

@@ -63,46 +63,57 @@ def projection_inits(
 
 
 @dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter: its shape, its initialiser, and the shape that the initialiser draws; default: the same."""
+
+    shape: tuple[int, ...]
+    init: Initializer
+    drawn_shape: tuple[int, ...] | None = None
+
+    def draw(self, rng: Rng, dtype: Any) -> Any:
+        """What the initialiser returns, before it has the shape of the parameter."""
+        return self.init(rng, self.shape if self.drawn_shape is None else self.drawn_shape, dtype)
+
+    def initialize(self, rng: Rng, dtype: Any) -> Any:
+        """The initial value, which may be in a box of partitioning metadata of Flax linen.
+
+        The names in the box belong to the axes of `shape`. `unbox` would apply these names to the drawn shape, which
+        fails under a mesh, so `jax.tree.map` reshapes the array inside the box.
+        """
+        value = self.draw(rng, dtype)
+        if self.drawn_shape is None:
+            return value
+        self.check_names(getattr(value, "names", ()))
+        return jax.tree.map(lambda array: array.reshape(self.shape), value)
+
+    def check_names(self, names: Sequence[Any]) -> None:
+        """Raises ValueError if partitioning metadata name more axes than the parameter has."""
+        if len(names) > len(self.shape):
+            name = "kernel" if self.drawn_shape is not None and len(self.drawn_shape) == 2 else "bias"
+            raise ValueError(
+                f"the initialiser of a {name} of shape {self.shape} names {len(self.shape)} axes at most; got {names}. "
+                f"The output projection has an initialiser of its own: out_{name}_init."
+            )
+
+
+ParameterGroups = dict[str, dict[str, ParameterSpec]]
+
+
+@dataclasses.dataclass(frozen=True)
 class ProjectionSpec:
     """The shape of one projection: it contracts the axes `inputs` and returns the axes `outputs`."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
-    def init_kernel(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
-        """A kernel, initialised as a matrix so that fan-in and fan-out are those of the projection."""
+    def parameters(self, kernel_init: Initializer, bias_init: Initializer, use_bias: bool) -> dict[str, ParameterSpec]:
+        """The kernel, which is initialised as a matrix so that fans are those of the projection, and the bias."""
         require_static(self.inputs, "the number of features", "an int")
         if 0 in self.inputs:
             raise ValueError("query, key and value must have at least one feature (last axis) to project; got 0.")
-        matrix = init(rng, (math.prod(self.inputs), math.prod(self.outputs)), dtype)
-        return _reshape(matrix, self.inputs + self.outputs, "kernel")
-
-    def init_bias(self, rng: Rng, init: Initializer, dtype: Any) -> Any:
-        return _reshape(init(rng, (math.prod(self.outputs),), dtype), self.outputs, "bias")
-
-
-def _reshape(value: Any, shape: tuple[int, ...], name: str) -> Any:
-    """Reshapes an initial value, which may be in a box of partitioning metadata.
-
-    The names in the box belong to the axes of `shape`. `unbox` would apply these names to the matrix, which fails under
-    a mesh, so `jax.tree.map` reshapes the array inside the box.
-    """
-    names = getattr(value, "names", ())
-    if len(names) > len(shape):
-        raise ValueError(
-            f"the initialiser of a {name} of shape {shape} names {len(shape)} axes at most; got {names}. The output "
-            f"projection has an initialiser of its own: out_{name}_init."
-        )
-    return jax.tree.map(lambda array: array.reshape(shape), value)
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterSpec:
-    """A parameter that is not part of a projection: its name in its group, its shape and its initialiser."""
-
-    name: str
-    shape: tuple[int, ...]
-    init: Initializer
+        matrix = math.prod(self.inputs), math.prod(self.outputs)
+        specs = {"kernel": ParameterSpec(self.inputs + self.outputs, kernel_init, matrix)}
+        return {**specs, "bias": ParameterSpec(self.outputs, bias_init, matrix[1:])} if use_bias else specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,23 +186,61 @@ class HeadDimensions:
         use_scale: bool,
         normalize_qk: bool | str,
         use_sink: bool,
-    ) -> dict[str, ParameterSpec]:
-        """The parameters that are not part of a projection, by the name of their group."""
-        specs = {}
+    ) -> ParameterGroups:
+        """The parameters that are not part of a projection."""
+        groups: ParameterGroups = {}
         if not isinstance(score, Score) and check_score_name(score) == "additive":
             init = vector_glorot_uniform if scale_init is None else scale_init
-            specs["score"] = ParameterSpec("scale", (self.num_heads, self.key_dim), init)
+            groups["score"] = {"scale": ParameterSpec((self.num_heads, self.key_dim), init)}
         elif check_bool(use_scale, "use_scale"):
             if isinstance(score, Score):
                 raise ValueError(f'use_scale is for score="dot"; {type(score).__name__} has its own parameters.')
             init = jax.nn.initializers.constant(self.key_dim**-0.5) if scale_init is None else scale_init
-            specs["score"] = ParameterSpec("scale", (self.num_heads,), init)
+            groups["score"] = {"scale": ParameterSpec((self.num_heads,), init)}
         if normalization(normalize_qk):
-            scale = ParameterSpec("scale", (self.key_dim,), jax.nn.initializers.ones)
-            specs |= {"query_norm": scale, "key_norm": scale}
+            scale = ParameterSpec((self.key_dim,), jax.nn.initializers.ones)
+            groups |= {"query_norm": {"scale": scale}, "key_norm": {"scale": scale}}
         if check_bool(use_sink, "use_sink"):
-            specs["sink"] = ParameterSpec("logit", (self.num_heads,), jax.nn.initializers.zeros)
-        return specs
+            groups["sink"] = {"logit": ParameterSpec((self.num_heads,), jax.nn.initializers.zeros)}
+        return groups
+
+
+def multi_head_parameters(
+    query_features: int,
+    key_features: int,
+    value_features: int,
+    *,
+    num_heads: int,
+    key_dim: int | None,
+    value_dim: int | None,
+    num_kv_heads: int | None,
+    output_shape: int | Sequence[int] | None,
+    use_bias: bool,
+    use_gate: bool,
+    score: str | Score,
+    use_scale: bool,
+    normalize_qk: bool | str,
+    use_sink: bool,
+    kernel_init: Initializer,
+    bias_init: Initializer,
+    out_kernel_init: Initializer | None,
+    out_bias_init: Initializer | None,
+    scale_init: Initializer | None,
+) -> ParameterGroups:
+    """The parameters of a multi-head layer, by group and name."""
+    dimensions = HeadDimensions.resolve(
+        query_features, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, num_kv_heads=num_kv_heads,
+        output_shape=output_shape, use_gate=use_gate,
+    )  # fmt: skip
+    inits = kernel_init, bias_init, out_kernel_init, out_bias_init
+    use_bias = check_bool(use_bias, "use_bias")
+    groups = {
+        name: projection.parameters(*projection_inits(name, *inits), use_bias)
+        for name, projection in dimensions.projections(query_features, key_features, value_features).items()
+    }
+    return groups | dimensions.vectors(
+        score, scale_init=scale_init, use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink
+    )
 
 
 def check_score_name(score: Any) -> str:

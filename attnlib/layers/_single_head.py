@@ -34,7 +34,7 @@ def single_head_attention(
     """
     set_key_positions(options, key)
     key, value = default_operands(query, key, value)
-    axes = module_axes(attention_axes, query)
+    axes = module_axes(attention_axes, query.ndim)
     mask = _insert_head_axis(options.get("mask"), axes)
     options["mask"] = combine_masks(mask, query_mask, key_mask, None, axes, query.shape, key.shape)
     options["bias"] = _insert_head_axis(options.get("bias"), axes)

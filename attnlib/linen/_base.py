@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, TypeVar, Unpack
 
 import jax
@@ -11,12 +12,10 @@ from flax import errors
 from flax import linen as nn
 
 from attnlib._core.array_types import Array, BoolMask, Rng
-from attnlib._core.operand_checks import check_dropout_rate
 from attnlib._core.options import CallOptions, shows_options
 from attnlib._core.suggestions import suggests_arguments
-from attnlib._core.validation import check_bool
-from attnlib.layers._inputs import default_operands
-from attnlib.layers._projections import Initializer, ParameterSpec, ProjectionSpec
+from attnlib._modules.call import FIELD_OPTIONS, AttentionCall
+from attnlib.layers._projections import ParameterSpec
 
 Kind = TypeVar("Kind", bound=Any)
 
@@ -46,43 +45,22 @@ NOTES: dict[type[Exception], str] = {
 }
 
 
-class Projection(nn.Module):
-    """The kernel and the bias of one projection."""
+class ParameterGroup(nn.Module):
+    """Parameters under one name, such as the kernel and the bias of a projection."""
 
-    spec: ProjectionSpec
-    use_bias: bool
-    kernel_init: Initializer
-    bias_init: Initializer
+    specs: Mapping[str, ParameterSpec]
     param_dtype: Any
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        params = {"kernel": self.param("kernel", self.spec.init_kernel, self.kernel_init, self.param_dtype)}
-        if check_bool(self.use_bias, "use_bias"):
-            params["bias"] = self.param("bias", self.spec.init_bias, self.bias_init, self.param_dtype)
-        return params
+        return {name: self.param(name, spec.initialize, self.param_dtype) for name, spec in self.specs.items()}
 
 
-class Parameter(nn.Module):
-    """A parameter that is not part of a projection, in its own group."""
-
-    spec: ParameterSpec
-    param_dtype: Any
+class AttentionModule(AttentionCall, nn.Module):
+    """The base class of the attention modules: their call, and how linen stores keys and weights."""
 
     @nn.compact
-    def __call__(self) -> dict[str, jax.Array]:
-        return {self.spec.name: self.param(self.spec.name, self.spec.init, self.spec.shape, self.param_dtype)}
-
-
-# The options that are fields of every module; the others are arguments of the call.
-_FIELD_OPTIONS = ("attention_axes", "dropout_rate", "precision", "implementation", "block_sizes", "context")
-
-
-class AttentionModule(nn.Module):
-    """The base class of the attention modules: their call, dropout and the weights that they return or sow."""
-
-    @nn.compact
-    @shows_options(without=(*_FIELD_OPTIONS, "return_lse"))
+    @shows_options(without=(*FIELD_OPTIONS, "return_lse"))
     def __call__(
         self,
         query: Array,
@@ -113,37 +91,25 @@ class AttentionModule(nn.Module):
           output `(*query's leading axes, *output_shape)`, or (output, weights) with weights
           `(*batch, N, *query axes, *key axes)`. The output of layers without heads has the features of the value.
         """
-        operands = query, *default_operands(query, key, value)
-        return_weights = check_bool(options.get("return_weights", False), "return_weights")
-        needs_weights = check_bool(sow_weights, "sow_weights") or return_weights
-        params = self._declare(*(operand.shape[-1] for operand in operands))
-        resolved = {name: getattr(self, name) for name in _FIELD_OPTIONS} | {**options, "return_weights": needs_weights}
-        resolved |= self._dropout_options(deterministic, options.get("dropout_rng"))
-        output, weights = self._attend(params, query, key, value, query_mask=query_mask, key_mask=key_mask, **resolved)
-        if sow_weights:
-            self.sow("intermediates", "attention_weights", weights)
-        return (output, weights) if return_weights else output
+        return self._call(
+            query, key, value, query_mask=query_mask, key_mask=key_mask, deterministic=deterministic,
+            rng=options.get("dropout_rng"), sow_weights=sow_weights, **options,
+        )  # fmt: skip
 
-    def _declare(self, query_features: int, key_features: int, value_features: int) -> Any:
-        """Declares the parameters of the module and returns them, or the score that has them."""
-        raise NotImplementedError
+    def _sow_weights(self, weights: jax.Array) -> None:
+        self.sow("intermediates", "attention_weights", weights)
 
-    def _attend(self, params: Any, query: Array, key: Array | None, value: Array | None, **options: Any) -> Any:
-        """(output, weights or None) of the parameters from `_declare`."""
-        raise NotImplementedError
-
-    def _dropout_options(self, deterministic: bool | None, rng: Rng | None) -> dict[str, Any]:
-        """The rate and the key of dropout: the key of the call, or one of the "dropout" stream."""
-        rate = check_dropout_rate(self.dropout_rate)
-        if rate > 0.0 and (self.deterministic is None) == (deterministic is None):
+    def _resolve_deterministic(self, deterministic: bool | None, rate: float) -> bool | None:
+        if (self.deterministic is None) == (deterministic is None):
             count = "neither" if deterministic is None else "both"
             raise ValueError(
                 "with dropout, deterministic must be given once, in the constructor or in the call; it was given in "
                 f"{count}. Write deterministic=False to train with dropout, deterministic=True to evaluate."
             )
-        if rate == 0.0 or check_bool(self.deterministic if deterministic is None else deterministic, "deterministic"):
-            return {"dropout_rate": 0.0, "dropout_rng": None}
-        return {"dropout_rate": rate, "dropout_rng": self.make_rng("dropout") if rng is None else rng}
+        return self.deterministic if deterministic is None else deterministic
+
+    def _dropout_key(self, rng: Rng | None) -> jax.Array:
+        return self.make_rng("dropout") if rng is None else rng
 
 
 def explains_errors(module: Kind) -> Kind:

@@ -12,26 +12,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.core import max_dim
 
-from attnlib._api import attention
-from attnlib._core.array_types import Array, ScoreMod
+from attnlib._core.array_types import ScoreMod
 from attnlib._core.context import Context
-from attnlib._core.suggestions import require_static
+from attnlib._modules.multi_head import CACHE_NAMES, MultiHeadCall
 from attnlib.cache import KVCache
-from attnlib.layers._inputs import module_axes
-from attnlib.layers._multi_head import Rotary, apply_multi_head
-from attnlib.layers._projections import (
-    HeadDimensions,
-    Initializer,
-    default_bias_init,
-    default_kernel_init,
-    projection_inits,
-)
-from attnlib.linen._base import AttentionModule, Parameter, Projection, explains_errors
+from attnlib.layers._multi_head import Rotary
+from attnlib.layers._projections import Initializer, default_bias_init, default_kernel_init
+from attnlib.linen._base import AttentionModule, ParameterGroup, explains_errors
 from attnlib.scores import Score
 
 
 @explains_errors
-class MultiHeadAttention(AttentionModule):
+class MultiHeadAttention(MultiHeadCall, AttentionModule):
     """Multi-head attention with query, key, value and output projections, over any axes.
 
     Parameters: `query|key|value: {kernel (C, N, D), bias (N, D)}`, `out: {kernel (N, E, *O), bias (*O)}`, with
@@ -124,22 +116,10 @@ class MultiHeadAttention(AttentionModule):
     block_sizes: tuple[int, int] | None = None
     context: str | Context | None = dataclasses.field(default=None, kw_only=True)
 
-    def _declare(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
-        dimensions = HeadDimensions.resolve(
-            query_features, num_heads=self.num_heads, key_dim=self.key_dim, value_dim=self.value_dim,
-            num_kv_heads=self.num_kv_heads, output_shape=self.output_shape, use_gate=self.use_gate,
-        )  # fmt: skip
-        inits = (self.kernel_init, self.bias_init, self.out_kernel_init, self.out_bias_init)
-        params = {
-            name: Projection(spec, self.use_bias, *projection_inits(name, *inits), self.param_dtype, name=name)()
-            for name, spec in dimensions.projections(query_features, key_features, value_features).items()
-        }
-        specs = dimensions.vectors(
-            self.score, scale_init=self.scale_init, use_scale=self.use_scale, normalize_qk=self.normalize_qk,
-            use_sink=self.use_sink,
-        )  # fmt: skip
-        self._check_unused({**params, **specs})
-        return params | {name: Parameter(spec, self.param_dtype, name=name)() for name, spec in specs.items()}
+    def _params(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
+        groups = self._parameter_groups(query_features, key_features, value_features)
+        self._check_unused(groups)
+        return {group: ParameterGroup(specs, self.param_dtype, name=group)() for group, specs in groups.items()}
 
     def _check_unused(self, declared: dict[str, Any]) -> None:
         """Refuses parameters that the fields do not declare, since Flax ignores them."""
@@ -154,23 +134,11 @@ class MultiHeadAttention(AttentionModule):
                 "parameters: attnlib.MultiHeadAttention(**attnlib.convert.module_fields(params), ...)."
             )
 
-    def _attend(
-        self, params: dict[str, Any], query: Array, key: Array | None, value: Array | None, **options: Any
-    ) -> Any:
-        if self.decode:
-            self._check_decoding(key, value, options)
-            options |= {"query_positions": self._query_positions(query), "attend": self._decode}
-        if options.get("logits_soft_cap") is None:
-            options["logits_soft_cap"] = self.logits_soft_cap
-        if options.get("score_mod") is None:
-            field = self.score_mod
-            options["score_mod"] = field(self.num_heads) if isinstance(field, nn.Module) else field
-        output, weights, activations = apply_multi_head(
-            params, query, key, value, score=self.score, sliding_window=self.sliding_window, rotary=self.rotary,
-            normalize_qk=self.normalize_qk, dtype=self.dtype, **options,
-        )  # fmt: skip
-        self._sow_losses(params, activations)
-        return output, weights
+    def _score(self) -> str | Score:
+        return self.score
+
+    def _modifier(self) -> ScoreMod | None:
+        return self.score_mod(self.num_heads) if isinstance(self.score_mod, nn.Module) else self.score_mod
 
     def _sow_losses(self, params: dict[str, Any], activations: dict[str, jax.Array]) -> None:
         if self.is_initializing():
@@ -183,70 +151,18 @@ class MultiHeadAttention(AttentionModule):
         if losses:
             self.sow("losses", "regularization", sum(losses), reduce_fn=operator.add, init_fn=lambda: 0.0)
 
-    # Decoding
-
-    def _check_decoding(self, key: Any, value: Any, options: dict[str, Any]) -> None:
-        if key is not None or value is not None:
-            raise ValueError(
-                "decode=True is for self-attention: pass the query only. For the fixed keys of an encoder, use a layer "
-                "with decode=False."
-            )
-        if options["key_mask"] is not None:
-            raise ValueError(
-                "decode=True takes no key_mask, which does not cover the keys in the cache. Pass a mask over the slots "
-                "of the cache, mask=attnlib.masks.KeyPadding(real)."
-            )
-        if options.get("context") is not None:
-            raise ValueError(
-                "decode=True takes no context: a cache holds all tokens on each device. Leave context=None, and shard "
-                "batch and heads."
-            )
-        if any(options.get(name) is not None for name in ("query_positions", "key_positions")):
-            raise ValueError("decode=True takes no positions: the cache determines the positions of its tokens.")
-
-    def _query_positions(self, query: Array) -> jax.Array | None:
-        """Positions of the query's tokens, or None in `init`, which creates the cache."""
-        axes = module_axes(self.attention_axes, query)
-        if len(axes.attention) != 1:
-            raise ValueError(f"decode=True needs one attention axis; there are {len(axes.attention)}.")
-        if not self.is_initializing() and not self.has_variable("cache", "cached_key"):
+    def _load_cache(self) -> KVCache | None:
+        if not self.has_variable("cache", "cached_key"):
+            if self.is_initializing():
+                return None
             raise ValueError(
                 "decode=True needs a cache, which init creates for an input of the greatest length: cache = "
                 'layer.init(rng, longest)["cache"]. Then layer.apply({"params": params, "cache": cache}, tokens, '
                 'mutable=["cache"]) returns (output, {"cache": next_cache}).'
             )
-        index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
-        if not self.has_variable("cache", "cached_key"):
-            return None
-        return index.value + jnp.arange(query.shape[axes.attention[0]], dtype=jnp.int32)
+        key, value, length = (jnp.asarray(self.get_variable("cache", name)) for name in CACHE_NAMES)
+        return KVCache(key, value, length, window=self._window(key.shape[-3]))
 
-    def _decode(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> Any:
-        """Appends keys and values to the cache, and attends over the cache; an `attention` for `apply_multi_head`."""
-        (axis,) = options["attention_axes"]
-        names = ("cached_key", "cached_value", "cache_index")
-        if not self.has_variable("cache", names[0]):
-            for name, array in zip(names, (key, value), strict=False):
-                self.put_variable("cache", name, self._empty_cache(array, axis))
-            return attention(query, key, value, **options)
-        keys, values, length = map(jnp.asarray, (self.get_variable("cache", name) for name in names))
-        cache = KVCache(keys, values, length, window=self._window(keys.shape[-3]))
-        for name in ("query_positions", "key_positions", "context"):
-            del options[name]
-        results, cache = cache.decode(query, key, value, **{**options, "is_causal": True})
-        for name, array in zip(names, (cache.key, cache.value, cache.length), strict=True):
+    def _store_cache(self, cache: KVCache) -> None:
+        for name, array in zip(CACHE_NAMES, (cache.key, cache.value, cache.length), strict=True):
             self.put_variable("cache", name, array)
-        return results
-
-    def _window(self, length: int) -> int | None:
-        """The window of a cache for sequences of this length."""
-        if self.sliding_window is None:
-            return None
-        require_static(length, "with a sliding_window, the length of the cache", "an int")
-        return min(self.sliding_window, length)
-
-    def _empty_cache(self, array: jax.Array, axis: int) -> jax.Array:
-        """An empty cache for the tokens of `array` along `axis`, or for sliding_window tokens if that is fewer."""
-        window = self._window(array.shape[axis])
-        length = array.shape[axis] if window is None else window
-        batch = [size for n, size in enumerate(array.shape[:-2]) if n != axis]
-        return jnp.zeros((*batch, length, *array.shape[-2:]), array.dtype)

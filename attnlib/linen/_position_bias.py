@@ -8,12 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlib._core.validation import check_int, check_int_or_ints, per_axis
+from attnlib._modules.position_bias import BucketTable, RelativeTable
 from attnlib.layers._projections import Initializer, default_table_init
 from attnlib.modifiers import BucketedBias, RelativeBias
 
 
-class RelativePositionBias(nn.Module):
+class RelativePositionBias(RelativeTable, nn.Module):
     """A learned bias for each head and distance along each attention axis: the `score_mod` of a layer.
 
     Parameters: `table (2 * M_1 - 1, ..., 2 * M_n - 1, N)`.
@@ -46,12 +46,10 @@ class RelativePositionBias(nn.Module):
         Args:
           num_heads: query heads N.
         """
-        sizes = per_axis(check_int_or_ints(self.sizes, "sizes", minimum=1), 1)
-        shape = (*(2 * size - 1 for size in sizes), num_heads)
-        return RelativeBias(self.param("table", self.table_init, shape, self.param_dtype))
+        return self._modifier(self.param("table", self._table(num_heads).initialize, self.param_dtype))
 
 
-class BucketedPositionBias(nn.Module):
+class BucketedPositionBias(BucketTable, nn.Module):
     """A learned bias for each head and bucket of distances (T5): the `score_mod` of a layer.
 
     Parameters: `table (num_buckets, N)`.
@@ -83,6 +81,4 @@ class BucketedPositionBias(nn.Module):
         Args:
           num_heads: query heads N.
         """
-        shape = (check_int(self.num_buckets, "num_buckets", minimum=1), num_heads)
-        table = self.param("table", self.table_init, shape, self.param_dtype)
-        return BucketedBias(table, self.bidirectional, self.max_distance)
+        return self._modifier(self.param("table", self._table(num_heads).initialize, self.param_dtype))

@@ -7,27 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
-from attnlib._core.array_types import Array
 from attnlib._core.context import Context
-from attnlib._core.suggestions import require_static
-from attnlib._core.validation import check_bool
+from attnlib._modules.single_head import AdditiveCall, DotProductCall, SingleHeadCall
 from attnlib.layers._projections import Initializer, vector_glorot_uniform
-from attnlib.layers._single_head import single_head_attention
 from attnlib.linen._base import AttentionModule, explains_errors
-from attnlib.scores import Additive, Concat, Dot, Score
 
 
-class SingleHeadAttention(AttentionModule):
-    """The base class of the modules without heads, whose parameters belong to their score."""
+class SingleHeadAttention(SingleHeadCall, AttentionModule):
+    """The base class of the modules without heads: their parameters."""
 
-    def _attend(self, params: Score, query: Array, key: Array | None, value: Array | None, **options: Any) -> Any:
-        return single_head_attention(params, query, key, value, **options)
+    def _params(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
+        del key_features, value_features
+        specs = self._parameter_specs(query_features)
+        return {name: self.param(name, spec.initialize, self.param_dtype) for name, spec in specs.items()}
 
 
 @explains_errors
-class AdditiveAttention(SingleHeadAttention):
+class AdditiveAttention(AdditiveCall, SingleHeadAttention):
     """Additive (Bahdanau) attention: softmax(sum_d scale_d tanh(query_d + key_d)) value, without heads.
 
     Parameters: `scale (D,)` with use_scale.
@@ -62,15 +59,9 @@ class AdditiveAttention(SingleHeadAttention):
     block_sizes: tuple[int, int] | None = None
     context: str | Context | None = dataclasses.field(default=None, kw_only=True)
 
-    def _declare(self, query_features: int, key_features: int, value_features: int) -> Score:
-        if not check_bool(self.use_scale, "use_scale"):
-            return Additive(None)
-        require_static(query_features, "the number of query features", "an int")
-        return Additive(self.param("scale", self.scale_init, (query_features,), self.param_dtype))
-
 
 @explains_errors
-class DotProductAttention(SingleHeadAttention):
+class DotProductAttention(DotProductCall, SingleHeadAttention):
     """Dot-product (Luong) attention without heads or projections: softmax(scale * query key^T) value.
 
     Parameters: `scale ()`, ones, with use_scale; `concat_score_weight ()`, ones, with score_mode="concat".
@@ -100,14 +91,3 @@ class DotProductAttention(SingleHeadAttention):
     precision: Any = None
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
-    context: str | Context | None = dataclasses.field(default=None, kw_only=True)
-
-    def _declare(self, query_features: int, key_features: int, value_features: int) -> Score:
-        if self.score_mode not in ("dot", "concat"):
-            raise ValueError(f'score_mode must be "dot" or "concat"; got {self.score_mode!r}.')
-        ones = nn.initializers.ones
-        use_scale = check_bool(self.use_scale, "use_scale")
-        scale = self.param("scale", ones, (), self.param_dtype) if use_scale else None
-        if self.score_mode == "dot":
-            return Dot(1.0 if scale is None else scale)
-        return Concat(self.param("concat_score_weight", ones, (), self.param_dtype), scale)

@@ -10,6 +10,7 @@ from attnlib._core.tile_kinds import TileRanges
 from attnlib.masks._arrays import Dense, KeyPadding, QueryPadding, Segments
 from attnlib.masks._base import Mask
 from attnlib.masks._positional import Causal, Lengths, Predicate, Prefix, SlidingWindow
+from attnlib.masks._registers import Registers
 from attnlib.masks._sparse import BlockLocal, BlockSparse, Dilated, Neighborhood
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Predicate",
     "Prefix",
     "QueryPadding",
+    "Registers",
     "Segments",
     "SlidingWindow",
     "TileRanges",

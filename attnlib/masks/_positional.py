@@ -16,7 +16,16 @@ from attnlib._core.axes import AttentionShape, align_ranks, broadcasts
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.suggestions import explains_callback
 from attnlib._core.tile_kinds import TileKinds, TileRanges, classify, tiles_below
-from attnlib._core.validation import check_int, check_integer, check_per_batch, expand_per_batch, saturating_add
+from attnlib._core.validation import (
+    check_int,
+    check_integer,
+    check_per_batch,
+    check_per_head,
+    expand_per_batch,
+    expand_per_head,
+    is_array,
+    saturating_add,
+)
 from attnlib.masks._base import Mask, all_of, set_fields
 
 
@@ -68,36 +77,60 @@ class SlidingWindow(Mask):
     """Query position - left <= key position <= query position + right, in flat row-major positions.
 
     Args:
-      left: the number of earlier keys that a query sees; None: all.
-      right: the number of later keys that a query sees; None: all.
+      left: the number of earlier keys that a query sees; None: all. An int is static; an int array `()` or `(N,)`, one
+        for each query head, is traced. A number below 0 in an array leaves out the query's own key too.
+      right: the number of later keys that a query sees, likewise.
+
+    Example: windows for each head, and the tiles beyond the largest window are skipped.
+
+      >>> import jax.numpy as jnp
+      >>> from attnlib import masks
+      >>> windows = jnp.array([4, 16, 64])
+      >>> mask = masks.SlidingWindow(windows, 0) & masks.SlidingWindow(64, 0)
     """
 
-    left: int | None
-    right: int | None
+    left: int | Array | None
+    right: int | Array | None
 
     def __post_init__(self) -> None:
         for side in ("left", "right"):
-            length = check_int(getattr(self, side), f"SlidingWindow {side}", minimum=0, optional=True)
+            name, length = f"SlidingWindow {side}", getattr(self, side)
+            if is_array(length) or isinstance(length, (list, tuple)):
+                length = check_integer(length, name)
+            if not is_array(length):
+                length = check_int(length, name, minimum=0, optional=True)
             set_fields(self, **{side: length})
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         sides = []
-        if self.left is not None:
+        if isinstance(self.left, int):
             sides.append(key.position >= query.position - self.left)
+        elif self.left is not None:
+            key_position, first = align_ranks(key.position, saturating_add(query.position, -expand_per_head(self.left)))
+            sides.append(key_position >= first)
         if self.right is not None:
-            sides.append(key.position <= saturating_add(query.position, self.right))
+            key_position, last = align_ranks(key.position, saturating_add(query.position, expand_per_head(self.right)))
+            sides.append(key_position <= last)
         return all_of(*sides)
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         empty: Any = np.False_
         full: Any = np.True_
-        if self.left is not None:
+        if isinstance(self.left, int):
             empty = empty | (key.last < query.first - self.left)
             full = full & (key.first >= query.last - self.left)
-        if self.right is not None:
+        elif self.left is not None:
+            full = np.False_
+        if isinstance(self.right, int):
             empty = empty | (key.first > query.last + self.right)
             full = full & (key.last <= query.first + self.right)
+        elif self.right is not None:
+            full = np.False_
         return classify(empty, full)
+
+    def check(self, shapes: AttentionShape) -> None:
+        check_per_head(self.left, "SlidingWindow left", shapes)
+        check_per_head(self.right, "SlidingWindow right", shapes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,57 +27,71 @@ class Neighborhood(Mask):
 
     At a border, the window shifts inward, so that every query sees `size` keys per axis, or all if the axis is shorter;
     `border="clip"` cuts the window off instead. With dilation d, a query sees only keys whose coordinate equals its own
-    coordinate modulo d. A window of even size has one more key on the left.
+    coordinate modulo d. A window of even size has one more key on the left. With stride s, s consecutive queries share
+    one window, that of their middle query (Hassani et al. 2025, GNA). Windows then move in steps, and more tiles are
+    full or empty.
 
     Args:
       size: the number of keys per axis, an int or one for each attention axis.
       dilation: the step between these keys, an int or one for each attention axis.
-      border: "shift" or "clip".
+      border: "shift" or "clip", or one for each attention axis.
+      stride: the number of queries that share a window, at most size; an int or one for each attention axis. Queries of
+        one window are a dilation apart. stride=size is attention within blocks if the blocks divide the axis.
+
+    Example:
+      >>> from attnlib import masks
+      >>> masks.Neighborhood(3, stride=2).as_array(6, 6).astype(int)
+      Array([[1, 1, 1, 0, 0, 0],
+             [1, 1, 1, 0, 0, 0],
+             [0, 0, 1, 1, 1, 0],
+             [0, 0, 1, 1, 1, 0],
+             [0, 0, 0, 1, 1, 1],
+             [0, 0, 0, 1, 1, 1]], dtype=int32)
     """
 
     size: int | tuple[int, ...]
     dilation: int | tuple[int, ...] = 1
-    border: str = "shift"
+    border: str | tuple[str, ...] = "shift"
+    stride: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
-        set_fields(
-            self,
-            size=check_int_or_ints(self.size, "Neighborhood size", minimum=1),
-            dilation=check_int_or_ints(self.dilation, "Neighborhood dilation", minimum=1),
-        )
-        if self.border not in ("shift", "clip"):
-            raise ValueError(f'Neighborhood border must be "shift" or "clip"; got {self.border!r}.')
+        for name in ("size", "dilation", "stride"):
+            set_fields(self, **{name: check_int_or_ints(getattr(self, name), f"Neighborhood {name}", minimum=1)})
+        borders = [self.border] if isinstance(self.border, str) else self.border
+        if not isinstance(borders, Sequence) or not borders or not {*borders} <= {"shift", "clip"}:
+            raise ValueError(
+                f'Neighborhood border must be "shift" or "clip", or one of these for each axis; got {self.border!r}.'
+            )
+        if not isinstance(self.border, str):
+            set_fields(self, border=tuple(self.border))
+        longest = max(len(x) if isinstance(x, tuple) else 1 for x in (self.size, self.stride))
+        for size, stride in zip(per_axis(self.size, longest), per_axis(self.stride, longest), strict=False):
+            if stride > size:
+                raise ValueError(
+                    "Neighborhood stride must be at most size, or no query would see the keys between two windows; got "
+                    f"stride={self.stride!r} and size={self.size!r}."
+                )
+
+    def _along_axes(self, axes: int) -> Iterator[tuple[int, _Window]]:
+        """The number of each attention axis and the windows along it."""
+        fields = self.size, self.dilation, self.border, self.stride
+        return enumerate(map(_Window, *(per_axis(field, axes) for field in fields)))
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        axes = len(key.shape)
         mask = jnp.ones((1, 1), bool)
-        for axis, (size, dilation) in enumerate(
-            zip(per_axis(self.size, axes), per_axis(self.dilation, axes), strict=True)
-        ):
+        for axis, window in self._along_axes(len(key.shape)):
             query_coordinate, key_coordinate = query.coordinates[axis], key.coordinates[axis]
-            first = self._window_start(query_coordinate, key.shape[axis], size, dilation)
-            window = (key_coordinate // dilation >= first) & (key_coordinate // dilation < first + size)
-            mask = mask & window & (key_coordinate % dilation == query_coordinate % dilation)
+            first, dilation = window.start(query_coordinate, key.shape[axis]), window.dilation
+            in_window = (key_coordinate // dilation >= first) & (key_coordinate // dilation < first + window.size)
+            mask = mask & in_window & (key_coordinate % dilation == query_coordinate % dilation)
         return mask
 
-    def _window_start(self, coordinate: Any, length: int, size: int, dilation: int) -> Any:
-        """The first key in the window of a query coordinate, in steps of the dilation."""
-        first = coordinate // dilation - size // 2
-        if self.border == "shift":
-            group = (length - coordinate % dilation + dilation - 1) // dilation  # number of keys of this residue
-            numpy = np if isinstance(coordinate, np.ndarray) else jnp
-            first = numpy.maximum(numpy.minimum(first, group - size), 0)
-        return first
-
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
-        axes = len(key.shape)
         empty: Any = np.False_
         full: Any = np.True_
-        for axis, (size, dilation) in enumerate(
-            zip(per_axis(self.size, axes), per_axis(self.dilation, axes), strict=True)
-        ):
-            start = self._window_start(np.arange(query.shape[axis]), key.shape[axis], size, dilation)
-            first, last = start * dilation, (start + size) * dilation - 1  # keys in the window of each query coordinate
+        for axis, window in self._along_axes(len(key.shape)):
+            start, dilation = window.start(np.arange(query.shape[axis]), key.shape[axis]), window.dilation
+            first, last = start * dilation, (start + window.size) * dilation - 1  # keys in each query's window
             (query_first, query_last), (key_first, key_last) = query.along_axis(axis), key.along_axis(axis)
             # Running extremes bound the windows of the queries in a tile. They are exact if windows never move back.
             union_first = np.minimum.accumulate(first[::-1])[::-1][query_first]
@@ -89,8 +103,30 @@ class Neighborhood(Mask):
         return classify(empty, full)
 
     def check(self, shapes: AttentionShape) -> None:
-        check_per_axis(self.size, "Neighborhood size", shapes)
-        check_per_axis(self.dilation, "Neighborhood dilation", shapes)
+        for name in ("size", "dilation", "border", "stride"):
+            check_per_axis(getattr(self, name), f"Neighborhood {name}", shapes)
+
+
+class _Window(NamedTuple):
+    """The windows of a neighbourhood along one axis."""
+
+    size: int
+    dilation: int
+    border: str
+    stride: int
+
+    def start(self, coordinate: Any, length: int) -> Any:
+        """The first key in the window of a query coordinate, in steps of the dilation."""
+        numpy = np if isinstance(coordinate, np.ndarray) else jnp
+        leader = coordinate // self.dilation  # the query whose window this is
+        if self.stride == 1 and self.border == "clip":
+            return leader - self.size // 2
+        group = (length - coordinate % self.dilation + self.dilation - 1) // self.dilation  # keys of this residue
+        if self.stride > 1:  # the middle query of the stride, or its last one if the middle is beyond the keys
+            middle = leader // self.stride * self.stride + self.stride // 2
+            leader = numpy.minimum(middle, numpy.maximum(leader, group - 1))
+        first = leader - self.size // 2
+        return numpy.maximum(numpy.minimum(first, group - self.size), 0) if self.border == "shift" else first
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

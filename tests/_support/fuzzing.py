@@ -140,6 +140,11 @@ class Drawing:
             return drawn
         return st.builds(lambda seed, made: numbers(seed, shape, made.dtype), st.integers(0, 99), drawn)
 
+    @property
+    def of_heads(self):
+        """Whole numbers, one for all heads or one for each, as an array."""
+        return self.array((), self.integers) | self.array((self.sizes.heads,), self.integers)
+
     def of_queries(self, dtype):
         """An array `(*batch, *query axes)` or `(*query axes,)`."""
         return self._of_side(self.sizes.query, dtype)

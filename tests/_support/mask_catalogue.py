@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from attention_case import SQUARE, VALUES, WHOLE, Case
+from attention_case import GROUPED, SQUARE, VALUES, WHOLE, Case
 from hypothesis import strategies as st
 from refusals import Wrong, wrong
 
@@ -48,6 +48,11 @@ class Pairs:
         """A whole number `()` or `(*batch,)` against `(*batch, N, T, S)`."""
         value = np.asarray(value).astype(np.int64)
         return value[..., None, None, None] if value.ndim else value
+
+    def of_head(self, value):
+        """A whole number `()` or `(N,)` against `(*batch, N, T, S)`."""
+        value = np.asarray(value).astype(np.int64)
+        return value[:, None, None] if value.ndim else value
 
     def of_query(self, array):
         """An array `(*batch, *query axes)` against `(*batch, N, T, S)`."""
@@ -121,12 +126,12 @@ def causal(pairs, offset=0, axis=None):
 
 
 def sliding_window(pairs, left, right):
-    left, right = (math.inf if side is None else side for side in (left, right))
+    left, right = (math.inf if side is None else pairs.of_head(side) for side in (left, right))
     return (pairs.query - left <= pairs.key) & (pairs.key <= pairs.query + right)
 
 
-def neighborhood(pairs, size, dilation=1, border="shift"):
-    near = oracle.neighborhood(pairs.query_axes, pairs.key_axes, size, dilation, border == "clip")
+def neighborhood(pairs, size, dilation=1, border="shift", stride=1):
+    near = oracle.neighborhood(pairs.query_axes, pairs.key_axes, size, dilation, border, stride)
     return near.reshape(pairs.query.size, pairs.key.size)
 
 
@@ -165,6 +170,23 @@ def segments(pairs, query_ids, key_ids=None, padding_id=None):
     return same if padding_id is None else same & (pairs.of_query(query) != np.int64(padding_id))
 
 
+def registers(pairs, keys, mask=None, *, queries=None, grid=None):
+    """The mask over the other positions, with rows and columns of registers before it."""
+    counts = keys if queries is None else queries, keys
+    later = [max(side.size - count, 0) for side, count in zip((pairs.query, pairs.key), counts, strict=True)]
+    if mask is None:
+        return np.bool_(True)
+    shapes = ([length] if grid is None else pairs_of(grid) for length in later)
+    inner = np.asarray(attends(mask if isinstance(mask, masks.Mask) else masks.Dense(mask), Pairs(*shapes)))
+    inner = np.broadcast_to(inner, np.broadcast_shapes(inner.shape, later))
+    padding = [(0, 0)] * (inner.ndim - 2) + [(pairs.query.size - later[0], 0), (pairs.key.size - later[1], 0)]
+    return np.pad(inner, padding, constant_values=True)
+
+
+def pairs_of(grid):
+    return grid if isinstance(grid, tuple) else (grid,)
+
+
 def predicate(pairs, fn):
     return np.asarray(fn(*(side[0] if len(side) == 1 else side for side in zip(*pairs.along, strict=True))))
 
@@ -193,6 +215,37 @@ GRID_REAL = draw(*GRID_KEY, seed=1)
 
 def zeros(*shape, dtype=bool):
     return np.zeros(shape, dtype)
+
+
+def random_neighborhood(of):
+    """The stride is at most the size: a size for each axis, from the stride on."""
+    small = st.integers(1, 6)
+
+    def more_than(stride):
+        size = st.tuples(*[st.integers(s, 7) for s in stride]) if isinstance(stride, tuple) else st.integers(stride, 7)
+        return st.fixed_dictionaries(dict(size=size, stride=st.just(stride), dilation=of.each, border=border))
+
+    each = st.sampled_from(("shift", "clip"))
+    border = each | st.tuples(*[each] * of.axes)
+    return (small | st.tuples(*[small] * of.axes)).flatmap(more_than)
+
+
+def random_registers(of):
+    """Over one axis only; the mask is one of its positions or an array."""
+    if of.axes > 1:
+        return st.nothing()
+    (queries,), (keys,) = of.sizes.query, of.sizes.key
+
+    def with_mask(counts):
+        mask = st.none() | st.builds(masks.Causal, st.integers(-of.far, of.far)) | st.builds(
+            masks.SlidingWindow, of.reach, of.reach
+        )  # fmt: skip
+        if counts[0] < queries and counts[1] < keys and not of.concrete:
+            later = queries - counts[0], keys - counts[1]
+            mask |= st.integers(0, 99).map(lambda seed: masks.Dense(draw(*later, seed=seed)))
+        return st.fixed_dictionaries(dict(keys=st.just(counts[1]), queries=st.just(counts[0]), mask=mask))
+
+    return st.tuples(st.integers(0, queries + 1), st.integers(0, keys + 1)).flatmap(with_mask)
 
 
 def random_segments(of):
@@ -244,48 +297,77 @@ ROWS = [
     ),
     MaskKind(
         masks.SlidingWindow, sliding_window,
-        random=lambda of: dict(left=of.reach, right=of.reach),
+        random=lambda of: dict(left=of.reach | of.of_heads, right=of.reach | of.of_heads),
         examples={
             "window": dict(left=2, right=1),
             "window of one": dict(left=0, right=0),
             "window open on the left": dict(left=None, right=1),
             "window open on the right": dict(left=1, right=None),
             "window open": dict(left=None, right=None),
+            "window, traced": dict(left=jnp.int32(2), right=np.array(1, np.uint8)),
+            "window of nothing, traced": dict(left=jnp.int32(-1), right=jnp.int32(0)),
         },
         grid_examples={"window": dict(left=2, right=1)},
         exact=[dict(left=7, right=2)],
         cases=[
             Case("sliding window", **VALUES, mask=lambda draw: masks.SlidingWindow(2, 1)),
+            Case("sliding windows a head", **VALUES,
+                 mask=lambda draw: masks.SlidingWindow(draw.integers(-1, 4, 3), jnp.array([1, 0, -1]))),
+            Case("sliding windows a head, grouped", **GROUPED, **VALUES,
+                 mask=lambda draw: masks.SlidingWindow(draw.integers(0, 4, 6), 2)),
             Case("sliding window, one side open", **VALUES, mask=lambda draw: masks.SlidingWindow(None, 1)),
         ],
         refused_when_made=[
             wrong("window negative", ValueError, "SlidingWindow left must be an int >= 0 or None", left=-1, right=0),
+            wrong("window an array of floats", TypeError, "SlidingWindow left must be an int or an integer array",
+                  left=np.ones(4), right=0),
             wrong("window a float", TypeError, "SlidingWindow right must be an int >= 0 or None", left=1, right=1.5),
+        ],
+        refused_in_calls=[
+            wrong("windows of other heads", ValueError, "each of the 4 query heads", "(3,)", left=np.ones(3, int),
+                  right=0),
         ],
     ),
     MaskKind(
         masks.Neighborhood, neighborhood,
-        random=lambda of: dict(size=of.each, dilation=of.each, border=st.sampled_from(("shift", "clip"))),
+        random=random_neighborhood,
         examples={
             "neighborhood, clipped and dilated": dict(size=3, dilation=2, border="clip"),
             "neighborhood": dict(size=3),
+            "neighborhood, strided": dict(size=4, stride=3),
+            "neighborhood, strided, dilated and clipped": dict(size=3, dilation=2, border="clip", stride=2),
         },
-        grid_examples={"neighborhood": dict(size=(1, 2)), "neighborhood of one size": dict(size=2, border="clip")},
-        exact=[dict(size=7)],
+        grid_examples={
+            "neighborhood": dict(size=(1, 2)),
+            "neighborhood of one size": dict(size=2, border="clip"),
+            "neighborhood, borders and strides": dict(size=(3, 2), border=("clip", "shift"), stride=(1, 2)),
+        },
+        exact=[dict(size=7), dict(size=9, stride=4), dict(size=8, stride=8)],
         cases=[
             Case("neighborhood", **VALUES, **SQUARE, mask=lambda draw: masks.Neighborhood(3)),
             Case("neighborhood, clipped and dilated", **VALUES, **SQUARE,
                  mask=lambda draw: masks.Neighborhood(3, 2, "clip")),
+            Case("neighborhood, strided", **VALUES, **SQUARE, mask=lambda draw: masks.Neighborhood(4, stride=3)),
         ],
         refused_when_made=[
             wrong("neighborhood 0", ValueError, "Neighborhood size must be an int >= 1", size=0),
             wrong("neighborhood None", TypeError, "Neighborhood size must be an int", size=None),
             wrong("dilation 0", ValueError, "Neighborhood dilation must be an int >= 1", size=3, dilation=(1, 0)),
-            wrong("border", ValueError, 'border must be "shift" or "clip"; got \'wrap\'', size=3, border="wrap"),
+            wrong("stride 0", ValueError, "Neighborhood stride must be an int >= 1", size=3, stride=0),
+            wrong("stride above size", ValueError, "stride must be at most size", "stride=4 and size=3", size=3,
+                  stride=4),
+            wrong("stride above one size", ValueError, "at most size", "stride=2 and size=(3, 1)", size=(3, 1),
+                  stride=2),
+            wrong("borders", ValueError, "one of these for each axis", size=3, border=("shift", "wrap")),
+            wrong("no border", ValueError, "one of these for each axis", size=3, border=None),
+            wrong("border", ValueError, 'border must be "shift" or "clip"', "got 'wrap'", size=3, border="wrap"),
         ],
         refused_in_calls=[
             wrong("neighborhood sizes", ValueError, "Neighborhood size", "1 attention axes", size=(3, 3)),
             wrong("dilations", ValueError, "Neighborhood dilation", size=3, dilation=(1, 2)),
+            wrong("strides", ValueError, "Neighborhood stride", size=3, stride=(1, 2)),
+            wrong("borders of axes", ValueError, "Neighborhood border must be a string", "1 attention axes", size=3,
+                  border=("clip", "shift")),
         ],
     ),
     MaskKind(
@@ -427,6 +509,44 @@ ROWS = [
             wrong("segments without key ids", ValueError, "Segments needs key_ids", query_ids=np.ones((2, 5), int)),
             wrong("segments of other length", ValueError, "Segments key_ids", "(2, 6)",
                   query_ids=np.ones((2, 5), int), key_ids=np.ones((2, 6), int)),
+        ],
+    ),
+    MaskKind(
+        masks.Registers, registers,
+        random=random_registers,
+        examples={
+            "registers before a window": dict(keys=2, mask=masks.SlidingWindow(1, 0), queries=1, grid=None),
+            "registers": dict(keys=3),
+            "registers before causal": dict(keys=2, mask=masks.Causal()),
+            "keys without queries": dict(keys=3, mask=masks.Causal(), queries=0),
+            "queries without keys": dict(keys=0, mask=masks.Causal(-1), queries=2),
+            "no register": dict(keys=0, mask=masks.SlidingWindow(1, 1)),
+            "registers alone": dict(keys=9, mask=masks.Causal()),
+            "registers before padding": dict(keys=1, mask=masks.KeyPadding(REAL[1:]) & masks.Causal(2)),
+            "registers before an array": dict(keys=2, mask=draw(4, 5, seed=3), queries=1),
+            "registers before ids": dict(keys=2, mask=masks.Segments(QUERY_IDS[2:], IDS[2:])),
+            "registers before registers": dict(keys=1, mask=masks.Registers(2, masks.Causal(), queries=0)),
+        },
+        exact=[dict(keys=3, mask=masks.SlidingWindow(5, 2)), dict(keys=8, mask=masks.Causal(), queries=0)],
+        cases=[
+            Case("registers before a window", **VALUES,
+                 mask=lambda draw: masks.Registers(2, masks.SlidingWindow(1, 0))),
+            Case("registers before a grid", **VALUES, **SQUARE,
+                 mask=lambda draw: masks.Registers(1, masks.Neighborhood((1, 2)), grid=(2, 3))),
+            Case("registers before an array", **VALUES,
+                 mask=lambda draw: masks.Registers(2, draw.bools(2, 1, 4, 5), queries=1)),
+        ],
+        refused_when_made=[
+            wrong("registers a float", TypeError, "Registers keys must be an int >= 0", keys=1.5),
+            wrong("registers below 0", ValueError, "Registers queries must be an int >= 0", keys=1, queries=-1),
+            wrong("registers before numbers", TypeError, "must be a bool array", keys=1, mask=np.ones((4, 6))),
+            wrong("registers before a name", TypeError, "mask must be a bool array or a Mask", keys=1, mask="causal"),
+            wrong("grid of nothing", ValueError, "Registers grid must be an int >= 1", keys=1, grid=(0, 3)),
+        ],
+        refused_in_calls=[
+            wrong("registers before another grid", ValueError, "need 7 queries and 7 keys", "got 5 and 7", keys=1,
+                  grid=(2, 3)),
+            wrong("registers before another array", ValueError, "mask must broadcast", keys=1, mask=zeros(5, 7)),
         ],
     ),
     MaskKind(

@@ -197,25 +197,33 @@ def segments(query_ids, key_ids=None, padding_id=None):
     return _every_batch(len(query_ids), len(query_ids[0]), len(key_ids[0]), attend)
 
 
-def neighborhood(query_axes, key_axes, size, dilation=1, clipped=False):
+def neighborhood(query_axes, key_axes, size, dilation=1, border="shift", stride=1):
     """The ``size`` nearest keys on each axis, among those a multiple of ``dilation`` away from the query.
 
     The window holds ``size // 2`` keys to the left of the query.  At a border it is shifted inward, so that it always
-    holds ``size`` keys (all of them where there are fewer), or clipped.
+    holds ``size`` keys (all of them where there are fewer), or clipped.  ``stride`` consecutive queries of one residue
+    have the window of the one in their middle, or of the last key where the middle is beyond it and the query is not.
     """
     query_axes, key_axes = _sizes(query_axes), _sizes(key_axes)
-    size, dilation = (tuple(x) if np.ndim(x) else (x,) * len(key_axes) for x in (size, dilation))
+    size, dilation, border, stride = (
+        x if isinstance(x, tuple) else (x,) * len(key_axes) for x in (size, dilation, border, stride)
+    )
 
-    def window(position, length, width, step):
+    def window(position, length, width, step, border, together):
         same = [s for s in range(length) if s % step == position % step]
-        start = position // step - width // 2  # places count the keys of one residue
-        if clipped:
+        place = position // step  # places count the keys of one residue
+        middle = [p for p in range(place + together) if p // together == place // together][together // 2 :][:1]
+        (leader,) = middle or [place]
+        leader = min(leader, max(place, len(same) - 1))
+        start = leader - width // 2
+        if border == "clip":
             return set(same[max(start, 0) : max(start + width, 0)])
         start = max(0, min(start, len(same) - width))
         return set(same[start : start + width])
 
     def attend(t, s):
-        return all(s[a] in window(t[a], key_axes[a], size[a], dilation[a]) for a in range(len(key_axes)))
+        rules = zip(t, s, key_axes, size, dilation, border, stride, strict=True)
+        return all(key in window(at, *rule) for at, key, *rule in rules)
 
     return _every_pair(query_axes, key_axes, attend)
 

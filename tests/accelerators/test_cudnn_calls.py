@@ -162,6 +162,8 @@ def refused(text, shapes=FITS, dtype="bfloat16", **options):
         refused("it knows one order of positions, not Causal(axis=0) among several; leave axis=None",
                 dict.fromkeys(FITS, (2, 3, 2, 2, 8)), mask=lambda: masks.Causal(axis=0)),
         refused("its windows are causal ones; use SlidingWindow(left, 0)", mask=lambda: masks.SlidingWindow(2, 1)),
+        refused("its windows are ints, the same for all heads; use SlidingWindow(left, 0) with an int",
+                mask=lambda: masks.SlidingWindow(np.array(2), 0)),
         refused("its windows are causal ones; use SlidingWindow(left, 0) ", mask=lambda: masks.SlidingWindow(None, 1)),
         refused("a window with lengths, or with more queries than keys, may leave it rows without keys; leave one out",
                 mask=lambda: masks.SlidingWindow(2, 0) & masks.Lengths(key=4)),

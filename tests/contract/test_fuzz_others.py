@@ -158,8 +158,8 @@ def spoilt(draw):
     for word in draw(st.lists(st.sampled_from(own), min_size=1, max_size=2, unique=True)):
         value = draw(fuzzing_calls.nonsense())
         huge = isinstance(value, int) and abs(value) > 10**6 and name == "alibi_slopes"  # which makes them all
-        called = word in ("score_mod", "rotary") and isinstance(value, type)  # one can be, with its own errors
-        arguments[word] = 3 if huge else None if called else value
+        called = word in ("score_mod", "rotary", "fn") and isinstance(value, type)  # one can be, with its own errors
+        arguments[word] = 3 if huge else arguments[word] if called else value
     return name, arguments
 
 

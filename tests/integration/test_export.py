@@ -229,9 +229,11 @@ def exported_of(name, implementation):
 def test_the_whole_api_is_exported_here():
     """A new public function must join the programs above, or the list of those that run on the host.
 
-    Every kind of mask, score and modifier is in a catalogue, which test_catalogues.py checks.
+    The programs of NNX modules are those of the linen modules, which tests/layers/test_nnx.py checks. Every kind of
+    mask, score and modifier is in a catalogue, which test_catalogues.py checks.
     """
     host = {"Explanation", "constrain", "convert", "explain", "inspect", "masks", "modifiers", "positions", "scores"}
+    host |= {"nnx"}
     traced = {
         "AdditiveAttention", "BucketedPositionBias", "DotProductAttention", "KVCache", "MultiHeadAttention",
         "RelativePositionBias", "additive_attention", "apply_constraints", "attention", "attention_fn",

@@ -23,8 +23,12 @@ def struct(*sizes, dtype="float32"):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-# Static tables and symbolic lengths do not fit.
-REFUSED = {"block sparse": "BlockSparse blocks cover a number of positions"}
+# Static tables, grids and arrays, and symbolic lengths do not fit.
+REFUSED = {
+    "block sparse": "BlockSparse blocks cover a number of positions",
+    "registers before a grid": r"Registers with grid=\(2, 3\) need 7 queries",
+    "registers before an array": "mask must broadcast",
+}
 
 
 def traced_configurations():

@@ -23,7 +23,8 @@ LEVELS = [
     {"_engine"},  # how to compute it
     {"_api", "implementations"},  # the public functions
     {"layers", "cache", "inspect", "_attention_fn", "plot", "regularization"},
-    {"linen", "convert"},
+    {"_modules"},  # the calls of the modules, without what stores parameters
+    {"linen", "nnx", "convert"},
     {"__init__"},
     {"demo"},  # a user of the public names
 ]
@@ -147,8 +148,13 @@ def test_files_are_small(path):
 
 def test_init_holds_public_names_and_nothing_else():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    kinds = {type(node) for node in tree.body}
-    assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}
+    # The only code is the import of `attnlib.nnx`, which waits until it is used, and which type checkers see.
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert [function.name for function in functions] == ["__getattr__"]
+    (condition,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(condition) == "if typing.TYPE_CHECKING:\n    from attnlib import nnx"
+    rest = {type(node) for node in tree.body if node not in functions and node is not condition}
+    assert rest <= {ast.Expr, ast.Import, ast.ImportFrom, ast.Assign}
     assert all(not name.startswith("_") for name in attnlib.__all__)
 
 
@@ -164,7 +170,7 @@ def test_importing_is_quiet_and_light():
     out = in_a_new_process(f"""
         import sys
         import attnlib
-        loaded = [name for name in {sorted(OPTIONAL)} if name in sys.modules]
+        loaded = [name for name in {[*sorted(OPTIONAL), "flax.nnx"]} if name in sys.modules]
         assert not loaded, loaded
         """)
     assert out == ""
@@ -177,9 +183,10 @@ def test_annotations_hold_at_run_time():
         import warnings
         warnings.simplefilter("ignore")  # beartype's, about annotations of others
         from jaxtyping import install_import_hook
-        public = ["_api", "cache", "inspect", "masks", "positions", "scores", "layers", "linen", "regularization"]
+        public = ["_api", "cache", "inspect", "masks", "positions", "scores", "regularization"]
+        public += ["layers", "linen", "nnx"]
         with install_import_hook([f"attnlib.{name}" for name in public], "beartype.beartype"):
-            import attnlib
+            import attnlib, attnlib.nnx
         import jax, jax.numpy as jnp, numpy as np
         from attnlib import masks, scores
 
@@ -203,6 +210,10 @@ def test_annotations_hold_at_run_time():
         attnlib.multi_head_attention(params, query[:, :, 0], key_mask=np.ones((2, 5), bool))
         layer = attnlib.MultiHeadAttention(num_heads=2, output_shape=(2, 3))
         layer.init_with_output(jax.random.key(0), query[:, :, 0], sow_weights=True)
+        rngs = attnlib.nnx._base.nnx.Rngs(0)
+        table = attnlib.nnx.RelativePositionBias((4,), 2, rngs=rngs)
+        layer = attnlib.nnx.MultiHeadAttention(2, 8, score_mod=table, dropout_rate=0.5, rngs=rngs)
+        layer(query[:, :, 0], deterministic=False, rngs=rngs), layer.init_cache([2, 5, 8])
         attnlib.AdditiveAttention().init_with_output(jax.random.key(0), query[:, :, 0], key[:, :, 0])
 
         try:

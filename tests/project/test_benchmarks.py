@@ -81,6 +81,13 @@ def test_checks_of_a_device_without_one(checks, run):
     assert "left out: 0 rows" in printed and data["machine"]["date"] and data["machine"]["versions"]["jax"]
 
 
+def test_training_steps_of_modules(run):
+    """NNX and linen compute the same loss."""
+    printed, data = run("modules", "--quick")
+    assert "targets met" in printed
+    assert all(row["times"].keys() == {"NNX", "linen"} and not row["refused"] for row in data["training"])
+
+
 @pytest.fixture
 def device(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -19,7 +19,9 @@ from attnlib import implementations, plot
 DOCUMENTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 PROGRAMS = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 NEEDS = {"migration/keras.md": "keras"}  # what the program of a page needs that not every user has
-MODULES = (attnlib.AdditiveAttention, attnlib.DotProductAttention, attnlib.MultiHeadAttention)
+MODULES = (
+    attnlib.AdditiveAttention, attnlib.DotProductAttention, attnlib.MultiHeadAttention, attnlib.nnx.MultiHeadAttention
+)  # fmt: skip
 
 
 def name_of(path):

@@ -11,7 +11,7 @@ from doctest_examples import MODULES, NEEDS
 
 ROOT = Path(__file__).parents[2]
 WITH_EXAMPLES = (
-    "convert", "_api", "_attention_fn", "cache", "inspect", "layers", "linen", "masks", "modifiers", "positions",
+    "convert", "_api", "_attention_fn", "cache", "inspect", "layers", "linen", "masks", "modifiers", "nnx", "positions",
     "regularization",
     "scores",
 )  # fmt: skip
@@ -24,6 +24,7 @@ def test_public_functions_have_examples_that_are_found():
         "_api",
         "layers._multi_head",
         "linen._multi_head",
+        "nnx._multi_head",
         "scores._custom",
         "regularization",
     ):

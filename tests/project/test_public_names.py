@@ -16,7 +16,7 @@ NAMES = {name: parameters.split() for name, _, parameters in (line.partition(":"
 
 
 def found(name):
-    for module in ("layers", "linen", "cache", "plot", "regularization"):
+    for module in ("layers", "linen", "nnx", "cache", "plot", "regularization"):
         importlib.import_module(f"attnlib.{module}")
     return operator.attrgetter(name)(attnlib)
 

@@ -12,6 +12,7 @@ import pytest
 from cases import NAMES, by_name, unsupported
 from conftest import assert_close
 from documents import ROOT
+from flax import nnx
 
 import attnlib
 from attnlib import scores
@@ -21,6 +22,13 @@ from attnlib._engine import call as _call
 from attnlib._engine import dispatch as _choose
 from attnlib._engine.reference import reference
 from attnlib.linen._base import AttentionModule
+
+
+class NnxOptions(options.MaskOptions, options.LogitOptions):
+    """The options in the call of an NNX module: `rngs` has the place of dropout_rng."""
+
+    return_weights: bool
+
 
 ONE = jnp.ones((1, 3, 1, 2))
 RESULTS = {"return_weights", "return_lse"}
@@ -63,6 +71,8 @@ def test_every_kind_of_result_takes_all_options(kind):
         (attnlib.multi_head_attention, {"return_lse"}, options.LayerOptions),
         *((layer.__call__, {"return_lse", "attention_axes", "dropout_rate", *HOW}, options.CallOptions)
           for layer in (attnlib.MultiHeadAttention, attnlib.AdditiveAttention, attnlib.DotProductAttention)),
+        *((layer.__call__, {"return_lse", "attention_axes", "dropout_rate", "dropout_rng", *HOW}, NnxOptions)
+          for layer in (attnlib.nnx.MultiHeadAttention, attnlib.nnx.AdditiveAttention)),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )  # fmt: skip
@@ -83,6 +93,15 @@ def test_functions_show_their_options(function, without, kind):
 def test_a_new_option_reaches_attention_through_a_layer(layer):
     with pytest.raises(TypeError, match="attention takes no 'colour'"):
         layer.init(jax.random.key(0), ONE[..., 0, :], colour="red", method=AttentionModule.__call__)
+
+
+@pytest.mark.parametrize(
+    "layer", [attnlib.nnx.MultiHeadAttention(1, 2, rngs=nnx.Rngs(0)), attnlib.nnx.DotProductAttention()],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_a_new_option_reaches_attention_through_an_nnx_layer(layer):
+    with pytest.raises(TypeError, match="attention takes no 'colour'"):
+        type(layer).__call__.__wrapped__(layer, ONE[..., 0, :], colour="red")
 
 
 def test_options_have_their_defaults_and_change():

@@ -100,6 +100,11 @@ SHAPES = {
         masks.Neighborhood((3, 5)),
         lambda q, k: one_of_nearest(q[0], k[0], 5, 3) and one_of_nearest(q[1], k[1], 7, 5), 20, GRID, exact=False
     ),
+    "neighborhood, strided (GNA)": Shape(
+        masks.Neighborhood((3, 5), stride=(1, 4)),
+        lambda q, k: one_of_nearest(q[0], k[0], 5, 3) and one_of_nearest(min(q[1] // 4 * 4 + 2, 6), k[1], 7, 5),
+        20, GRID, exact=False,
+    ),
     "own row and own column": Shape(
         masks.BlockLocal((1, 7)) | masks.BlockLocal((5, 1)), lambda q, k: q[0] == k[0] or q[1] == k[1], 25, GRID
     ),
@@ -292,3 +297,87 @@ def test_packed_documents_are_the_documents_one_by_one(score, keys):
     assert (together[:, starts[-1] :] == 0).all()
     if score == "additive":  # dot products know distances alone, so there the place of a document does not matter
         assert np.max(np.abs(elsewhere - together)) > 0.1
+
+
+# Strided neighbourhoods, and tiles that attend to tiles
+
+
+def window_of_natten(length, size, stride, dilation):
+    """`(length, length)` bools by NATTEN's rule for a window that fits, with its window_left and window_right."""
+    allowed = np.zeros((length, length), bool)
+    for index in range(length):
+        residue, place = index % dilation, index // dilation
+        group = length // dilation + (residue < length % dilation)
+        leader = min(place // stride * stride + stride // 2, group - 1)
+        left, right = size // 2, size // 2 + size % 2 - 1
+        start = max(leader - left, 0) + ((group - leader - right - 1) if leader + right >= group else 0)
+        allowed[index, [residue + dilation * (start + n) for n in range(size)]] = True
+    return allowed
+
+
+@pytest.mark.parametrize("length", [7, 12, 13, 24])
+def test_every_stride_is_that_of_natten(length):
+    """All sizes, strides and dilations whose windows fit."""
+    count = 0
+    for dilation in (1, 2, 3):
+        for size in range(1, length // dilation + 1):
+            for stride in range(1, size + 1):
+                mask = masks.Neighborhood(size, dilation, stride=stride)
+                coordinate = np.arange(length)
+                ((_, window),) = mask._along_axes(1)
+                start = window.start(coordinate, length)[:, None]
+                seen = (coordinate // dilation >= start) & (coordinate // dilation < start + size)
+                seen &= coordinate % dilation == coordinate[:, None] % dilation
+                assert np.array_equal(seen, window_of_natten(length, size, stride, dilation)), mask
+                count += 1
+    assert count > 30
+    for mask in (masks.Neighborhood(3, 2, stride=2), masks.Neighborhood(2, stride=2)):  # evaluated as it is known
+        np.testing.assert_array_equal(
+            mask.as_array(length, length), window_of_natten(length, mask.size, mask.stride, mask.dilation)
+        )
+
+
+def tiles_of(array, tile):
+    """`(height, width, ...)` as `(rows of tiles, columns of tiles, tile, tile, ...)`."""
+    height, width, *rest = array.shape
+    return array.reshape(height // tile, tile, width // tile, tile, *rest).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("tiles", [2, 3, 5])
+def test_sliding_tiles_are_a_neighborhood_of_tiles(tiles):
+    """Sliding tile attention (Zhang et al. 2025): a tile attends to the nearest tiles, of an odd or even number."""
+    height, width, tile = 6, 5, 3
+    mask = masks.Neighborhood((tiles, tiles, tile, tile)).as_array(*[(height, width, tile, tile)] * 2)
+    near = [window_of_natten(length, tiles, 1, 1) for length in (height, width)]
+    expected = np.einsum("ab,cd->acbd", *near)[:, :, None, None, :, :, None, None]
+    np.testing.assert_array_equal(mask, np.broadcast_to(expected, mask.shape))
+    # An odd number of tiles is a strided window of positions.
+    strided = masks.Neighborhood(tiles * tile, stride=tile).as_array(*[(height * tile, width * tile)] * 2)
+    strided = tiles_of(np.asarray(strided), tile)
+    strided = np.moveaxis(tiles_of(np.moveaxis(strided, (4, 5), (0, 1)), tile), (0, 1, 2, 3), (4, 5, 6, 7))
+    assert np.array_equal(strided, mask) == (tiles % 2 == 1)
+
+
+def test_sliding_tiles_without_transposes(keys):
+    """Attention over tile axes of a reshaped image is attention over its own axes, and skips more tiles."""
+    tile, shape = 4, (12, 16)
+    query, key, value = (keys.normal(2, *shape, 2, size) for size in OPERANDS.values())
+    over_tiles = masks.Neighborhood((3, 3, tile, tile))
+
+    @jax.jit
+    def both(query, key, value):
+        split = (x.reshape(2, 3, tile, 4, tile, 2, -1) for x in (query, key, value))
+        options = dict(implementation="blockwise", block_sizes=(16, 16))
+        tiled = attnlib.dot_product_attention(*split, attention_axes=(1, 3, 2, 4), mask=over_tiles, **options)
+        own = attnlib.dot_product_attention(query, key, value, mask=masks.Neighborhood(12, stride=tile))
+        return tiled.reshape(own.shape), own
+
+    assert_close(*both(query, key, value), length=144)
+    operand = jax.ShapeDtypeStruct((1, 24, 24, 1, 4), jnp.float32)
+    tiled = jax.ShapeDtypeStruct((1, 6, 4, 6, 4, 1, 4), jnp.float32)
+    options = dict(block_sizes=(16, 16), implementation="blockwise")
+    rows = attnlib.explain(*[operand] * 3, mask=masks.Neighborhood(12, stride=4), **options).tiles
+    blocks = attnlib.explain(
+        *[tiled] * 3, mask=masks.Neighborhood((3, 3, 4, 4)), attention_axes=(1, 3, 2, 4), **options
+    ).tiles
+    assert (rows, blocks) == ((648, 1296), (324, 1296))

@@ -104,7 +104,8 @@ def test_traced_values_decide_nothing(mask):
     found = []
     kinds(mask)
     jax.eval_shape(kinds, mask)  # where they have no values
-    assert (found[0] == PARTIAL).all()
+    if not isinstance(mask, masks.Registers):  # whose number is static
+        assert (found[0] == PARTIAL).all()
     np.testing.assert_array_equal(*found)
 
 

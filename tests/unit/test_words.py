@@ -24,6 +24,7 @@ def own_words():
     functions += [attnlib.multi_head_attention]
     functions += [f for layer in (MHA, attnlib.AdditiveAttention, attnlib.DotProductAttention)
                   for f in (layer, layer.__call__)]  # fmt: skip
+    functions += [attnlib.nnx.MultiHeadAttention, attnlib.nnx.MultiHeadAttention.__call__]
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
@@ -34,7 +35,7 @@ def test_what_is_to_be_written_exists():
 @pytest.mark.parametrize(
     "theirs",
     [jax.nn.dot_product_attention, nn.MultiHeadDotProductAttention, nn.MultiHeadDotProductAttention.__call__,
-     nnx.MultiHeadAttention.__call__, nn.dot_product_attention],
+     nnx.MultiHeadAttention.__init__, nnx.MultiHeadAttention.__call__, nn.dot_product_attention],
     ids=lambda function: f"{function.__module__}.{function.__qualname__}",
 )  # fmt: skip
 def test_every_argument_of_jax_and_flax_is_known_or_answered(theirs):

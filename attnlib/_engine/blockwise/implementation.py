@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -269,8 +270,7 @@ def _transpose_tiles(
     plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, cotangents: Leaves
 ) -> list[jax.Array]:
     *leaves, output, lse = residuals
-    by_keys = plan.strategy.kind != "dense" and jax.default_backend() == "cpu"
-    plan = dataclasses.replace(plan, pairs_by_keys=by_keys)
+    plan = plan.of_transpose()
     loop = _TileLoop(plan, leaves)
     masked = any(apply_mask for apply_mask, _ in loop.schedule)
     output_ct, delta = row_cotangents(output, lse, cotangents, masked)
@@ -324,7 +324,8 @@ def _estimate(problem: AttentionProblem, kind: Kind | None) -> Estimate:
     starts = tile_starts(strategy, problem.mask, problem.query_positions, problem.key_positions)
     tiles = sum(map(len, starts.values())), -(-problem.query_length // tile[0]) * -(-problem.key_length // tile[1])
     numbers = problem.rows * (problem.query.shape[-1] + problem.value.shape[-1] + 2)
-    numbers += problem.key.size + problem.value.size + 2 * rows_per_query(problem, strategy.kind) * tile[0] * tile[1]
+    pairs = math.prod((rows_per_query(problem, strategy.kind), *strategy.heads_at_once, *tile))
+    numbers += problem.key.size + problem.value.size + 2 * pairs
     if strategy.kind == "decode":
         numbers = _decode.numbers(problem, strategy)
     flops = operations(partial(_run_blocks, strategy=strategy), problem)

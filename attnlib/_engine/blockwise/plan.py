@@ -41,16 +41,18 @@ class BlockwiseStrategy:
     """How a problem is divided into tiles.
 
     Attributes:
-      kind: `"all_heads"`: a tile has all heads. `"loop_over_heads"`: a tile has one batch index and one key head.
+      kind: `"all_heads"`: a tile has all heads. `"loop_over_heads"`: a tile has `heads_at_once`.
         `"dense"`: one tile has all pairs of all heads.
         `"decode"`: so too, and keys and values keep their layout in memory.
       block_sizes: (queries, keys) of a tile.
+      heads_at_once: how many batch indices along each axis, and how many key heads, a tile of `"loop_over_heads"` has.
       fallback_keys: the number of keys of a tile where `"decode"` computes results that were not finite again.
       has_key_spans: whether each block of queries has one tile, with all keys that a static mask leaves.
     """
 
     kind: Kind
     block_sizes: tuple[int, int]
+    heads_at_once: tuple[int, ...] = ()
     fallback_keys: int = 512
     has_key_spans: bool = False
 
@@ -58,7 +60,9 @@ class BlockwiseStrategy:
 def plan_blocks(problem: AttentionProblem, kind: Kind | None = None) -> BlockwiseStrategy:
     """The strategy of this kind, or of the kind that is likely fastest on this machine."""
     kind = choose_kind(problem) if kind is None else kind
-    if kind not in ("dense", "decode"):
+    if kind == "loop_over_heads":
+        return _with_heads(problem, _tiles(problem, kind))
+    if kind == "all_heads":
         return _tiles(problem, kind)
     whole = BlockwiseStrategy(kind, (problem.query_length, problem.key_length))
     if problem.block_sizes is None:
@@ -179,6 +183,20 @@ def _tiles(problem: AttentionProblem, kind: Kind) -> BlockwiseStrategy:
     if (spans := _spans(problem, numbers_per_pair, pairs, cost)) is not None:
         return BlockwiseStrategy(kind, spans, has_key_spans=True)
     return BlockwiseStrategy(kind, (_balanced_block(lengths[0], queries), _balanced_block(lengths[1], keys)))
+
+
+def _with_heads(problem: AttentionProblem, strategy: BlockwiseStrategy) -> BlockwiseStrategy:
+    """The strategy with as many heads in a tile as it can have: all key heads before another batch index.
+
+    With block sizes that the user chose, a tile has one head.
+    """
+    numbers, at_once = problem.groups * math.prod(strategy.block_sizes), []
+    limit = _NUMBERS if problem.block_sizes is None else 0
+    for size in reversed(problem.heads[:-1]):
+        count = max(n for n in range(1, size + 1) if size % n == 0 and (n == 1 or n * numbers <= limit))
+        numbers = numbers * count if count == size else limit + 1
+        at_once.append(count)
+    return dataclasses.replace(strategy, heads_at_once=tuple(reversed(at_once)))
 
 
 def _spans(problem: AttentionProblem, numbers_per_pair: int, max_pairs: float, cost: float) -> tuple[int, int] | None:

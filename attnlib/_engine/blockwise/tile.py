@@ -58,10 +58,11 @@ _AXES: dict[str, Axes] = {
 class TileIndex(NamedTuple):
     """Where a tile lies in the arrays, and whether the mask has to be applied to it."""
 
-    batch_and_head: tuple[jax.Array, ...]  # index along each batch axis and of the key head; empty: all of them
+    batch_and_head: tuple[jax.Array, ...]  # first index along each batch axis and of key heads; empty: all of them
     starts: tuple[int | jax.Array, int | jax.Array]  # of queries and of keys
     sizes: tuple[int, int]
     apply_mask: bool
+    heads_at_once: tuple[int, ...] = ()  # how many indices along each batch axis and of key heads
 
     def cut(self, array: jax.Array, axes: Axes) -> jax.Array:
         """The tile's part of an array with these axes of queries and keys; an axis of one broadcasts and stays."""
@@ -83,11 +84,11 @@ class TileIndex(NamedTuple):
 
     def cut_mask(self, block: jax.Array, groups: int) -> jax.Array:
         """The part of the tile's batch indices and head in a block `(*batch, N, T, S)` or in its last axes."""
-        for n, index in enumerate(self.batch_and_head):
+        for n, (index, size) in enumerate(zip(self.batch_and_head, self.heads_at_once, strict=True)):
             axis = n - len(self.batch_and_head) - 2
-            size = groups if axis == -3 else 1
-            if block.ndim >= -axis and block.shape[axis] > size:
-                block = jax.lax.dynamic_slice_in_dim(block, index * size, size, axis)
+            heads = groups if axis == -3 else 1
+            if block.ndim >= -axis and block.shape[axis] > heads * size:
+                block = jax.lax.dynamic_slice_in_dim(block, index * heads, size * heads, axis)
         return block
 
     def _window(
@@ -95,9 +96,9 @@ class TileIndex(NamedTuple):
     ) -> tuple[list[jax.Array], tuple[int, ...]]:
         """(starts, sizes) of the tile's part."""
         starts, sizes = [jnp.int32(0)] * len(shape), list(shape)
-        for axis, index in enumerate(self.batch_and_head):
+        for axis, (index, count) in enumerate(zip(self.batch_and_head, self.heads_at_once, strict=True)):
             if shape[axis] > 1:
-                starts[axis], sizes[axis] = index, 1
+                starts[axis], sizes[axis] = index, count
         for start, size, side in zip(self.starts, self.sizes, axes, strict=True):
             if side is not None and shape[side] not in (1, size):
                 starts[side], sizes[side] = jnp.asarray(start, jnp.int32), size
@@ -130,14 +131,23 @@ class BlockwisePlan:
     def form(self) -> Form:
         return Form(self.precision, self.pairs_by_keys)
 
+    def of_transpose(self) -> BlockwisePlan:
+        """The plan of the transpose loop, where products of several heads would run on one core (XLA on a CPU)."""
+        one_head = tuple(1 for _ in self.strategy.heads_at_once)
+        strategy = dataclasses.replace(self.strategy, heads_at_once=one_head)
+        by_keys = strategy.kind != "dense" and jax.default_backend() == "cpu"
+        return dataclasses.replace(self, strategy=strategy, pairs_by_keys=by_keys)
+
     def schedule(self, arrays: TileArrays) -> list[tuple[bool, np.ndarray]]:
         """Up to two lists of tiles: (False, those without a mask), (True, those to apply the mask to).
 
-        A list has a row for each tile: the indices along the batch axes and of the key head where the tiles have one
-        each, the first query and the first key. Tiles that the mask empties are left out.
+        A list has a row for each tile: the first indices along the batch axes and of key heads, if tiles do not have
+        all of them, the first query and the first key. Tiles that the mask empties are left out.
         """
-        one_head = self.strategy.kind == "loop_over_heads"
-        batch_and_head = np.argwhere(np.ones(self.heads[:-1])) if one_head else np.zeros((1, 0), int)
+        batch_and_head = np.zeros((1, 0), int)
+        if self.strategy.kind == "loop_over_heads":
+            at_once = np.array(self.strategy.heads_at_once)
+            batch_and_head = np.argwhere(np.ones(self.heads[:-1] // at_once)) * at_once
         lists = []
         for kind, tiles in tile_starts(
             self.strategy, arrays.mask, arrays.query_positions, arrays.key_positions
@@ -149,7 +159,8 @@ class BlockwisePlan:
     def index(self, row: jax.Array, apply_mask: bool) -> TileIndex:
         """The index of the tile in a row of the schedule."""
         *batch_and_head, query_start, key_start = row
-        return TileIndex(tuple(batch_and_head), (query_start, key_start), self.block_sizes, apply_mask)
+        starts, at_once = (query_start, key_start), self.strategy.heads_at_once
+        return TileIndex(tuple(batch_and_head), starts, self.block_sizes, apply_mask, at_once)
 
     def tile(self, index: TileIndex, leaves: Sequence[Any]) -> Tile:
         """The tile of the arrays with these leaves."""

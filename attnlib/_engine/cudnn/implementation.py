@@ -182,8 +182,11 @@ def _native(problem: AttentionProblem) -> CudnnMask | str:
                 return f"it knows one order of positions, not Causal(axis={part.axis}) among several; leave axis=None"
             causal = True
         elif isinstance(part, SlidingWindow):
-            lefts += [] if part.left is None else [part.left]
-            rights += [] if part.right is None else [part.right]
+            for side, found in ((part.left, lefts), (part.right, rights)):
+                if isinstance(side, int):
+                    found.append(side)
+                elif side is not None:
+                    return "its windows are ints, the same for all heads; use SlidingWindow(left, 0) with an int"
         elif isinstance(part, Lengths):
             queries += [] if part.query is None else [Lengths(query=part.query)]
             keys += [] if part.key is None else [Lengths(key=part.key)]

@@ -1,14 +1,15 @@
-"""Tiles with all keys that a static mask leaves to a block of queries, for operands that are long enough for them."""
+"""What blockwise does with long operands only: tiles with all keys that a mask leaves, and tiles with several heads."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from attention_case import Case
 from cases import build, context, derivatives, run, second_derivatives
 from conftest import assert_close
 
 import attnlib
-from attnlib import masks
+from attnlib import masks, modifiers
 from attnlib._core.options import Options
 from attnlib._engine import call as _call
 from attnlib._engine.blockwise.implementation import blockwise
@@ -27,20 +28,26 @@ CASES = [
          dtype="float64", mask=lambda draw: WINDOW),
 ]  # fmt: skip
 KINDS = "loop_over_heads", "all_heads"
+# With how many batch indices and key heads a tile has.
+OF_HEADS = {
+    Case("some key heads", query=(2, 512, 8, 4), key=(2, 501, 4, 4), value=(2, 501, 4, 3), dtype="float64",
+         bias=(2, 8, 1, 501), mask=lambda draw: draw.bools(1, 8, 512, 1), options=dict(dropout_rate=0.4)): (1, 2),
+    Case("some batch indices", query=(12, 256, 2, 4), key=(12, 249, 2, 4), value=(12, 249, 2, 3), dtype="float64",
+         bias=(12, 1, 1, 249), score_mod=lambda draw: modifiers.ALiBi(0.01 * draw(2))): (6, 2),
+}  # fmt: skip
 
 
 def strategy_of(case, kind):
-    """(the strategy, the first query and key of its tiles)."""
+    """(the strategy, the first query and key of each tile)."""
     with context(case):
         operands, traced, options = build(case)
-        score = operands.pop("score", Dot())
-        bias = operands.pop("bias", None)
-        options = Options(**options, **traced, bias=bias)
-        arguments = _call.arguments(operands["query"], operands["key"], operands["value"], score, options)
+        of_options = {name: operands[name] for name in ("bias", "score_mod") if name in operands}
+        options = Options(**options, **traced, **of_options)
+        arguments = _call.arguments(operands["query"], operands["key"], operands["value"], Dot(), options)
         problem, _ = _call.canonicalize(arguments)
         strategy = plan_blocks(problem, kind)
-        (starts,) = tile_starts(strategy, problem.mask, problem.query_positions, problem.key_positions).values()
-        return strategy, starts
+        starts = tile_starts(strategy, problem.mask, problem.query_positions, problem.key_positions)
+        return strategy, np.concatenate(list(starts.values()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,9 +68,15 @@ def test_a_tile_has_all_keys_of_its_queries(case, kind):
     assert not pairs.any()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", OF_HEADS, ids=str)
+def test_a_tile_has_as_many_heads_as_it_can(case):
+    strategy, _ = strategy_of(case, "loop_over_heads")
+    assert strategy.heads_at_once == OF_HEADS[case]
+
+
+@pytest.mark.parametrize("case", [*CASES, *OF_HEADS], ids=str)
 def test_values_and_derivatives_are_those_of_the_reference(case):
-    kind = KINDS[CASES.index(case) % 2]
+    kind = "loop_over_heads" if case in OF_HEADS else KINDS[CASES.index(case) % 2]
     expected, made = (derivatives(case, how) for how in ("reference", blockwise(kind)))
     for part in ("results", "tangent", "gradients"):
         assert_close(made[part], expected[part], length=1103)

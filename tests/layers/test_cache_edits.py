@@ -1,0 +1,156 @@
+"""Tokens of a cache are forgotten, and sequences are selected: what follows is as if they had never been there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, assert_same
+
+import attnlib
+from attnlib import KVCache
+
+BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, VALUE_FEATURES = 3, 9, 4, 2, 4, 3
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def tokens(keys, batch=BATCH, count=TOKENS):
+    shapes = (HEADS, FEATURES), (KV_HEADS, FEATURES), (KV_HEADS, VALUE_FEATURES)
+    return [keys.normal(batch, count, *shape) for shape in shapes]
+
+
+def empty(batch=BATCH, capacity=TOKENS, **options):
+    return KVCache.create((batch,), capacity, KV_HEADS, FEATURES, value_dim=VALUE_FEATURES, **options)
+
+
+@jax.jit
+def decode(cache, lengths, *arrays):
+    return cache.decode(*arrays, lengths)
+
+
+def cut(arrays, *place):
+    return [x[:, slice(*place)] for x in arrays]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_after_truncate_the_forgotten_tokens_do_not_matter(dtype, keys):
+    """Six tokens, the last four of them wrong, even NaN: cut back to two, then the right ones."""
+    right, wrong = tokens(keys), [jnp.full_like(x, jnp.nan) for x in tokens(keys)]
+    cache = empty(dtype=dtype)
+    _, two = decode(cache, None, *cut(right, 0, 2))
+    _, six = decode(two, None, *cut(wrong, 0, 4))
+    back = jax.jit(KVCache.truncate)(six, 2)
+    assert back.length == 2
+    made, after = decode(back, None, *cut(right, 2, TOKENS))
+    expected, same = decode(two, None, *cut(right, 2, TOKENS))
+    assert_same((made, after), (expected, same))
+
+
+def test_a_ragged_cache_truncates_each_sequence(keys):
+    """Also back to nothing, and not at all where there are fewer tokens."""
+    arrays = tokens(keys)
+    cache = empty(ragged=True).append(*cut(arrays[1:], 0, 6), jnp.array([6, 4, 2]))
+    back = cache.truncate(jnp.array([3, 0, 5]))
+    assert back.length.tolist() == [3, 0, 2]
+    assert cache.truncate(3).length.tolist() == [3, 3, 2]
+    next_tokens = [jnp.stack([x[0, 3:6], x[1, 0:3], x[2, 2:5]]) for x in arrays]
+    made, _ = decode(back, jnp.array([3, 3, 3]), *next_tokens)
+    whole = attnlib.dot_product_attention(*arrays, is_causal=True)
+    assert_close(made, jnp.stack([whole[0, 3:6], whole[1, 0:3], whole[2, 2:5]]), length=TOKENS)
+
+
+def test_tokens_beyond_the_capacity_stay_refused(keys):
+    """Under jit they may have overwritten others: NaN, until all tokens are forgotten."""
+    arrays = tokens(keys)
+    _, cache = decode(empty(capacity=6), None, *cut(arrays, 0, 4))
+    _, cache = decode(cache, None, *cut(arrays, 4, 8))
+    assert np.all(np.isnan(decode(cache.truncate(3), None, *cut(arrays, 3, 4))[0]))
+    made, _ = decode(cache.truncate(0), None, *cut(arrays, 0, 1))
+    assert_close(made, attnlib.dot_product_attention(*cut(arrays, 0, 1)), length=2)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selected_sequences_go_on_as_they_would(dtype, ragged, keys):
+    arrays = tokens(keys)
+    lengths = jnp.array([5, 3, 4]) if ragged else None
+    cache = empty(dtype=dtype, ragged=ragged).append(*cut(arrays[1:], 0, 5), lengths)
+    indices = jnp.array([2, 0, 0, 1])
+    chosen = jax.jit(KVCache.select)(cache, indices)
+    made, after = decode(chosen, None, *(x[indices] for x in cut(arrays, 5, 7)))
+    expected, whole = decode(cache, None, *cut(arrays, 5, 7))
+    assert_close(made, expected[indices], length=TOKENS)
+    assert after.batch_shape == (4,) and after.key.dtype == cache.key.dtype
+    assert_same(after.length, whole.length[indices] if ragged else whole.length)
+
+
+def test_select_keeps_a_ring_and_other_batch_axes(keys):
+    arrays = [keys.normal(3, 2, 7, *x.shape[2:]) for x in tokens(keys)]
+    cache = KVCache.create((3, 2), 4, KV_HEADS, FEATURES, value_dim=VALUE_FEATURES, window=3)
+    _, cache = cache.decode(*(x[:, :, :5] for x in arrays))
+    chosen = cache.select(jnp.array([1, 1]))
+    assert chosen.window == 3 and chosen.batch_shape == (2, 2)
+    made, _ = chosen.decode(*(x[jnp.array([1, 1]), :, 5:] for x in arrays))
+    expected, _ = cache.decode(*(x[:, :, 5:] for x in arrays))
+    assert_close(made, expected[jnp.array([1, 1])], length=TOKENS)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_an_index_beyond_the_batch_gives_nan(ragged, keys):
+    arrays = tokens(keys)
+    cache = empty(ragged=ragged).append(*cut(arrays[1:], 0, 2))
+    chosen = jax.jit(KVCache.select)(cache, jnp.array([0, 3, -1]))
+    made, _ = decode(chosen, None, *cut(arrays, 2, 3))
+    assert np.isfinite(made[0]).all() and np.isnan(made[1:]).all()
+
+
+def test_under_vmap_and_scan(keys):
+    """Speculative decoding: each step appends three tokens and keeps as many as were accepted."""
+    arrays = tokens(keys, count=12)
+    accepted = jnp.array([2, 1, 3, 1])
+
+    @jax.jit
+    def run(arrays):
+        def step(cache, kept):
+            here = [jax.lax.dynamic_slice_in_dim(x, cache.length, 3, 1) for x in arrays]
+            output, after = cache.decode(*here)
+            return after.truncate(cache.length + kept), output
+
+        return jax.lax.scan(step, empty(capacity=12), accepted)
+
+    cache, made = run(arrays)
+    assert cache.length == 7
+    whole = attnlib.dot_product_attention(*arrays, is_causal=True)
+    starts = np.cumsum([0, 2, 1, 3])
+    assert_close(np.asarray(made), np.stack([whole[:, n : n + 3] for n in starts]), length=12)
+    caches = jax.vmap(lambda n: cache.truncate(n))(jnp.array([5, 2]))
+    assert caches.length.tolist() == [5, 2]
+
+
+def ring():
+    return empty(window=3)
+
+
+WRONG = {
+    "a ring": (lambda: ring().truncate(2), ValueError, "mask=attnlib.masks.SlidingWindow(window - 1, 0)"),
+    "below 0": (lambda: empty().truncate(-1), ValueError, "lengths must be at least 0; got -1"),
+    "a float": (lambda: empty().truncate(2.0), TypeError, "lengths must be an int"),
+    "one each, not ragged": (
+        lambda: empty().truncate(jnp.ones(3, int)),
+        ValueError,
+        "ragged=True has a length for each",
+    ),
+    "others, ragged": (lambda: empty(ragged=True).truncate(jnp.ones(2, int)), ValueError, "shape () or (3,); got (2,)"),
+    "an index": (lambda: empty().select(jnp.array([0, 3])), ValueError, "indices must be in 0..2, for 3 sequences"),
+    "an index from the end": (lambda: empty().select(jnp.array([-1])), ValueError, "indices must be in 0..2"),
+    "one index": (lambda: empty().select(jnp.array(1)), ValueError, "indices must have shape (n,)"),
+    "bools": (lambda: empty().select(jnp.ones(3, bool)), TypeError, "indices must be an integer array"),
+    "no batch": (lambda: KVCache.create((), 3, 1, 2).select(jnp.array([0])), ValueError, "a cache with a batch axis"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_refused_with_the_remedy(name):
+    call, error, text = WRONG[name]
+    with pytest.raises(error) as caught:
+        call()
+    assert text in str(caught.value)
