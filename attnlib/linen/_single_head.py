@@ -91,3 +91,4 @@ class DotProductAttention(DotProductCall, SingleHeadAttention):
     precision: Any = None
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
+    context: str | Context | None = dataclasses.field(default=None, kw_only=True)
