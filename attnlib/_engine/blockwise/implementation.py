@@ -74,12 +74,12 @@ def blockwise(kind: Kind | None = None, name: str = "blockwise") -> Implementati
 
 def _run(problem: AttentionProblem, kind: Kind | None) -> AttentionResult:
     if problem.query_length == 0 or problem.key_length == 0:
-        return _nothing(problem)
+        return nothing(problem)
     return _run_blocks(problem, plan_blocks(problem, kind))
 
 
 def _run_blocks(problem: AttentionProblem, strategy: BlockwiseStrategy) -> AttentionResult:
-    problem = _prepared(problem)
+    problem = prepared(problem)
     arrays = _padded(problem, strategy)
     plan = BlockwisePlan.of(problem, strategy, arrays)
     leaves = jax.tree.leaves(arrays)
@@ -88,7 +88,7 @@ def _run_blocks(problem: AttentionProblem, strategy: BlockwiseStrategy) -> Atten
     return AttentionResult(output, lse, _weights(plan, leaves, lse) if problem.return_weights else None)
 
 
-def _prepared(problem: AttentionProblem) -> AttentionProblem:
+def prepared(problem: AttentionProblem) -> AttentionProblem:
     """The problem in its dtype, after the score's work on single positions."""
     query, key, value = (x.astype(problem.dtype) for x in (problem.query, problem.key, problem.value))
     query = jnp.broadcast_to(query, (*problem.batch, *query.shape[-4:]))  # rows are per batch index
@@ -121,7 +121,7 @@ def _padded(problem: AttentionProblem, strategy: BlockwiseStrategy) -> TileArray
     )
 
 
-def _nothing(problem: AttentionProblem) -> AttentionResult:
+def nothing(problem: AttentionProblem) -> AttentionResult:
     """The result if there are no queries or no keys."""
     rows = (*problem.batch, problem.kv_heads, problem.groups, problem.query_length)
     weights = jnp.zeros((*rows, problem.key_length), problem.dtype) if problem.return_weights else None
@@ -180,7 +180,7 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
     arrays = plan.structure.unflatten(leaves)
 
     def body(state: SoftmaxState, tile: Tile) -> SoftmaxState:
-        new = tile.state() if tile.has_all_keys else _joined(state, tile)
+        new = tile.state() if tile.has_all_keys else joined(state, tile)
         return SoftmaxState(*(tile.index.put(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
 
     rows = jnp.sum(zeros_like_varying(arrays.query[..., :1]), -1)
@@ -191,7 +191,7 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
     return _softmax.normalize(loop.run(body, start, checkpoint=False))
 
 
-def _joined(state: SoftmaxState, tile: Tile) -> SoftmaxState:
+def joined(state: SoftmaxState, tile: Tile) -> SoftmaxState:
     """The state of the tile's rows with the tile's keys added."""
     logits, value = tile.terms()
     old = SoftmaxState(*(tile.index.cut(x, axes) for x, axes in zip(state, _STATE, strict=True)))

@@ -16,7 +16,7 @@ from attnlib._core import axes as _axes
 from attnlib._core.context import Context, Layout
 from attnlib._core.problem import AttentionProblem, AttentionResult, Estimate, Implementation
 from attnlib._core.sizes import is_static
-from attnlib._engine.blockwise.implementation import _nothing, _prepared, blockwise
+from attnlib._engine.blockwise.implementation import blockwise, nothing, prepared
 from attnlib._engine.blockwise.plan import BlockwiseStrategy, plan_blocks, rows_per_query
 from attnlib._engine.blockwise.tile import Axes, BlockwisePlan, Tile, TileArrays, TileIndex
 from attnlib._engine.context.exchange import Exchange
@@ -61,7 +61,7 @@ def _tile_sizes(problem: AttentionProblem, queries: int, keys: int) -> tuple[int
 
 def _run(problem: AttentionProblem) -> AttentionResult:
     if problem.query_length == 0 or problem.key_length == 0:
-        return _nothing(problem)
+        return nothing(problem)
     context = problem.options.context
     assert isinstance(context, Context) and context.exchange is not None
     schedule = schedule_of(problem, context.exchange)
@@ -77,8 +77,8 @@ def _run(problem: AttentionProblem) -> AttentionResult:
 def _prepared_for_travel(problem: AttentionProblem) -> AttentionProblem:
     """The problem after the score's work on single positions; keys and values in their own dtype where they can be."""
     key = problem.key.astype(problem.dtype)
-    prepared = _prepared(dataclasses.replace(problem, key=key))
-    return dataclasses.replace(prepared, key=problem.key if prepared.key is key else prepared.key, value=problem.value)
+    made = prepared(dataclasses.replace(problem, key=key))
+    return dataclasses.replace(made, key=problem.key if made.key is key else made.key, value=problem.value)
 
 
 def _arrays(problem: AttentionProblem, schedule: Schedule) -> tuple[TileArrays, tuple[str, ...]]:
@@ -178,7 +178,7 @@ def _one_tile(problem: AttentionProblem, schedule: Schedule) -> Any:
     """The forward pass of one tile as a function of the problem."""
 
     def compute(problem: AttentionProblem) -> Any:
-        arrays, _ = _arrays(_prepared(problem), schedule)
+        arrays, _ = _arrays(prepared(problem), schedule)
         plan = BlockwisePlan.of(problem, BlockwiseStrategy("all_heads", schedule.tile), arrays)
         index = TileIndex((), (jnp.int32(0), jnp.int32(0)), schedule.tile, apply_mask=False)
         parts = [_tile_of(x, axes, schedule.tile) for x, axes in zip(jax.tree.leaves(arrays), plan.axes, strict=True)]

@@ -30,7 +30,7 @@ from attnlib._core import axes as _axes
 from attnlib._core.tile_kinds import EMPTY, PARTIAL
 from attnlib._core.varying_axes import cast_to_common_axes
 from attnlib._engine import softmax as _softmax
-from attnlib._engine.blockwise.implementation import _joined, row_cotangents, tangent_of_tile, transpose_of_tile
+from attnlib._engine.blockwise.implementation import joined, row_cotangents, tangent_of_tile, transpose_of_tile
 from attnlib._engine.blockwise.tile import Axes, BlockwisePlan, Tile, TileIndex
 from attnlib._engine.context.exchange import Arrays, Exchange, Visit
 from attnlib._engine.softmax import SoftmaxState
@@ -86,7 +86,7 @@ def _rule(plan: ContextPlan, perturbed: tuple[int, ...], leaves: Leaves, tangent
 
 def _forward(plan: ContextPlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
     def body(parts: Arrays, tile: Tile, others: Arrays) -> Sequence[jax.Array]:
-        return _joined(SoftmaxState(*parts), tile)
+        return joined(SoftmaxState(*parts), tile)
 
     def step(state: Arrays, keys: Arrays, visit: Visit) -> tuple[Arrays, Arrays]:
         here = _Keys(plan, leaves, keys, visit)
