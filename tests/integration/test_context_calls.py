@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import assert_close
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -174,13 +175,18 @@ def test_layers_of_flax():
 
 
 def test_nnx_modules():
-    nnx = pytest.importorskip("flax.nnx")
+    """The native module, with the gradients of its parameters, and the linen module in Flax's bridge."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, 8)), jnp.float32)
-    module = nnx.bridge.ToNNX(attnlib.MultiHeadAttention(num_heads=4, context="x"), rngs=nnx.Rngs(0))
-    plain = nnx.bridge.ToNNX(attnlib.MultiHeadAttention(num_heads=4), rngs=nnx.Rngs(0))
+    native = [attnlib.nnx.MultiHeadAttention(4, 8, context=c, decode=False, rngs=nnx.Rngs(0)) for c in ("x", None)]
+    bridged = [nnx.bridge.ToNNX(attnlib.MultiHeadAttention(4, context=c), rngs=nnx.Rngs(0)) for c in ("x", None)]
+
+    def loss(module, x):
+        return jnp.sum(jnp.sin(module(x)))
+
     with jax.set_mesh(mesh_of()):
-        got = module.lazy_init(x)(x)
-    assert_close(np.asarray(got), plain.lazy_init(x)(x), length=LENGTH)
+        got = nnx.value_and_grad(loss)(native[0], x), bridged[0].lazy_init(x)(x)
+    want = nnx.value_and_grad(loss)(native[1], x), bridged[1].lazy_init(x)(x)
+    assert_close(jax.tree.map(np.asarray, got), want, length=LENGTH * x.shape[-1])
 
 
 # Errors.
