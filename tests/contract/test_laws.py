@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import NAMES, by_name, like, unsupported
-from conftest import assert_close, assert_finite, assert_same
+from cases import IN_ONE_TILE, IN_TURN, NAMES, SIDE_BY_SIDE, by_name, like, unsupported
+from conftest import assert_close, assert_finite, assert_same, x64
 
 import attnlib
 from attnlib import masks, modifiers, scores
@@ -320,6 +320,36 @@ def test_scale_bias_and_mask_identities(attend, keys):
     assert_close(attend(query, key, 3 * value + 1, return_lse=True)[0], 3 * plain + 1)
     assert_close(attend(query, key + 1, value, return_lse=True)[0], plain, factor=64)  # alike for all keys of a query
     assert_close(attend(query, key, value, score=scores.Bilinear(jnp.eye(3) / 3**0.5)), plain)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("name", ["reference", "blockwise", *slow(IN_TURN, IN_ONE_TILE, SIDE_BY_SIDE)])
+def test_logits_of_any_size(name, dtype):
+    """From 1e-3, where all keys weigh alike, to 1e4, where one has all weight: values and gradients."""
+    with x64(dtype == "float64"):
+        draw = np.random.default_rng(3)
+        query, key, value, cotangent = (
+            jnp.asarray(draw.normal(size=(2, length, 2, 4)), dtype) for length in (5, 7, 7, 5)
+        )
+
+        @jax.jit
+        def both(query, key, value):
+            made, pull = jax.vjp(lambda *x: attnlib.dot_product_attention(*x, **by_name(name)), query, key, value)
+            return made, pull(cotangent)[2]
+
+        unit = float(jnp.finfo("float64" if dtype == "float64" else "float32").eps)
+        for size in (1e-3, 1, 60, 1e4):
+            scaled = jnp.asarray(query * (2 * size), dtype)  # 2 = sqrt(features)
+            made, value_ct = both(scaled, key, value)
+            of_heads = [np.moveaxis(np.asarray(x).astype(np.float64), 2, 1) for x in (scaled, key, value, cotangent)]
+            expected, weights = softmax_average(*of_heads[:3])
+            largest = np.abs(np.einsum("bntd,bnsd->bnts", *of_heads[:2])).max() / 2
+            # A logit is wrong by some units of the largest, and a weight by as much of itself.
+            bound = 4 * unit * max(largest, 1) + 2 * float(jnp.finfo(dtype).eps)
+            for got, want in ((made, expected), (value_ct, np.swapaxes(weights, -1, -2) @ of_heads[3])):
+                np.testing.assert_allclose(
+                    np.moveaxis(np.asarray(got).astype(np.float64), 2, 1), want, rtol=0, atol=bound * np.abs(want).max()
+                )
 
 
 # Transformations
