@@ -233,7 +233,7 @@ def test_the_whole_api_is_exported_here():
     mask, score and modifier is in a catalogue, which test_catalogues.py checks.
     """
     host = {"Explanation", "constrain", "convert", "explain", "inspect", "masks", "modifiers", "positions", "scores"}
-    host |= {"nnx"}
+    host |= {"Context", "nnx"}
     traced = {
         "AdditiveAttention", "BucketedPositionBias", "DotProductAttention", "KVCache", "MultiHeadAttention",
         "RelativePositionBias", "additive_attention", "apply_constraints", "attention", "attention_fn",

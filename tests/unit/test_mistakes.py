@@ -160,8 +160,8 @@ OPTIONS = [
           ("attention_axes", "an int, a sequence of ints or None", 1),
           ("attention_axes", "an int, a sequence of ints or None", (1,)),
           ("block_sizes", "(queries, keys), two ints >= 1, or None", (4, 4))]),
-    ("a traced window", lambda g: traced(lambda v: masks.SlidingWindow(v, v)), TypeError,
-     "SlidingWindow left must be an int >= 0 or None, ", f"{STATIC}'left')) or close over it."),
+    ("a traced neighborhood", lambda g: traced(lambda v: masks.Neighborhood(v)), TypeError,
+     "Neighborhood size must be an int >= 1 or a sequence of ints >= 1, ", f"{STATIC}'size')) or close over it."),
     ("jit of a name", lambda g: jax.jit(dot)(g.q, g.k, g.k, implementation="reference"), TypeError,
      "was passed to the function at path implementation.", "using the static_argnums or static_argnames parameters"),
 ]  # fmt: skip

@@ -211,6 +211,11 @@ def _tangent(plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves,
         return tangent_of_tile(carry, tile, perturbed, tangents, lse)
 
     weighted_dot, lse_dot = loop.run(body, (zeros_like_varying(output), zeros_like_varying(lse)), checkpoint=True)
+    return tangent_of_rows(output, weighted_dot, lse_dot)
+
+
+def tangent_of_rows(output: jax.Array, weighted_dot: jax.Array, lse_dot: jax.Array) -> list[jax.Array]:
+    """(output', lse') from the sums a and c over all tiles."""
     return [weighted_dot - output * lse_dot[..., None], lse_dot]
 
 

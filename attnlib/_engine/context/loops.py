@@ -30,7 +30,13 @@ from attnlib._core import axes as _axes
 from attnlib._core.tile_kinds import EMPTY, PARTIAL
 from attnlib._core.varying_axes import cast_to_common_axes
 from attnlib._engine import softmax as _softmax
-from attnlib._engine.blockwise.implementation import joined, row_cotangents, tangent_of_tile, transpose_of_tile
+from attnlib._engine.blockwise.implementation import (
+    joined,
+    row_cotangents,
+    tangent_of_rows,
+    tangent_of_tile,
+    transpose_of_tile,
+)
 from attnlib._engine.blockwise.tile import Axes, BlockwisePlan, Tile, TileIndex
 from attnlib._engine.context.exchange import Arrays, Exchange, Visit
 from attnlib._engine.softmax import SoftmaxState
@@ -118,7 +124,7 @@ def _tangent(plan: ContextPlan, perturbed: tuple[int, ...], residuals: Leaves, t
     travelling = [*(leaves[n] for n in plan.travelling), *(of_leaf[n] for n in moving)]
     start = [zeros_like_varying(output), zeros_like_varying(lse)]
     (weighted_dot, lse_dot), _ = _circulate(plan, step, start, travelling, [*plan.travelling, *moving])
-    return [weighted_dot - output * lse_dot[..., None], lse_dot]
+    return tangent_of_rows(output, weighted_dot, lse_dot)
 
 
 def _transpose(plan: ContextPlan, perturbed: tuple[int, ...], residuals: Leaves, cotangents: Leaves) -> Arrays:
