@@ -4,8 +4,8 @@ XLA's matrix product on a CPU runs at half the speed if its large operand is tra
 to 129). The pairs are the largest operand. `Form.by_keys` says in which order they lie in memory:
 
   by queries  P^T O transposes O and the result, which are smaller than P.
-  by keys     P^T O is a plain product, and P V transposes V and the result. This is faster for many queries and few
-              keys in the backward pass, which has two products P^T O, and up to 3 times slower in the forward pass.
+  by keys     P^T O is a plain product, and P V transposes V and the result. This is faster in the backward pass, which
+              has two products P^T O, and up to 3 times slower in the forward pass.
 
 Queries of all groups of a key head are rows of one matrix, since a product with two axes of rows takes up to twice as
 long.
