@@ -179,16 +179,22 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
     loop = _TileLoop(plan, leaves)
     arrays = plan.structure.unflatten(leaves)
 
-    def body(state: SoftmaxState, tile: Tile) -> SoftmaxState:
-        new = tile.state() if tile.has_all_keys else joined(state, tile)
+    def join(state: SoftmaxState, tile: Tile) -> SoftmaxState:
+        new = joined(state, tile)
         return SoftmaxState(*(tile.index.put(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
+
+    def put(results: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
+        output, lse = tile.result()
+        return tile.index.put(results[0], output, _OUTPUT), tile.index.put(results[1], lse, _ROWS)
 
     rows = jnp.sum(zeros_like_varying(arrays.query[..., :1]), -1)
     output = jnp.broadcast_to(rows[..., None], (*rows.shape, arrays.value.shape[-1]))
     start = SoftmaxState(rows + jnp.finfo(rows.dtype).min, rows, output)
     if plan.strategy.kind == "decode":
-        return _softmax.normalize(_decode.attend(plan, arrays, start, body))
-    return _softmax.normalize(loop.run(body, start, checkpoint=False))
+        return _softmax.normalize(_decode.attend(plan, arrays, start, join))
+    if plan.has_all_keys(arrays):
+        return loop.run(put, (output, rows - jnp.inf), checkpoint=False)
+    return _softmax.normalize(loop.run(join, start, checkpoint=False))
 
 
 def joined(state: SoftmaxState, tile: Tile) -> SoftmaxState:

@@ -138,6 +138,10 @@ class BlockwisePlan:
         by_keys = strategy.kind != "dense" and jax.default_backend() == "cpu"
         return dataclasses.replace(self, strategy=strategy, pairs_by_keys=by_keys)
 
+    def has_all_keys(self, arrays: TileArrays) -> bool:
+        """Whether the softmax of a tile's rows is that of the tile, so that it has no earlier state."""
+        return self.strategy.has_key_spans or self.block_sizes[1] >= arrays.key_positions.length
+
     def schedule(self, arrays: TileArrays) -> list[tuple[bool, np.ndarray]]:
         """Up to two lists of tiles: (False, those without a mask), (True, those to apply the mask to).
 
@@ -180,11 +184,6 @@ class Tile:
         self.plan, self.arrays, self.index = plan, arrays, index
         sides = zip((arrays.query_positions, arrays.key_positions), index.starts, index.sizes, strict=True)
         self.query_positions, self.key_positions = (side.block(start, size) for side, start, size in sides)
-
-    @property
-    def has_all_keys(self) -> bool:
-        """Whether the softmax of the tile's rows is that of the tile, so that it has no earlier state."""
-        return self.plan.strategy.has_key_spans or self.index.sizes[1] >= self.arrays.key_positions.length
 
     def terms(self) -> tuple[jax.Array, jax.Array]:
         """(logits, values). Masked logits are -inf; masked content cannot matter, NaN or not."""
@@ -241,6 +240,14 @@ class Tile:
         logits, value = self.terms()
         row_max, weights = _unnormalized(logits)
         return SoftmaxState(row_max, jnp.sum(weights, -1), pv_product(self.plan.form, self.drop(weights), value))
+
+    def result(self) -> tuple[jax.Array, jax.Array]:
+        """(output, lse) of the tile's rows, if the tile has all their keys.
+
+        XLA computes a batch of small products on one core, unless one operation also sums the weights (on a CPU). So
+        the division by this sum stays beside the product.
+        """
+        return _softmax.normalize(self.state())
 
     def unnormalized_softmax(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(weights before the division by their sum, what to divide by) of a tile that has all keys."""
