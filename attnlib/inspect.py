@@ -37,13 +37,12 @@ __all__ = ["attention_entropy", "attention_received", "attention_rows", "top_key
 
 Rows = int | Array | Sequence[int]
 
-_takes_options = takes_options(
-    without={
-        **dict.fromkeys(("dropout_rate", "dropout_rng", "return_weights", "return_lse"), ""),
-        "context": "context cannot be given: attnlib.inspect needs the whole sequence on each device.",
-    },
-    listed=("score",),
-)
+_WITHOUT = {
+    **dict.fromkeys(("dropout_rate", "dropout_rng", "return_weights", "return_lse"), ""),
+    "context": "context cannot be given: attnlib.inspect needs the whole sequence on each device.",
+}
+_NO_ENTROPY = "normalize cannot be given: the entropy is that of weights that add up to one."
+_takes_options = takes_options(without=_WITHOUT, listed=("score",))
 # The number of weights that `top_keys` computes at a time (docs/performance/tuning.md), and of queries at least.
 _NUMBERS, _MIN_QUERIES = 2**20, 8
 
@@ -70,7 +69,7 @@ def attention_rows(
 
     Returns:
       Weights `(*batch, N, *shape of rows, *key axes)`, float32 at least. With a sink, the weights of a row add up to
-      less than one. A row beyond the end raises ValueError; if `rows` is traced, its weights are NaN.
+      less than one, and with normalize=False to anything. A row beyond the end raises ValueError; if `rows` is traced, its weights are NaN.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -105,7 +104,7 @@ def attention_received(
 
     Returns:
       `(*batch, N, *key axes)`, float32 at least. The sum over the keys is the number of queries that attend a key (1
-      with `mean`), and less with a sink.
+      with `mean`), less with a sink, and anything with normalize=False.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -162,7 +161,7 @@ def top_keys(
     return _top_keys(_arguments(query, key, score, options), k=check_int(k, "k", minimum=1))
 
 
-@_takes_options
+@takes_options(without={**_WITHOUT, "normalize": _NO_ENTROPY}, listed=("score",))
 def attention_entropy(
     query: Query, key: Key, *, score: Score | None = None, **options: Unpack[InspectionOptions]
 ) -> jax.Array:

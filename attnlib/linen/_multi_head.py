@@ -69,7 +69,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
       dtype: dtype of the computation; default: promoted from inputs and parameters.
       param_dtype: dtype of the parameters; default float32.
       precision: precision of matrix products.
-      implementation, block_sizes, context: as in `attnlib.dot_product_attention`.
+      implementation, block_sizes, context, normalize: as in `attnlib.dot_product_attention`.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -115,6 +115,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
     context: str | Context | None = dataclasses.field(default=None, kw_only=True)
+    normalize: bool = dataclasses.field(default=True, kw_only=True)
 
     def _params(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
         groups = self._parameter_groups(query_features, key_features, value_features)

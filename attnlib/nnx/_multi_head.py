@@ -84,7 +84,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
       dtype: dtype of the computation; default: promoted from inputs and parameters.
       param_dtype: dtype of the parameters; default float32.
       precision: precision of matrix products.
-      implementation, block_sizes, context: as in `attnlib.dot_product_attention`.
+      implementation, block_sizes, context, normalize: as in `attnlib.dot_product_attention`.
       rngs: `nnx.Rngs` with streams "params" and, with dropout, "dropout", or a default stream.
       keep_rngs: whether the module holds a stream of dropout keys; otherwise the call needs rngs. Default True.
 
@@ -148,6 +148,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
         implementation: str | Sequence[str] | None = None,
         block_sizes: tuple[int, int] | None = None,
         context: str | Context | None = None,
+        normalize: bool = True,
         rngs: nnx.Rngs,
         keep_rngs: bool = True,
     ) -> None:
@@ -166,7 +167,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
             bias_init=bias_init, out_kernel_init=out_kernel_init, out_bias_init=out_bias_init, scale_init=scale_init,
             dtype=dtype, param_dtype=param_dtype, precision=precision, implementation=implementation,
             block_sizes=block_sizes,
-            context=context,
+            context=context, normalize=normalize,
         ))  # fmt: skip
         # The parameters of a score are the attribute `score`, which then has no place for the name of the score.
         self.score_name = score if isinstance(score, str) else None
