@@ -69,7 +69,8 @@ def attention_rows(
 
     Returns:
       Weights `(*batch, N, *shape of rows, *key axes)`, float32 at least. With a sink, the weights of a row add up to
-      less than one, and with normalize=False to anything. A row beyond the end raises ValueError; if `rows` is traced, its weights are NaN.
+      less than one, and with normalize=False to anything. A row beyond the end raises ValueError; if `rows` is traced,
+      its weights are NaN.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
