@@ -21,7 +21,7 @@ from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
 from attnlib._core.nan_where import nan_where
 from attnlib._core.operand_checks import check_arrays, check_rank, compute_dtype, is_concrete
-from attnlib._core.options import InspectionOptions, Options, takes_options
+from attnlib._core.options import EntropyOptions, InspectionOptions, Options, takes_options
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.pytree import jit, register
 from attnlib._core.sizes import decide, is_static, state_bound, static_product
@@ -164,7 +164,7 @@ def top_keys(
 
 @takes_options(without={**_WITHOUT, "normalize": _NO_ENTROPY}, listed=("score",))
 def attention_entropy(
-    query: Query, key: Key, *, score: Score | None = None, **options: Unpack[InspectionOptions]
+    query: Query, key: Key, *, score: Score | None = None, **options: Unpack[EntropyOptions]
 ) -> jax.Array:
     """The entropy of the weights of each query, from a derivative of the lse.
 
@@ -200,7 +200,7 @@ def attention_entropy(
     return _attention_entropy(_arguments(query, key, score, options))
 
 
-def _arguments(query: Any, key: Any, score: Score | None, options: InspectionOptions) -> Arguments:
+def _arguments(query: Any, key: Any, score: Score | None, options: EntropyOptions) -> Arguments:
     """The arguments of attention with values of one feature, whose output is not used."""
     check_arrays(query=query, key=key)
     value = jnp.ones((*key.shape[:-1], 1), compute_dtype(query, key))

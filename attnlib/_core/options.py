@@ -88,8 +88,12 @@ class ResultOptions(TypedDict, total=False):
     return_lse: bool
 
 
-class InspectionOptions(MaskOptions, AxesOptions, LogitOptions, WeightOptions, ComputeOptions, total=False):
-    """The options of `attnlib.inspect`."""
+class EntropyOptions(MaskOptions, AxesOptions, LogitOptions, ComputeOptions, total=False):
+    """The options of `attnlib.inspect.attention_entropy`."""
+
+
+class InspectionOptions(EntropyOptions, WeightOptions, total=False):
+    """The options of all others of `attnlib.inspect`."""
 
 
 class CacheOptions(LogitOptions, WeightOptions, ComputeOptions, DropoutOptions, ResultOptions, total=False):

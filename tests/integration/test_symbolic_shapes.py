@@ -102,6 +102,7 @@ def of_layers(how, x, real):
     made = [
         attnlib.MultiHeadAttention(
             4, num_kv_heads=2, rotary=True, normalize_qk="rms", use_gate=True, use_sink=True, sliding_window=3,
+            num_memory=2,
             score_mod=attnlib.BucketedPositionBias(num_buckets=8, max_distance=6), **how,
         ),
         attnlib.AdditiveAttention(**how),
