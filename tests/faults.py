@@ -221,7 +221,7 @@ FAULTS = [
         "unnormalized-output",  # weights are not divided by their sum, but those of the output are
         "return AttentionResult(output * factors, lse, exponentials)",
         "return AttentionResult(output, lse, exponentials)",
-        ("test_cases.py values and unnormalized",),
+        ("test_activations.py definition",),
     ),
     Fault(
         "bias-of-a-part",  # inside shard_map, the default bias counts the keys of one device
