@@ -163,8 +163,7 @@ ROWS = [
     ModifierKind(
         "log sigmoid", modifiers.LogSigmoid, log_sigmoid, lambda draw, fits: dict(bias=draw(fits.heads)),
         cases=[
-            Case("sigmoid", score_mod=lambda draw: modifiers.LogSigmoid(draw(3)), options=UNNORMALIZED,
-                 second_order=True),
+            Case("sigmoid", score_mod=lambda draw: modifiers.LogSigmoid(draw(3)), options=UNNORMALIZED),
             Case("sigmoid, default bias, two axes", **GRID, **VALUES, score_mod=lambda draw: modifiers.LogSigmoid(),
                  bias=(4, 5, 1), options=dict(is_causal=True, **UNNORMALIZED)),
         ],
