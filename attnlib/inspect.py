@@ -21,7 +21,7 @@ from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array, Key, Query
 from attnlib._core.nan_where import nan_where
 from attnlib._core.operand_checks import check_arrays, check_rank, compute_dtype, is_concrete
-from attnlib._core.options import InspectionOptions, Options, takes_options
+from attnlib._core.options import EntropyOptions, InspectionOptions, Options, takes_options
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.pytree import jit, register
 from attnlib._core.sizes import decide, is_static, state_bound, static_product
@@ -37,13 +37,12 @@ __all__ = ["attention_entropy", "attention_received", "attention_rows", "top_key
 
 Rows = int | Array | Sequence[int]
 
-_takes_options = takes_options(
-    without={
-        **dict.fromkeys(("dropout_rate", "dropout_rng", "return_weights", "return_lse"), ""),
-        "context": "context cannot be given: attnlib.inspect needs the whole sequence on each device.",
-    },
-    listed=("score",),
-)
+_WITHOUT = {
+    **dict.fromkeys(("dropout_rate", "dropout_rng", "return_weights", "return_lse"), ""),
+    "context": "context cannot be given: attnlib.inspect needs the whole sequence on each device.",
+}
+_NO_ENTROPY = "normalize cannot be given: the entropy is that of weights that add up to one."
+_takes_options = takes_options(without=_WITHOUT, listed=("score",))
 # The number of weights that `top_keys` computes at a time (docs/performance/tuning.md), and of queries at least.
 _NUMBERS, _MIN_QUERIES = 2**20, 8
 
@@ -70,7 +69,8 @@ def attention_rows(
 
     Returns:
       Weights `(*batch, N, *shape of rows, *key axes)`, float32 at least. With a sink, the weights of a row add up to
-      less than one. A row beyond the end raises ValueError; if `rows` is traced, its weights are NaN.
+      less than one, and with normalize=False to anything. A row beyond the end raises ValueError; if `rows` is traced,
+      its weights are NaN.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -105,7 +105,7 @@ def attention_received(
 
     Returns:
       `(*batch, N, *key axes)`, float32 at least. The sum over the keys is the number of queries that attend a key (1
-      with `mean`), and less with a sink.
+      with `mean`), less with a sink, and anything with normalize=False.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -162,9 +162,9 @@ def top_keys(
     return _top_keys(_arguments(query, key, score, options), k=check_int(k, "k", minimum=1))
 
 
-@_takes_options
+@takes_options(without={**_WITHOUT, "normalize": _NO_ENTROPY}, listed=("score",))
 def attention_entropy(
-    query: Query, key: Key, *, score: Score | None = None, **options: Unpack[InspectionOptions]
+    query: Query, key: Key, *, score: Score | None = None, **options: Unpack[EntropyOptions]
 ) -> jax.Array:
     """The entropy of the weights of each query, from a derivative of the lse.
 
@@ -200,7 +200,7 @@ def attention_entropy(
     return _attention_entropy(_arguments(query, key, score, options))
 
 
-def _arguments(query: Any, key: Any, score: Score | None, options: InspectionOptions) -> Arguments:
+def _arguments(query: Any, key: Any, score: Score | None, options: EntropyOptions) -> Arguments:
     """The arguments of attention with values of one feature, whose output is not used."""
     check_arrays(query=query, key=key)
     value = jnp.ones((*key.shape[:-1], 1), compute_dtype(query, key))

@@ -210,6 +210,55 @@ FAULTS = [
         "return query, key, InnerProduct()",
         ("test_cases.py values and [dot]",),
     ),
+    # weights that are not divided, and learned memory
+    Fault(
+        "masked-weight-of-infinity",  # a masked weight is NaN where exp(lse) overflows
+        "jnp.where(weights == 0, 0, weights * factors)",
+        "weights * factors",
+        ("test_activations.py overflow",),
+    ),
+    Fault(
+        "unnormalized-output",  # weights are not divided by their sum, but those of the output are
+        "return AttentionResult(output * factors, lse, exponentials)",
+        "return AttentionResult(output, lse, exponentials)",
+        ("test_activations.py definition",),
+    ),
+    Fault(
+        "bias-of-a-part",  # inside shard_map, the default bias counts the keys of one device
+        "return math.prod(shapes.key) * (devices if manual else 1)",
+        "return math.prod(shapes.key)",
+        ("test_context.py sigmoid",),
+    ),
+    Fault(
+        "relu-of-nan",  # a logit of NaN has no weight
+        "zero = logit <= math.sqrt(self.power * float(jnp.finfo(logit.dtype).tiny))",
+        "zero = ~(logit > math.sqrt(self.power * float(jnp.finfo(logit.dtype).tiny)))",
+        ("test_activations.py log_relu",),
+    ),
+    Fault(
+        "relu-second-derivative",  # it is infinite at a tiny logit
+        "zero = logit <= math.sqrt(self.power * float(jnp.finfo(logit.dtype).tiny))",
+        "zero = logit <= 0",
+        ("test_activations.py log_relu",),
+    ),
+    Fault(
+        "sigmoid-at-zero",  # the second derivative is 0 at a logit of 0
+        "jnp.where(negative, x, 0) - jnp.log1p(jnp.exp(jnp.where(negative, x, -x)))",
+        "jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-jnp.abs(x)))",
+        ("test_activations.py log_sigmoid",),
+    ),
+    Fault(
+        "memory-share",  # the weights of memory and of keys add up to 2
+        "each * jnp.exp(part - lse)[..., None]",
+        "each",
+        ("test_learned_memory.py more_keys",),
+    ),
+    Fault(
+        "memory-dropout",  # the weights of memory are dropped where those of the first keys are
+        'shared["dropout_rng"] = jax.random.fold_in(options["dropout_rng"], 1)',
+        'shared["dropout_rng"] = options["dropout_rng"]',
+        ("test_learned_memory.py dropped",),
+    ),
     # modifiers and sinks
     Fault(
         "alibi-sign",  # ALiBi favours what is far

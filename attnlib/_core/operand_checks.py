@@ -113,6 +113,14 @@ def check_sink_shape(value: Any, heads: int) -> None:
         raise ValueError(f"sink must have shape () or ({heads},), one for each query head; got {np.shape(value)}.")
 
 
+def check_normalization(normalize: bool, sink: Any) -> None:
+    if not normalize and sink is not None:
+        raise ValueError(
+            "a sink changes what weights are divided by, and normalize=False divides by nothing. Leave sink=None (in a "
+            "layer use_sink=False), or normalize=True."
+        )
+
+
 def check_soft_cap(value: Any) -> float | None:
     return check_number(value, "logits_soft_cap", positive=True, optional=True)
 

@@ -54,6 +54,12 @@ class LogitOptions(TypedDict, total=False):
     sink: float | Array | None
 
 
+class WeightOptions(TypedDict, total=False):
+    """What the weights of a query are."""
+
+    normalize: bool
+
+
 class ComputeOptions(TypedDict, total=False):
     """How attention is computed."""
 
@@ -82,11 +88,15 @@ class ResultOptions(TypedDict, total=False):
     return_lse: bool
 
 
-class InspectionOptions(MaskOptions, AxesOptions, LogitOptions, ComputeOptions, total=False):
-    """The options of `attnlib.inspect`."""
+class EntropyOptions(MaskOptions, AxesOptions, LogitOptions, ComputeOptions, total=False):
+    """The options of `attnlib.inspect.attention_entropy`."""
 
 
-class CacheOptions(LogitOptions, ComputeOptions, DropoutOptions, ResultOptions, total=False):
+class InspectionOptions(EntropyOptions, WeightOptions, total=False):
+    """The options of all others of `attnlib.inspect`."""
+
+
+class CacheOptions(LogitOptions, WeightOptions, ComputeOptions, DropoutOptions, ResultOptions, total=False):
     """The options of `KVCache`; its methods document the others themselves."""
 
 
@@ -97,14 +107,14 @@ class CallOptions(MaskOptions, LogitOptions, total=False):
     return_weights: bool
 
 
-class LayerOptions(CallOptions, ComputeOptions, ContextOptions, total=False):
+class LayerOptions(CallOptions, WeightOptions, ComputeOptions, ContextOptions, total=False):
     """The options of `multi_head_attention`, which documents `attention_axes` itself."""
 
     dropout_rate: float
 
 
 class SharedOptions(
-    MaskOptions, AxesOptions, LogitOptions, ComputeOptions, ContextOptions, DropoutOptions, total=False
+    MaskOptions, AxesOptions, LogitOptions, WeightOptions, ComputeOptions, ContextOptions, DropoutOptions, total=False
 ):
     """The options of attention that do not change what is returned."""
 
@@ -209,6 +219,13 @@ class Options:
         None,
         """scalar or `(N,)`, the logit of one more key without a value, which takes a share of the weight of every row
         and contributes to the lse. Differentiable; 0 gives softmax-off-by-one. Default: none.""",
+    )
+    normalize: bool = _option(
+        True,
+        """whether the weights of a query are divided by their sum, as in softmax. False leaves them exp(logit), for
+        sigmoid attention and others with a `score_mod` such as `modifiers.LogSigmoid`. Weights above the largest
+        number of the dtype are infinite.""",
+        check=check_bool,
     )
     query_positions: Array | None = _traced(
         None,

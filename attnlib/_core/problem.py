@@ -42,7 +42,7 @@ class AttentionProblem:
       query_positions, key_positions: the positions of the T queries and of the S keys.
       dtype: of the logits and of the softmax statistics: float32, or float64 if an operand is.
       to_support: names of the options that are set, which an implementation has to support.
-      sink: `()` or `(N,)`, or None; `softmax.add_sink` adds the sink to the result of an implementation.
+      sink: `()` or `(N,)`, or None; `softmax.rescale_rows` adds the sink to the result of an implementation.
       options: those options that nothing above is made of, as they were given; the others have their defaults there.
     """
 
@@ -99,7 +99,12 @@ class AttentionProblem:
     @property
     def needs_lse(self) -> bool:
         """Whether an implementation has to give the lse."""
-        return self.return_lse or self.sink is not None
+        return self.return_lse or self.rescales_rows
+
+    @property
+    def rescales_rows(self) -> bool:
+        """Whether `softmax.rescale_rows` changes the result of an implementation."""
+        return self.sink is not None or not self.options.normalize
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ SUGGESTIONS: dict[str, dict[str, str]] = {
     "activity_regularizer": {OMIT: "add the penalty of the layer's output to the loss"},
     "bias": {"use_bias": "use_bias"},
     "add_zero_attn": {"sink": "sink=0.0, a key of logit 0 without value"},
-    "add_bias_kv": {"use_sink": "use_sink=True, a learned logit without value"},
+    "add_bias_kv": {"num_memory": "num_memory=1, a learned key and a learned value"},
     # Calls
     "input_positions": {
         "query_positions": "query_positions=input_positions, and rotary=True in MultiHeadAttention to turn by them",

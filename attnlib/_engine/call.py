@@ -23,6 +23,7 @@ from attnlib._core.operand_checks import (
     check_dropout,
     check_explicit_positions,
     check_implementation,
+    check_normalization,
     check_operands,
     check_precision,
     check_sink,
@@ -37,9 +38,9 @@ from attnlib._core.validation import check_array
 from attnlib._engine import dispatch as _choose
 from attnlib._engine import dropout as _dropout
 from attnlib._engine.context.call import attend_in_context
-from attnlib._engine.context.part import WHOLE, WholeOperands
+from attnlib._engine.context.part import WHOLE, WholeOperands, whole_key_count
 from attnlib._engine.explicit_call import output_and_rows, takes_explicit_axes
-from attnlib._engine.softmax import add_sink
+from attnlib._engine.softmax import rescale_rows
 from attnlib.masks import Causal
 from attnlib.masks._arrays import as_mask
 from attnlib.masks._base import Mask
@@ -73,11 +74,15 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
     if "dropout_rate" in given or "dropout_rng" in given:
         rate = check_dropout(options.dropout_rate, options.dropout_rng)
         checked |= dict(dropout_rate=rate, dropout_rng=options.dropout_rng if rate else None)
+    if "normalize" in given:
+        check_normalization(checked["normalize"], options.sink)
     if score.may_close_over_arrays or "score_mod" in given:
         _, shapes = check_operands(query, key, value, checked.get("attention_axes"))
         score = score.closure_converted(*shapes.features, shapes.dtype)
         if "score_mod" in given:
-            checked["score_mod"] = TracedScoreMod.of(replicated(options.score_mod), shapes)
+            keys = whole_key_count(shapes, checked.get("context"), (query, key, value))
+            known = None if "key_positions" in given else keys
+            checked["score_mod"] = TracedScoreMod.of(replicated(options.score_mod), shapes, known)
     return Arguments(query, key, value, score, options.replace(**checked) if checked else options)
 
 
@@ -128,8 +133,8 @@ def _attend(arguments: Arguments, part: WholeOperands = WHOLE) -> Any:
 
 @explains_symbolic_sizes()
 def run_problem(problem: AttentionProblem, implementation: Asked) -> AttentionResult:
-    """The result of the chosen implementation, with the sink."""
-    return add_sink(_choose.choose(problem, implementation).run(problem), problem)
+    """The result of the chosen implementation, with the sink or without normalization."""
+    return rescale_rows(_choose.choose(problem, implementation).run(problem), problem)
 
 
 @explains_symbolic_sizes()

@@ -18,7 +18,7 @@ from attnlib._engine.context.implementation import in_context
 from attnlib._engine.cost import operations
 from attnlib._engine.cudnn.implementation import cudnn
 from attnlib._engine.reference import reference
-from attnlib._engine.softmax import add_sink
+from attnlib._engine.softmax import rescale_rows
 
 # Implementations never import each other: the one that gives the derivatives that cuDNN lacks is handed over here.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (blockwise(), reference, cudnn(blockwise(), off_platform=False))
@@ -176,8 +176,8 @@ def explain(problem: AttentionProblem, asked: Asked, context: ContextExplanation
     refusals = {other.name: other.refusal(problem) or reason(other) for other in others}
     estimate = chosen.estimate(problem)
     flops = estimate.flops
-    if problem.sink is not None:
-        flops += operations(add_sink, _result(chosen, problem), problem)
+    if problem.rescales_rows:
+        flops += operations(rescale_rows, _result(chosen, problem), problem)
     heads = problem.kv_heads * problem.groups
     shared = f" on {problem.kv_heads} of keys" if problem.groups > 1 else ""
     axes = (

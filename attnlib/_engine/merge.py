@@ -22,7 +22,8 @@ def merge_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Joins attention over disjoint sets of keys into attention over their union, exactly and differentiably.
 
-    The output is sum_i exp(lse_i - lse) output_i, with lse the log-sum-exp of the parts' lses.
+    The output is sum_i exp(lse_i - lse) output_i, with lse the log-sum-exp of the parts' lses. The outputs must be
+    normalized; with normalize=False, the output over the union is the plain sum of the outputs.
 
     Args:
       outputs: parts `(*batch and attention axes, N, E)`, all of one shape; a sequence, or stacked along a first axis.

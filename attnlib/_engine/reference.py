@@ -21,7 +21,7 @@ from attnlib._engine import dropout as _dropout
 from attnlib._engine.cost import operations
 
 _SUPPORTS = frozenset(
-    "mask bias dropout_rate logits_soft_cap score_mod sink return_weights return_lse precision".split()
+    "mask bias dropout_rate logits_soft_cap score_mod sink normalize return_weights return_lse precision".split()
 )
 _REASONS = {"block_sizes": "it computes all pairs at once and has no blocks; leave block_sizes=None"}
 

@@ -1,7 +1,8 @@
 """Softmax over keys that arrive in blocks: a running maximum and a running sum (Milakov and Gimelshein 2018).
 
 `merge` joins sets of keys by their log-sum-exps: the parts of `merge_attention`, or the keys and an attention sink. A
-sink is one more key for every row, with a logit and no value (Xiao et al. 2023).
+sink is one more key for every row, with a logit and no value (Xiao et al. 2023). `rescale_rows` adds it to the result
+of any implementation, or undoes the division by the sum of the weights.
 """
 
 from __future__ import annotations
@@ -52,15 +53,21 @@ def merge(lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     return normalize(SoftmaxState(row_max, jnp.sum(terms, -1), terms))
 
 
-def add_sink(result: AttentionResult, problem: AttentionProblem) -> AttentionResult:
-    """The result with one more term exp(sink) in the softmax of each row.
+def rescale_rows(result: AttentionResult, problem: AttentionProblem) -> AttentionResult:
+    """The result of the problem, from softmax over the keys alone: with a sink, or with weights that are not divided.
 
-    The output of a row without keys stays 0.
+    A sink is one more term exp(sink) in the softmax of each row. Without normalization, the weights are exp(logit),
+    which is softmax times exp(lse). The output of a row without keys stays 0.
     """
-    if problem.sink is None:
+    if not problem.rescales_rows:
         return result
     output, lse, weights = result
     assert lse is not None
+    if not problem.options.normalize:
+        factors = jnp.exp(lse)[..., None]
+        # A factor may be infinite, or NaN in a row that attends NaN; the weight of a masked pair is 0 all the same.
+        exponentials = None if weights is None else jnp.where(weights == 0, 0, weights * factors)
+        return AttentionResult(output * factors, lse, exponentials)
     sink = jnp.asarray(problem.sink, lse.dtype)
     sink = jnp.broadcast_to(sink.reshape(*problem.heads[-2:], 1) if sink.ndim else sink, lse.shape)
     fractions, joined_lse = merge(jnp.stack([lse, sink], -1))

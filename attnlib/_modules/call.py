@@ -12,7 +12,9 @@ from attnlib._core.validation import check_bool
 from attnlib.layers._inputs import default_operands
 
 # The options that are fields of every module; the others are arguments of the call.
-FIELD_OPTIONS = ("attention_axes", "dropout_rate", "precision", "implementation", "block_sizes", "context")
+FIELD_OPTIONS = (
+    "attention_axes", "dropout_rate", "normalize", "precision", "implementation", "block_sizes", "context",
+)  # fmt: skip
 
 
 class AttentionCall:

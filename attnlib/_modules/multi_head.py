@@ -22,7 +22,8 @@ CACHE_NAMES = ("cached_key", "cached_value", "cache_index")  # as in Flax's own 
 # The fields that determine the parameters.
 _PARAMETER_FIELDS = (
     "num_heads", "key_dim", "value_dim", "num_kv_heads", "output_shape", "use_bias", "use_gate", "use_scale",
-    "normalize_qk", "use_sink", "kernel_init", "bias_init", "out_kernel_init", "out_bias_init", "scale_init",
+    "normalize_qk", "use_sink", "num_memory", "kernel_init", "bias_init", "out_kernel_init", "out_bias_init",
+    "scale_init",
 )  # fmt: skip
 
 

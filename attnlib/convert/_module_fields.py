@@ -18,6 +18,7 @@ BIASES = {"query/bias": ("N", "D"), "key/bias": ("K", "D"), "value/bias": ("K", 
 GATE, GATE_BIAS = {"gate/kernel": ("C", "N", "E")}, {"gate/bias": ("N", "E")}
 NORMS = {"query_norm/scale": ("D",), "key_norm/scale": ("D",)}
 SINK = {"sink/logit": ("N",)}
+MEMORY = {"memory/key": ("M", "K", "D"), "memory/value": ("M", "K", "E")}
 
 
 def projections(entries: Mapping[str, Any]) -> dict[str, Sequence[int | str]]:
@@ -34,8 +35,8 @@ def module_fields(params: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
       `{"num_heads": N, "num_kv_heads": K, "key_dim": D, "value_dim": E, "output_shape": O, "use_bias": bool}`, and
-      `use_gate`, `score` or `use_scale`, `normalize_qk` and `use_sink` if they have parameters. normalize_qk is
-      "layer", as in Flax; "rms" has the same parameters.
+      `use_gate`, `score` or `use_scale`, `normalize_qk`, `use_sink` and `num_memory` if they have parameters.
+      normalize_qk is "layer", as in Flax; "rms" has the same parameters.
 
     Raises:
       ValueError: parameters are missing, unexpected or misshapen; the error lists all of them. A module needs a bias in
@@ -51,7 +52,7 @@ def module_fields(params: Mapping[str, Any]) -> dict[str, Any]:
     entries = flatten(params)
     additive = np.ndim(entries.get("score/scale", 0)) == 2
     score = {"score/scale": ("N", "D") if additive else ("N",)}
-    used = expected_entries(entries, projections(entries), NORMS, SINK, score)
+    used = expected_entries(entries, projections(entries), NORMS, SINK, MEMORY, score)
     sizes = check_shapes(entries, used, "the parameters do not fit an attnlib.MultiHeadAttention")
     letters = {"num_heads": "N", "num_kv_heads": "K", "key_dim": "D", "value_dim": "E", "output_shape": "*O"}
     fields: dict[str, Any] = {name: sizes[letter] for name, letter in letters.items()}
@@ -64,4 +65,6 @@ def module_fields(params: Mapping[str, Any]) -> dict[str, Any]:
         fields["normalize_qk"] = "layer"
     if "sink/logit" in entries:
         fields["use_sink"] = True
+    if "memory/key" in entries:
+        fields["num_memory"] = sizes["M"]
     return fields

@@ -27,6 +27,7 @@ State = Mapping[str, Any] | str | os.PathLike[str]
 
 QKV = ("query", "key", "value")
 BIASES = {"query/bias": ("N", "D"), "key/bias": ("N", "D"), "value/bias": ("N", "D"), "out/bias": ("N*D",)}
+MEMORY = {"memory/key": (1, "N", "D"), "memory/value": (1, "N", "D")}
 
 
 def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str, dict[str, jax.Array]]:
@@ -42,11 +43,11 @@ def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str,
       prefix: the name of the module in the model, such as "encoder.layers.0.self_attn"; other entries are ignored.
 
     Returns:
-      `{"query" | "key" | "value" | "out": {"kernel"[, "bias"]}}`, the same numbers in another layout.
+      `{"query" | "key" | "value" | "out": {"kernel"[, "bias"]}}`, the same numbers in another layout. `bias_k` and
+      `bias_v` become `"memory": {"key", "value"}`.
 
     Raises:
-      ValueError: entries are missing, unexpected (such as `bias_k` and `bias_v`) or misshapen; the error lists all of
-        them.
+      ValueError: entries are missing, unexpected or misshapen; the error lists all of them.
       TypeError: an entry does not hold floating-point numbers.
 
     Example:
@@ -67,7 +68,12 @@ def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str,
         expected |= {f"{name}_proj_weight": ("N*D", inputs) for name, inputs in features.items()}
     else:
         expected |= {"in_proj_weight": ("3*N*D", "N*D")}
-    used = expected_entries(entries, expected, {"in_proj_bias": ("3*N*D",), "out_proj.bias": ("N*D",)})
+    used = expected_entries(
+        entries,
+        expected,
+        {"in_proj_bias": ("3*N*D",), "out_proj.bias": ("N*D",)},
+        dict.fromkeys(("bias_k", "bias_v"), (1, 1, "N*D")),
+    )
     context = f"the entries do not fit a torch.nn.MultiheadAttention of {num_heads} heads"
     check_shapes(entries, used, context, prefix=prefix, N=num_heads)
     if "in_proj_weight" in entries:
@@ -80,6 +86,9 @@ def from_torch(state_dict: State, num_heads: int, prefix: str = "") -> dict[str,
         for name, bias in zip(QKV, _thirds(entries["in_proj_bias"]), strict=True):
             params[f"{name}/bias"] = bias.reshape(num_heads, -1)
         params["out/bias"] = entries["out_proj.bias"]
+    if "bias_k" in entries:  # one more key and value after the projections, with its features in heads
+        for name, memory in (("key", entries["bias_k"]), ("value", entries["bias_v"])):
+            params[f"memory/{name}"] = memory.reshape(1, num_heads, -1)
     return to_jax(unflatten(params))
 
 
@@ -96,7 +105,8 @@ def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarra
 
     Returns:
       NumPy arrays by name: `in_proj_weight`, or `q_proj_weight`, `k_proj_weight` and `v_proj_weight` if key or value
-      have other features than the query; `out_proj.weight`; `in_proj_bias` and `out_proj.bias`.
+      have other features than the query; `out_proj.weight`; `in_proj_bias` and `out_proj.bias`; `bias_k` and `bias_v`
+      of a memory of one key.
 
     Raises:
       ValueError: the parameters have entries that PyTorch's module lacks, such as grouped heads, a gate, or norms.
@@ -112,7 +122,7 @@ def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarra
         "query/kernel": ("N*D", "N", "D"), "key/kernel": ("Ck", "N", "D"), "value/kernel": ("Cv", "N", "D"),
         "out/kernel": ("N", "D", "N*D"),
     }  # fmt: skip
-    expected = expected_entries(entries, kernels, BIASES)
+    expected = expected_entries(entries, kernels, BIASES, MEMORY)
     check_shapes(entries, expected, "the parameters do not fit a torch.nn.MultiheadAttention")
     matrices = [to_numpy(matrix_of(entries[f"{name}/kernel"])) for name in QKV]
     if matrices[0].shape == matrices[1].shape == matrices[2].shape:
@@ -123,6 +133,8 @@ def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarra
     if "out/bias" in entries:
         state_dict["in_proj_bias"] = np.concatenate([to_numpy(entries[f"{name}/bias"]).reshape(-1) for name in QKV])
         state_dict["out_proj.bias"] = to_numpy(entries["out/bias"])
+    if "memory/key" in entries:
+        state_dict |= {f"bias_{n[0]}": to_numpy(entries[f"memory/{n}"]).reshape(1, 1, -1) for n in ("key", "value")}
     return {with_dot(prefix) + name: array for name, array in state_dict.items()}
 
 

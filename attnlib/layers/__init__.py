@@ -8,6 +8,7 @@ Parameters are plain nested dicts of arrays, the same tree that the linen module
     score                 scale (N, D) or (N,)               with score="additive"; with use_scale
     query_norm | key_norm scale (D,)                         with normalize_qk
     sink                  logit (N,)                         with use_sink
+    memory                key (M, K, D), value (M, K, E)     with num_memory
 """
 
 from attnlib.layers._multi_head import init_multi_head_attention, multi_head_attention

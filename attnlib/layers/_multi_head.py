@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -27,6 +28,7 @@ from attnlib.layers._inputs import (
     set_key_positions,
     zero_padding,
 )
+from attnlib.layers._memory import attend_with_memory
 from attnlib.layers._projections import (
     Initializer,
     check_score_name,
@@ -59,6 +61,7 @@ def init_multi_head_attention(
     use_scale: bool = False,
     normalize_qk: bool | str = False,
     use_sink: bool = False,
+    num_memory: int = 0,
     kernel_init: Initializer = default_kernel_init,
     bias_init: Initializer = default_bias_init,
     out_kernel_init: Initializer | None = None,
@@ -83,6 +86,7 @@ def init_multi_head_attention(
       use_scale: whether score="dot" has a learned scale for each head, initially 1 / sqrt(D).
       normalize_qk: learned norms of query and key: "layer" or True as in Flax, "rms", or False.
       use_sink: whether each head has a learned sink, a logit without a value, initially 0.
+      num_memory: the number M of learned keys and values for each key/value head, which every query attends.
       kernel_init, bias_init: initialisers `(rng, shape, dtype)`; each kernel is initialised as a matrix.
       out_kernel_init, out_bias_init: initialisers of the output projection; default kernel_init, bias_init.
       scale_init: initialiser of the scale; default glorot uniform with score="additive", 1 / sqrt(D) with use_scale.
@@ -90,7 +94,8 @@ def init_multi_head_attention(
 
     Returns:
       `{"query" | "key" | "value" | "out" [| "gate"]: {"kernel"[, "bias"]}[, "score": {"scale"}]
-      [, "query_norm": {"scale"}, "key_norm": {"scale"}][, "sink": {"logit"}]}`.
+      [, "query_norm": {"scale"}, "key_norm": {"scale"}][, "sink": {"logit"}]
+      [, "memory": {"key", "value"}]}`.
 
     Raises:
       ValueError, TypeError: a size is not a positive int, or does not fit the other sizes.
@@ -101,7 +106,8 @@ def init_multi_head_attention(
       >>> params["key"]["kernel"].shape
       (32, 2, 8)
 
-    Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023).
+    Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023); memory: Sukhbaatar et al.,
+      "Augmenting Self-attention with Persistent Memory" (2019).
     """
     check_key(rng, "rng")
     query_features = check_int(query_features, "query_features", minimum=1)
@@ -110,13 +116,14 @@ def init_multi_head_attention(
     groups = multi_head_parameters(
         query_features, key_features, value_features, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim,
         num_kv_heads=num_kv_heads, output_shape=output_shape, use_bias=use_bias, use_gate=use_gate, score=score,
-        use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink, kernel_init=kernel_init, bias_init=bias_init,
-        out_kernel_init=out_kernel_init, out_bias_init=out_bias_init, scale_init=scale_init,
+        use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink, num_memory=num_memory,
+        kernel_init=kernel_init, bias_init=bias_init, out_kernel_init=out_kernel_init, out_bias_init=out_bias_init,
+        scale_init=scale_init,
     )  # fmt: skip
     params: dict[str, dict[str, jax.Array]] = {}
     for group, specs in groups.items():
         rngs = [rng] * len(specs)
-        if "kernel" in specs:
+        if "kernel" in specs or group == "memory":
             rng, *rngs = jax.random.split(rng, 3)
         named = zip(rngs, specs.items(), strict=False)
         params[group] = {name: spec.initialize(own_rng, param_dtype) for own_rng, (name, spec) in named}
@@ -163,11 +170,12 @@ def multi_head_attention(
       dtype: dtype of the computation; default: promoted from inputs and parameters.
       {names}: as in `dot_product_attention`. Rotary positions use query_positions and key_positions too. Without key,
         key_positions default to query_positions. precision applies to the projections too. sink requires params without
-        a learned sink.
+        a learned sink. With memory in params, every query attends it whatever the mask; bias, score_mod and rotary
+        positions do not change its logits, and normalize=False is refused.
 
     Returns:
       output `(*query's leading axes, *output_shape)`, or (output, weights) with weights
-      `(*batch, N, *query axes, *key axes)`.
+      `(*batch, N, *query axes, *key axes)`; with memory `(*batch, N, T, M + S)`, for one attention axis.
 
     Raises:
       ValueError, TypeError: an argument does not fit; the message names it, what was expected, and the remedy.
@@ -232,6 +240,8 @@ def apply_multi_head(
     for name, positions in (("query", options.get("query_positions")), ("key", options.get("key_positions"))):
         if norm is not None:
             operands[name] = _normalize_heads(operands[name], params[f"{name}_norm"]["scale"], norm)
+        if name == "query" and "memory" in params:  # memory has no positions
+            attend = functools.partial(attend_with_memory, attend, params["memory"], operands[name])
         operands[name] = _apply_rotary(operands[name], rotary, positions, axes, options.get("context"))
     results = attend(*operands.values(), score=_score(score, params), attention_axes=axes.attention, **options)
     attended, weights = results if options.get("return_weights") else (results, None)

@@ -186,6 +186,7 @@ class HeadDimensions:
         use_scale: bool,
         normalize_qk: bool | str,
         use_sink: bool,
+        num_memory: int,
     ) -> ParameterGroups:
         """The parameters that are not part of a projection."""
         groups: ParameterGroups = {}
@@ -202,6 +203,13 @@ class HeadDimensions:
             groups |= {"query_norm": {"scale": scale}, "key_norm": {"scale": scale}}
         if check_bool(use_sink, "use_sink"):
             groups["sink"] = {"logit": ParameterSpec((self.num_heads,), jax.nn.initializers.zeros)}
+        if check_int(num_memory, "num_memory", minimum=0):
+            groups["memory"] = {
+                name: ParameterSpec(
+                    (num_memory, self.num_kv_heads, features), _memory_init(self.num_kv_heads * features)
+                )
+                for name, features in (("key", self.key_dim), ("value", self.value_dim))
+            }
         return groups
 
 
@@ -221,6 +229,7 @@ def multi_head_parameters(
     use_scale: bool,
     normalize_qk: bool | str,
     use_sink: bool,
+    num_memory: int,
     kernel_init: Initializer,
     bias_init: Initializer,
     out_kernel_init: Initializer | None,
@@ -239,8 +248,14 @@ def multi_head_parameters(
         for name, projection in dimensions.projections(query_features, key_features, value_features).items()
     }
     return groups | dimensions.vectors(
-        score, scale_init=scale_init, use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink
-    )
+        score, scale_init=scale_init, use_scale=use_scale, normalize_qk=normalize_qk, use_sink=use_sink,
+        num_memory=num_memory,
+    )  # fmt: skip
+
+
+def _memory_init(features: int) -> Initializer:
+    """Normal values with variance 1 / features, as PyTorch initializes `bias_k` and `bias_v`."""
+    return jax.nn.initializers.normal(features**-0.5)
 
 
 def check_score_name(score: Any) -> str:

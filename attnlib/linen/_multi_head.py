@@ -28,7 +28,8 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
 
     Parameters: `query|key|value: {kernel (C, N, D), bias (N, D)}`, `out: {kernel (N, E, *O), bias (*O)}`, with
     use_gate `gate: {kernel (C, N, E), bias (N, E)}`, with score="additive" `score: {scale (N, D)}`, with use_scale
-    `score: {scale (N,)}`, with normalize_qk `query_norm|key_norm: {scale (D,)}`, with use_sink `sink: {logit (N,)}`.
+    `score: {scale (N,)}`, with normalize_qk `query_norm|key_norm: {scale (D,)}`, with use_sink `sink: {logit (N,)}`,
+    with num_memory `memory: {key (M, K, D), value (M, K, E)}`.
 
     Attributes:
       num_heads: query heads N. By position, fields are num_heads, key_dim, as in Keras (in PyTorch: features, heads).
@@ -48,6 +49,9 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
       normalize_qk: learned norms of query and key: "layer" or True as in Flax (Dehghani et al. 2023), "rms" (Henry et
         al. 2020), or False.
       use_sink: whether each head has a learned sink, a logit without a value that takes a share of the weight.
+      num_memory: the number M of learned keys and values that every query attends whatever the mask (Sukhbaatar et al.
+        2019). Biases, score_mod and rotary positions do not apply to them, and normalize=False is refused. In weights,
+        they come before the keys. Default 0.
       rotary: rotary positions of query and key (Su et al. 2021): True, or a function with the arguments of
         `attnlib.positions.rotary_embedding`, such as a `functools.partial` of it.
       score_mod: modifies logits, as in `attnlib.dot_product_attention`; or a module that returns such a function for a
@@ -69,7 +73,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
       dtype: dtype of the computation; default: promoted from inputs and parameters.
       param_dtype: dtype of the parameters; default float32.
       precision: precision of matrix products.
-      implementation, block_sizes, context: as in `attnlib.dot_product_attention`.
+      implementation, block_sizes, context, normalize: as in `attnlib.dot_product_attention`.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -115,6 +119,8 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
     context: str | Context | None = dataclasses.field(default=None, kw_only=True)
+    normalize: bool = dataclasses.field(default=True, kw_only=True)
+    num_memory: int = dataclasses.field(default=0, kw_only=True)
 
     def _params(self, query_features: int, key_features: int, value_features: int) -> dict[str, Any]:
         groups = self._parameter_groups(query_features, key_features, value_features)
@@ -124,7 +130,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
     def _check_unused(self, declared: dict[str, Any]) -> None:
         """Refuses parameters that the fields do not declare, since Flax ignores them."""
         params = self.variables.get("params", {})
-        optional = ("gate", "score", "query_norm", "key_norm", "sink")
+        optional = ("gate", "score", "query_norm", "key_norm", "sink", "memory")
         unused = [name for name in optional if name in params and name not in declared]
         if not self.use_bias:
             unused += [f"{name}/bias" for name in declared if "bias" in params.get(name, {})]

@@ -33,8 +33,8 @@ class AdditiveAttention(AdditiveCall, SingleHeadAttention):
       use_scale: whether to learn the scale; otherwise it is 1. Default True.
       scale_init: initialiser of the scale; default: glorot uniform.
       param_dtype: dtype of the scale; default float32.
-      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context: as in
-        `MultiHeadAttention`.
+      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context,
+        normalize: as in `MultiHeadAttention`.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -58,6 +58,7 @@ class AdditiveAttention(AdditiveCall, SingleHeadAttention):
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
     context: str | Context | None = dataclasses.field(default=None, kw_only=True)
+    normalize: bool = dataclasses.field(default=True, kw_only=True)
 
 
 @explains_errors
@@ -70,8 +71,8 @@ class DotProductAttention(DotProductCall, SingleHeadAttention):
       use_scale: whether to learn a scalar scale; otherwise it is 1, as in Keras' Attention. Default False.
       score_mode: "dot", or "concat": concat_score_weight * sum_d tanh(scale * (query_d + key_d)).
       param_dtype: dtype of the scalars; default float32.
-      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context: as in
-        `MultiHeadAttention`.
+      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context,
+        normalize: as in `MultiHeadAttention`.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -92,3 +93,4 @@ class DotProductAttention(DotProductCall, SingleHeadAttention):
     implementation: str | Sequence[str] | None = None
     block_sizes: tuple[int, int] | None = None
     context: str | Context | None = dataclasses.field(default=None, kw_only=True)
+    normalize: bool = dataclasses.field(default=True, kw_only=True)

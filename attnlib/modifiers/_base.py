@@ -24,6 +24,14 @@ class ValidatedScoreMod:
         """Raises ValueError where they do not fit so many query heads and attention axes."""
         raise NotImplementedError
 
+    def for_keys(self, keys: int | None) -> ValidatedScoreMod:
+        """The modifier for so many keys; None: not all of the keys need to exist."""
+        return self
+
+    def __call__(self, logit: jax.Array, batch: Any, head: Any, query_position: Any, key_position: Any) -> jax.Array:
+        """The new logit."""
+        raise NotImplementedError
+
 
 class LogitModifier(Protocol):
     """What an implementation applies to the logits of a block, as `TracedScoreMod.apply` describes."""
@@ -56,8 +64,8 @@ class TracedScoreMod:
     function: Any
 
     @classmethod
-    def of(cls, function: Any, shapes: AttentionShape) -> TracedScoreMod:
-        """Traces the function for a call of such sizes."""
+    def of(cls, function: Any, shapes: AttentionShape, keys: int | None) -> TracedScoreMod:
+        """Traces the function for a call of such sizes, and for so many keys as `ValidatedScoreMod.for_keys` takes."""
         if not callable(function) or isinstance(function, type):
             raise TypeError(
                 "score_mod must be a function (logit, batch, head, query_position, key_position) -> logit, such as "
@@ -65,6 +73,7 @@ class TracedScoreMod:
             )
         if isinstance(function, ValidatedScoreMod):
             function.check(shapes.heads, len(shapes.query))
+            function = function.for_keys(keys)
         batch_axes, axes = len(shapes.batch), len(shapes.query)
         index = jax.ShapeDtypeStruct((), jnp.int32)
         with explains_callback("score_mod"):

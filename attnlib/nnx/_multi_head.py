@@ -32,7 +32,7 @@ from attnlib.nnx._base import (
 from attnlib.scores import Score
 
 # The groups of parameters. `flax.nnx.MultiHeadAttention` has the first ones, and draws them in this order.
-_GROUPS = ("query", "key", "value", "query_norm", "key_norm", "out", "gate", "score", "sink")
+_GROUPS = ("query", "key", "value", "query_norm", "key_norm", "out", "gate", "score", "sink", "memory")
 
 
 @suggests_remedies
@@ -41,7 +41,8 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
 
     Parameters: `query|key|value: kernel (C, N, D), bias (N, D)`, `out: kernel (N, E, *O), bias (*O)`, with use_gate
     `gate: kernel (C, N, E), bias (N, E)`, with score="additive" `score: scale (N, D)`, with use_scale `score: scale
-    (N,)`, with normalize_qk `query_norm|key_norm: scale (D,)`, with use_sink `sink: logit (N,)`. Equal `nnx.Rngs` give
+    (N,)`, with normalize_qk `query_norm|key_norm: scale (D,)`, with use_sink `sink: logit (N,)`, with num_memory
+    `memory: key (M, K, D), value (M, K, E)`. Equal `nnx.Rngs` give
     the parameters that `flax.nnx.MultiHeadAttention` draws.
 
     Args:
@@ -65,6 +66,9 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
       normalize_qk: learned norms of query and key: "layer" or True as in Flax (Dehghani et al. 2023), "rms" (Henry et
         al. 2020), or False.
       use_sink: whether each head has a learned sink, a logit without a value that takes a share of the weight.
+      num_memory: the number M of learned keys and values that every query attends whatever the mask (Sukhbaatar et al.
+        2019). Biases, score_mod and rotary positions do not apply to them, and normalize=False is refused. In weights,
+        they come before the keys. Default 0.
       rotary: rotary positions of query and key (Su et al. 2021): True, or a function with the arguments of
         `attnlib.positions.rotary_embedding`, such as a `functools.partial` of it.
       score_mod: modifies logits, as in `attnlib.dot_product_attention`; or a module that returns such a function when
@@ -84,7 +88,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
       dtype: dtype of the computation; default: promoted from inputs and parameters.
       param_dtype: dtype of the parameters; default float32.
       precision: precision of matrix products.
-      implementation, block_sizes, context: as in `attnlib.dot_product_attention`.
+      implementation, block_sizes, context, normalize: as in `attnlib.dot_product_attention`.
       rngs: `nnx.Rngs` with streams "params" and, with dropout, "dropout", or a default stream.
       keep_rngs: whether the module holds a stream of dropout keys; otherwise the call needs rngs. Default True.
 
@@ -129,6 +133,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
         use_scale: bool = False,
         normalize_qk: bool | str = False,
         use_sink: bool = False,
+        num_memory: int = 0,
         rotary: Rotary = False,
         score_mod: ScoreMod | nnx.Module | None = None,
         decode: bool = False,
@@ -148,6 +153,7 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
         implementation: str | Sequence[str] | None = None,
         block_sizes: tuple[int, int] | None = None,
         context: str | Context | None = None,
+        normalize: bool = True,
         rngs: nnx.Rngs,
         keep_rngs: bool = True,
     ) -> None:
@@ -161,12 +167,12 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
             value_features=check_int(value_features, "value_features", minimum=1), output_shape=output_shape,
             use_bias=use_bias, attention_axes=attention_axes, dropout_rate=dropout_rate, deterministic=deterministic,
             use_gate=use_gate, sliding_window=sliding_window, use_scale=use_scale, normalize_qk=normalize_qk,
-            use_sink=use_sink, rotary=rotary, score_mod=score_mod,
+            use_sink=use_sink, num_memory=num_memory, rotary=rotary, score_mod=score_mod,
             decode=check_bool(decode, "decode"), logits_soft_cap=logits_soft_cap, kernel_init=kernel_init,
             bias_init=bias_init, out_kernel_init=out_kernel_init, out_bias_init=out_bias_init, scale_init=scale_init,
             dtype=dtype, param_dtype=param_dtype, precision=precision, implementation=implementation,
             block_sizes=block_sizes,
-            context=context,
+            context=context, normalize=normalize,
         ))  # fmt: skip
         # The parameters of a score are the attribute `score`, which then has no place for the name of the score.
         self.score_name = score if isinstance(score, str) else None

@@ -38,8 +38,8 @@ class AdditiveAttention(AdditiveCall, SingleHeadAttention):
       use_scale: whether to learn the scale; otherwise it is 1. Default True.
       scale_init: initialiser of the scale; default: glorot uniform.
       param_dtype: dtype of the scale; default float32.
-      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context, rngs, keep_rngs: as
-        in `MultiHeadAttention`.
+      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context, normalize, rngs,
+        keep_rngs: as in `MultiHeadAttention`.
 
     Example:
       >>> import attnlib, jax.numpy as jnp
@@ -66,13 +66,14 @@ class AdditiveAttention(AdditiveCall, SingleHeadAttention):
         implementation: str | Sequence[str] | None = None,
         block_sizes: tuple[int, int] | None = None,
         context: str | Context | None = None,
+        normalize: bool = True,
         rngs: nnx.Rngs | None = None,
         keep_rngs: bool = True,
     ) -> None:
         self._set_attributes(dict(
             use_scale=use_scale, attention_axes=attention_axes, dropout_rate=dropout_rate, deterministic=deterministic,
             scale_init=scale_init, precision=precision, implementation=implementation, block_sizes=block_sizes,
-            context=context,
+            context=context, normalize=normalize,
         ))  # fmt: skip
         self._make_params(check_int(in_features, "in_features", minimum=1), rngs, param_dtype)
         self._set_stream(rngs, keep_rngs)
@@ -88,8 +89,8 @@ class DotProductAttention(DotProductCall, SingleHeadAttention):
       use_scale: whether to learn a scalar scale; otherwise it is 1, as in Keras' Attention. Default False.
       score_mode: "dot", or "concat": concat_score_weight * sum_d tanh(scale * (query_d + key_d)).
       param_dtype: dtype of the scalars; default float32.
-      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context, rngs, keep_rngs: as
-        in `MultiHeadAttention`; rngs are required for parameters and dropout only.
+      attention_axes, dropout_rate, deterministic, precision, implementation, block_sizes, context, normalize, rngs,
+        keep_rngs: as in `MultiHeadAttention`; rngs are required for parameters and dropout only.
 
     Example:
       >>> import attnlib, jax.numpy as jnp
@@ -113,13 +114,14 @@ class DotProductAttention(DotProductCall, SingleHeadAttention):
         implementation: str | Sequence[str] | None = None,
         block_sizes: tuple[int, int] | None = None,
         context: str | Context | None = None,
+        normalize: bool = True,
         rngs: nnx.Rngs | None = None,
         keep_rngs: bool = True,
     ) -> None:
         self._set_attributes(dict(
             use_scale=use_scale, score_mode=score_mode, attention_axes=attention_axes, dropout_rate=dropout_rate,
             deterministic=deterministic, precision=precision, implementation=implementation, block_sizes=block_sizes,
-            context=context,
+            context=context, normalize=normalize,
         ))  # fmt: skip
         self._make_params(0, rngs, param_dtype)  # the parameters are scalars
         self._set_stream(rngs, keep_rngs)

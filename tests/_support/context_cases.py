@@ -87,6 +87,8 @@ CASES = [
     case("everything", score=lambda draw: scores.Additive(draw(8, 3)), bias=(2, 8, QUERIES, KEYS), score_mod=_tilt,
          sink=(8,), mask=lambda draw: masks.Causal(3) & masks.KeyPadding(draw.bools(2, KEYS)),
          options=dict(logits_soft_cap=2.0, **DROPOUT)),
+    case("sigmoid", score_mod=lambda draw: modifiers.LogSigmoid(), mask=lambda draw: masks.Causal(2),
+         options=dict(normalize=False)),
 ]  # fmt: skip
 BY_NAME = {one.name: one for one in CASES}
 

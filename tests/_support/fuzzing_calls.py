@@ -114,6 +114,8 @@ def options(draw, sizes, floats):
     maybe("is_causal", st.sampled_from((True, False, np.bool_(True))))
     maybe("logits_soft_cap", st.sampled_from((None, 2, 1.5, np.float32(3), np.int64(2), 1e-30, 1e30)))
     maybe("sink", st.sampled_from((None, 0, -1.5, np.float32(0.5))), arrays((sizes.heads,), floats), arrays((), floats))
+    if made.get("sink") is None:
+        maybe("normalize", st.booleans())
     maybe("return_weights", st.booleans())
     maybe("return_lse", st.booleans())
     maybe("precision", st.sampled_from((None, "highest", "default", jax.lax.Precision.HIGH, ("high", "highest"))))

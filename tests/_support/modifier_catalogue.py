@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from attention_case import GRID, GROUPED, Case, of_length
+from attention_case import GRID, GROUPED, VALUES, Case, of_length
 from refusals import Wrong, wrong
 
 from attnlib import modifiers
@@ -93,9 +93,20 @@ def soft_cap(logit, head, query, key, cap):
     return float(cap) * math.tanh(logit / float(cap))
 
 
+def log_sigmoid(logit, head, query, key, bias):
+    shifted = logit + float(bias[head] if np.ndim(bias) else bias)
+    return min(shifted, 0.0) - math.log1p(math.exp(-abs(shifted)))
+
+
+def log_relu(logit, head, query, key, power=2.0):
+    return power * math.log(logit) if logit > 0 else -math.inf
+
+
 def zeros(*shape):
     return np.zeros(shape, np.float32)
 
+
+UNNORMALIZED = dict(normalize=False)
 
 ROWS = [
     ModifierKind(
@@ -147,6 +158,34 @@ ROWS = [
         refused=[
             *(wrong(f"a cap of {cap}", ValueError, "SoftCap cap must be a number in [1e-30, 1e30]", cap=cap)
               for cap in (0, -1.0, 1e300)),  # float32 has no 1e300: it would be infinite, and infinity times 0 is NaN
+        ],
+    ),
+    ModifierKind(
+        "log sigmoid", modifiers.LogSigmoid, log_sigmoid, lambda draw, fits: dict(bias=draw(fits.heads)),
+        cases=[
+            Case("sigmoid", score_mod=lambda draw: modifiers.LogSigmoid(draw(3)), options=UNNORMALIZED),
+            Case("sigmoid, default bias, two axes", **GRID, **VALUES, score_mod=lambda draw: modifiers.LogSigmoid(),
+                 bias=(4, 5, 1), options=dict(is_causal=True, **UNNORMALIZED)),
+        ],
+        refused=[
+            wrong("sigmoid bias of key heads", ValueError, "LogSigmoid bias must be a number or have shape () or (4,)",
+                  "(2,)", bias=zeros(2)),
+            wrong("sigmoid bias of ints", TypeError, "LogSigmoid bias must be a floating", bias=np.zeros(4, np.int32)),
+            wrong("sigmoid bias infinite", ValueError, "LogSigmoid bias must be in [-1e30, 1e30]", bias=-math.inf),
+            wrong("sigmoid bias a string", TypeError, "LogSigmoid bias must be a number", bias="log"),
+        ],
+    ),
+    ModifierKind(
+        "log relu", modifiers.LogRelu, log_relu, lambda draw, fits: dict(power=2.0),
+        cases=[
+            Case("squared relu", score_mod=lambda draw: modifiers.LogRelu(), mask=lambda draw: draw.bools(2, 1, 5, 7),
+                 options=UNNORMALIZED, second_order=True),
+            Case("relu, divided by the sum", **VALUES, score_mod=lambda draw: modifiers.LogRelu(1), bias=(1, 3, 1, 7)),
+        ],
+        refused=[
+            wrong("a power below 1", ValueError, "LogRelu power must be at least 1", "got 0.5", power=0.5),
+            wrong("a power of 0", ValueError, "LogRelu power must be a number in [1e-30, 1e30]", power=0),
+            wrong("a power of many", TypeError, "LogRelu power must be a number", power=zeros(2)),
         ],
     ),
 ]  # fmt: skip

@@ -146,6 +146,22 @@ ROWS = [
         ],
     ),
     OptionRow(
+        ("normalize",),
+        cases=[
+            Case("unnormalized, grouped, causal, dropout", **GROUPED, bias=(1, 6, 5, 1),
+                 options=dict(normalize=False, is_causal=True, **DROPOUT)),
+            Case("unnormalized, rows of nothing", mask=lambda draw: masks.Lengths(draw.integers(0, 6, 2), 5),
+                 options=dict(normalize=False)),
+            Case("unnormalized, additive, modified", **ADDITIVE, **VALUES, score_mod=lambda draw: Tilt(draw(3)),
+                 mask=lambda draw: draw.bools(2, 1, 5, 7), options=dict(normalize=False, logits_soft_cap=1.5)),
+        ],
+        refused=[
+            wrong("normalize a string", TypeError, "normalize must be True or False", normalize="softmax"),
+            wrong("normalize=False with a sink", ValueError, "a sink changes what weights are divided by", "sink=None",
+                  normalize=False, sink=0.0),
+        ],
+    ),
+    OptionRow(
         ("query_positions", "key_positions"),
         cases=[
             Case("positions", options=dict(is_causal=True),

@@ -24,6 +24,7 @@ def attention(
     logits_soft_cap=None,
     score_mod=None,
     is_causal=False,
+    normalize=True,
     keep=None,
     dropout_rate=0.0,
 ):
@@ -34,7 +35,7 @@ def attention(
 
     ``score``: a function of a query vector, a key vector and the number of the query head; by default the product over
     ``D**0.5``. ``score_mod``: a function as attnlib takes it. ``keep`` has the shape of the weights: True where dropout
-    keeps an entry.
+    keeps an entry. ``normalize``: False leaves weights exp(logit).
     """
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     attended = _attended_axes(query.ndim, attention_axes)
@@ -78,7 +79,7 @@ def attention(
         lse[(*b, n, *t)] = largest + math.log(total)
         result = np.zeros(value.shape[-1])
         for s, logit in logits.items():
-            w = math.exp(logit - largest) / total
+            w = math.exp(logit - largest) / total if normalize else math.exp(logit)
             w *= float(keep[(*b, n, *t, *s)]) / (1.0 - dropout_rate)
             weights[(*b, n, *t, *s)] = w
             result += w * _vector(value, batch_axes, b, attended, s, kv_head)

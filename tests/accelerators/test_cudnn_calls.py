@@ -139,8 +139,8 @@ def refused(text, shapes=FITS, dtype="bfloat16", **options):
         ),
         refused("it has no soft cap; leave logits_soft_cap=None", logits_soft_cap=2.0),
         refused("it never holds the weights; set return_weights=False", return_weights=True),
-        refused("jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False and sink=None",
-                return_lse=True),
+        *(refused("jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False, sink=None "
+                  "and normalize=True", **asked) for asked in (dict(return_lse=True), dict(normalize=False))),
         refused("it chooses its own blocks; leave block_sizes=None", block_sizes=(2, 2)),
         refused("it multiplies in one precision, its own; leave precision=None, not 'highest'", precision="highest"),
         refused("query, key and value must all be float16 or all bfloat16; they are float32, float32, float32",

@@ -136,7 +136,7 @@ def shape(*sizes, dtype="float32"):
 LAYERS = {
     "plain": attnlib.MultiHeadAttention(4),
     "grouped, rotary, norms, sinks": attnlib.MultiHeadAttention(
-        4, num_kv_heads=2, rotary=True, normalize_qk=True, use_sink=True
+        4, num_kv_heads=2, rotary=True, normalize_qk=True, use_sink=True, num_memory=2
     ),
     "half precision": attnlib.MultiHeadAttention(4, rotary=True, normalize_qk=True, dtype=jnp.bfloat16),
     "relative bias": attnlib.MultiHeadAttention(4, score_mod=attnlib.RelativePositionBias(sizes=(10,))),

@@ -355,7 +355,7 @@ def test_errors_where_sizes_are_not_known():
 
 def test_module_fields():
     fields = dict(num_heads=4, num_kv_heads=2, key_dim=3, value_dim=5, output_shape=(2, 7), use_bias=False)
-    for options in ({}, {"use_gate": True, "use_sink": True, "use_scale": True}, {"score": "additive"},
+    for options in ({}, {"use_gate": True, "use_sink": True, "use_scale": True, "num_memory": 3}, {"score": "additive"},
                     {"normalize_qk": "layer"}):  # fmt: skip
         params = attnlib.init_multi_head_attention(jax.random.key(0), 12, **fields, **options)
         assert convert.module_fields(params) == fields | options

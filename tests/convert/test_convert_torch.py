@@ -25,7 +25,7 @@ def drawn(query_features=12, **fields):
 
 MODULES = {
     "self": ((X, X, X), {}),
-    "batch first": ((X, X, X), dict(batch_first=True)),
+    "batch first, memory": ((X, X, X), dict(batch_first=True, add_bias_kv=True)),
     "cross": ((X, X[:, :3], X[:, :3]), dict(bias=False)),
     "other features": ((X, Y, Z), dict(kdim=10, vdim=9)),
     "other features, no bias": ((X, X, Z[:, :5]), dict(vdim=9, bias=False)),
@@ -82,14 +82,7 @@ def test_torch_bfloat16():
         assert torch.equal(torch.from_dlpack(jnp.asarray(array)), theirs.state_dict()[name])
 
 
-def test_torch_add_bias_kv_is_refused():
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    state = torch.nn.MultiheadAttention(12, 3, add_bias_kv=True).state_dict()
-    with pytest.raises(ValueError, match=r"unexpected: bias_k, got \(1, 1, 12\)\n  unexpected: bias_v"):
-        convert.from_torch(state, 3)
-
-
-@pytest.mark.parametrize("fields", [{}, {"key_features": 10}, {"use_bias": False}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"key_features": 10}, {"use_bias": False}, {"num_memory": 1}], ids=str)
 def test_there_and_back(fields):
     params = drawn(num_heads=3, **fields)
     state = convert.to_torch(params, "a")
@@ -112,14 +105,15 @@ def test_torch_layout():
 
 
 def test_torch_errors():
-    state = {"a.in_proj_weight": np.ones((35, 12)), "a.in_proj_bias": np.ones(36), "a.bias_k": np.ones((1, 1, 12))}
+    state = {"a.in_proj_weight": np.ones((35, 12)), "a.in_proj_bias": np.ones(36), "a.bias_k": np.ones((1, 12))}
     with pytest.raises(ValueError) as raised:
         convert.from_torch(state | {"a.out_proj.weight": np.ones((12, 12))}, 3, "a")
     assert str(raised.value).splitlines() == [
         "the entries do not fit a torch.nn.MultiheadAttention of 3 heads:",
+        "  misshapen: a.bias_k, expected (1, 1, 12), got (1, 12)",
         "  misshapen: a.in_proj_weight, expected (36, 12), got (35, 12)",
+        "  missing: a.bias_v, expected (1, 1, 12)",
         "  missing: a.out_proj.bias, expected (12,)",
-        "  unexpected: a.bias_k, got (1, 1, 12)",
     ]
     with pytest.raises(ValueError, match=re.escape("missing: in_proj_weight, expected (9*D, 3*D)")):
         convert.from_torch({}, 3)
@@ -131,6 +125,8 @@ def test_torch_errors():
         convert.from_torch([1], 3)
     with pytest.raises(ValueError, match=re.escape("misshapen: key/kernel, expected (12, 4, 3), got (12, 2, 3)")):
         convert.to_torch(drawn(num_heads=4, num_kv_heads=2))
+    with pytest.raises(ValueError, match=re.escape("misshapen: memory/key, expected (1, 3, 4), got (2, 3, 4)")):
+        convert.to_torch(drawn(num_heads=3, num_memory=2))
     with pytest.raises(ValueError, match=re.escape("misshapen: out/kernel, expected (3, 4, 12), got (3, 4, 7)")):
         convert.to_torch(drawn(num_heads=3, output_shape=7))
 

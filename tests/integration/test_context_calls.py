@@ -125,7 +125,7 @@ def test_few_positions(exchange, lengths):
 
 LAYERS = {
     "rotary": dict(rotary=True, num_kv_heads=2, sliding_window=9),
-    "additive, gate": dict(score="additive", use_gate=True, use_sink=True),
+    "additive, gate": dict(score="additive", use_gate=True, use_sink=True, num_memory=3),
     "buckets": dict(score_mod=attnlib.BucketedPositionBias()),
 }
 

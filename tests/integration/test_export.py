@@ -31,7 +31,8 @@ MASKS = [
     for row in mask_catalogue.ROWS
 ]
 EVERYTHING = dict(
-    is_causal=True, logits_soft_cap=5.0, return_weights=True, return_lse=True, attention_axes=-3, precision="highest"
+    is_causal=True, logits_soft_cap=5.0, return_weights=True, return_lse=True, attention_axes=-3, precision="highest",
+    normalize=False,
 )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def looked_into(how, query, key):
 
 def biased_layers(how, x):
     made = [attnlib.RelativePositionBias(sizes=3), attnlib.BucketedPositionBias(num_buckets=8, max_distance=6)]
-    fields = dict(num_heads=2, rotary=True, normalize_qk="rms", use_scale=True, use_sink=True, **how)
+    fields = dict(num_heads=2, rotary=True, normalize_qk="rms", use_scale=True, use_sink=True, num_memory=2, **how)
     layers = [attnlib.MultiHeadAttention(score_mod=bias, **fields) for bias in made]
     return [layer.init_with_output(jax.random.key(0), x)[0] for layer in layers]
 

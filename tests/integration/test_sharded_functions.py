@@ -105,8 +105,9 @@ def merged(q, k, v, table):
 
 def module(q, k, v, table):
     layer = attnlib.MultiHeadAttention(
-        2, score_mod=attnlib.BucketedPositionBias(), rotary=True, use_sink=True, normalize_qk=True, use_bias=False
-    )
+        2, score_mod=attnlib.BucketedPositionBias(), rotary=True, use_sink=True, normalize_qk=True, use_bias=False,
+        num_memory=3,
+    )  # fmt: skip
     params = layer.init(jax.random.key(0), jnp.ones((1, 5, 8)))
     return jax.grad(lambda scale: sum_of(layer.apply(jax.tree.map(lambda x: x * scale, params), q[:, :, 0])))(table[0])
 

@@ -95,13 +95,16 @@ def of_images(how, query, mask):
     mask = masks.Dense(mask) & masks.Neighborhood(3) | masks.Causal(axis=1) & masks.BlockLocal(2) & ~masks.Dilated(2)
     bias = modifiers.RelativeBias(jnp.sin(jnp.arange(18, dtype=jnp.float32)).reshape(3, 3, 2))
     output = attnlib.additive_attention(query, query, query, mask=mask, score_mod=bias, **how)
-    return output, attnlib.attention(query, query, query, score=scores.Custom(lambda q, k: q @ k), mask=mask, **how)
+    sigmoid = dict(score_mod=modifiers.LogSigmoid(), normalize=False)  # whose bias is of the number of keys
+    product = scores.Custom(lambda q, k: q @ k)
+    return output, attnlib.attention(query, query, query, score=product, mask=mask, **sigmoid, **how)
 
 
 def of_layers(how, x, real):
     made = [
         attnlib.MultiHeadAttention(
             4, num_kv_heads=2, rotary=True, normalize_qk="rms", use_gate=True, use_sink=True, sliding_window=3,
+            num_memory=2,
             score_mod=attnlib.BucketedPositionBias(num_buckets=8, max_distance=6), **how,
         ),
         attnlib.AdditiveAttention(**how),

@@ -15,7 +15,13 @@ HEADS, LENGTH, WIDTH = 4, 12, 16
 LAYERS = {
     "plain": dict(),
     "grouped, rotary, norms, sink, gate": dict(
-        num_kv_heads=2, rotary=True, normalize_qk="rms", use_sink=True, use_gate=True, value_dim=3
+        num_kv_heads=2,
+        rotary=True,
+        normalize_qk="rms",
+        use_sink=True,
+        use_gate=True,
+        value_dim=3,
+        num_memory=2,
     ),
     "window": dict(sliding_window=4, rotary=True),
     "window beyond the input": dict(sliding_window=40),
@@ -23,7 +29,9 @@ LAYERS = {
     "alibi": dict(score_mod=modifiers.ALiBi(modifiers.alibi_slopes(HEADS))),
     "buckets": dict(score_mod=attnlib.BucketedPositionBias(num_buckets=8, bidirectional=False, max_distance=6)),
     "bfloat16": dict(dtype=jnp.bfloat16),
-    "tiled": dict(implementation="blockwise", block_sizes=(3, 4)),
+    "tiled, sigmoid": dict(
+        implementation="blockwise", block_sizes=(3, 4), score_mod=modifiers.LogSigmoid(-2.0), normalize=False
+    ),
 }
 SPLITS = [[1] * LENGTH, [5, 1, 1, 5], [LENGTH], [7, 4, 1]]
 

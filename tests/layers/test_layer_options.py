@@ -49,7 +49,9 @@ FIELDS = {
     "alibi": dict(score_mod=modifiers.ALiBi(modifiers.alibi_slopes(HEADS))),
     "relative bias": dict(score_mod=attnlib.RelativePositionBias(sizes=4)),
     "buckets": dict(score_mod=attnlib.BucketedPositionBias(num_buckets=8, max_distance=7)),
-    "all, additive": dict(score="additive", normalize_qk="rms", rotary=True, use_sink=True, num_kv_heads=2),
+    "all, additive": dict(
+        score="additive", normalize_qk="rms", rotary=True, use_sink=True, num_kv_heads=2, num_memory=3
+    ),
 }
 
 
@@ -170,7 +172,7 @@ def test_positions_along_a_middle_axis(keys):
 def test_gradients_reach_every_parameter(keys):
     layer, params, x = layer_and_input(
         keys, 2, 3, 4, use_sink=True, normalize_qk=True, use_scale=True, use_gate=True, rotary=True,
-        score_mod=attnlib.RelativePositionBias(sizes=(3, 4)),
+        score_mod=attnlib.RelativePositionBias(sizes=(3, 4)), num_memory=2,
     )  # fmt: skip
     gradients = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x)))))(params)
     assert jax.tree.structure(gradients) == jax.tree.structure(params)

@@ -67,8 +67,10 @@ LAYERS = {
         lambda: multi_head((WIDTH, 8), sliding_window=2), (X, KEY),
         dict(query_mask=np.arange(10).reshape(2, 5) % 4 != 1, key_mask=REAL, mask=masks.Causal(1)),
     ),
-    "additive": (lambda: multi_head(score="additive", use_sink=True), (X,), dict(bias=np.ones((5, 1), np.float32))),
-    "scale, cap": (lambda: multi_head(use_scale=True, logits_soft_cap=1.0), (X,), {}),
+    "additive": (
+        lambda: multi_head(score="additive", use_sink=True, num_memory=2), (X,), dict(bias=np.ones((5, 1), np.float32))
+    ),
+    "scale, cap": (lambda: multi_head(use_scale=True, logits_soft_cap=1.0, normalize=False), (X,), {}),
     "cap of the call": (lambda: multi_head(logits_soft_cap=9.0), (X,), dict(logits_soft_cap=1.0)),
     "norms, rotary": (
         lambda: multi_head(key_dim=4, normalize_qk="rms", rotary=True), (X,), dict(query_positions=PLACES)
@@ -93,7 +95,8 @@ LAYERS = {
         (X[..., :8], KEY), dict(key_mask=REAL, return_weights=True),
     ),
     "AdditiveAttention without scale": (
-        lambda: (attnlib.AdditiveAttention(use_scale=False), attnlib.nnx.AdditiveAttention(WIDTH, use_scale=False)),
+        lambda: (attnlib.AdditiveAttention(use_scale=False, normalize=False),
+                 attnlib.nnx.AdditiveAttention(WIDTH, use_scale=False, normalize=False)),
         (X,), {},
     ),
     "DotProductAttention": (

@@ -24,7 +24,7 @@ def make(**fields):
 
 LAYERS = {
     "plain": {},
-    "grouped, rotary, sink": dict(num_kv_heads=2, rotary=True, use_sink=True, value_dim=3),
+    "grouped, rotary, sink": dict(num_kv_heads=2, rotary=True, use_sink=True, value_dim=3, num_memory=2),
     "window": dict(sliding_window=3, score_mod=modifiers.ALiBi(modifiers.alibi_slopes(HEADS)), normalize_qk="rms"),
     "additive": dict(score="additive", logits_soft_cap=2.0),
 }

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import attnlib
 
-OPTIONS = ("score", "attention_axes", "mask", "bias", "is_causal", "logits_soft_cap", "score_mod", "sink")
+OPTIONS = ("score", "attention_axes", "mask", "bias", "is_causal", "logits_soft_cap", "score_mod", "sink", "normalize")
 
 
 def concrete(tree, seed):

@@ -71,7 +71,7 @@ def draw(seed):
 
     batch = tuple(max(s[axis] for s in (query_shape, key_shape, value_shape)) for axis in batch_axes)
     weights_shape = (*batch, heads, *(query_shape[a] for a in attended), *(key_shape[a] for a in attended))
-    options = {"attention_axes": axes, "is_causal": bool(rng.random() < 0.4)}
+    options = {"attention_axes": axes, "is_causal": bool(rng.random() < 0.4), "normalize": seed % 4 != 1}
     if rng.random() < 0.7:
         options["mask"] = rng.random(draw_shape(rng, weights_shape, len(attended))) < 0.7
     if rng.random() < 0.6:

@@ -34,7 +34,7 @@ ONE = jnp.ones((1, 3, 1, 2))
 RESULTS = {"return_weights", "return_lse"}
 DROPOUT = {"dropout_rate", "dropout_rng"}
 POSITIONS = {"query_positions", "key_positions"}
-HOW = {"implementation", "block_sizes", "precision", "context"}
+HOW = {"normalize", "implementation", "block_sizes", "precision", "context"}
 
 
 def hints(kind):
@@ -65,7 +65,8 @@ def test_every_kind_of_result_takes_all_options(kind):
         (attnlib.attention, (), AttentionOptions),
         (attnlib.explain, (), AttentionOptions),
         *((getattr(attnlib.inspect, name), RESULTS | DROPOUT | {"context"}, options.InspectionOptions)
-          for name in attnlib.inspect.__all__),
+          for name in attnlib.inspect.__all__ if name != "attention_entropy"),
+        (attnlib.inspect.attention_entropy, RESULTS | DROPOUT | {"context", "normalize"}, options.EntropyOptions),
         *((method, POSITIONS | {"context"}, options.CacheOptions)
           for method in (attnlib.KVCache.attend, attnlib.KVCache.decode)),
         (attnlib.multi_head_attention, {"return_lse"}, options.LayerOptions),

@@ -60,7 +60,8 @@ _OPERANDS = 0, 1, 2
 _LINEAR = ((2, (0,)),)
 
 _SUPPORTS = frozenset(
-    "mask bias dropout_rate logits_soft_cap score_mod sink return_weights return_lse block_sizes precision".split()
+    "mask bias dropout_rate logits_soft_cap score_mod sink normalize return_weights return_lse block_sizes "
+    "precision".split()
 )
 
 

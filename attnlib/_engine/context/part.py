@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from attnlib._core import axes as _axes
 from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import OperandPositions
-from attnlib._core.context import Layout
+from attnlib._core.context import Context, Layout, mesh_axis
 from attnlib._engine.context.positions import LocalPositions
 from attnlib.masks import Dense, Segments
 from attnlib.masks._base import Mask
@@ -125,3 +126,9 @@ class Part(WholeOperands):
 
 
 WHOLE = WholeOperands()
+
+
+def whole_key_count(shapes: AttentionShape, context: Context | None, operands: Sequence[Any]) -> int:
+    """The number of keys of the whole sequence, from the sizes of operands that may have those of one device."""
+    devices, manual = (1, False) if context is None else mesh_axis(context.axis_name, operands)
+    return math.prod(shapes.key) * (devices if manual else 1)

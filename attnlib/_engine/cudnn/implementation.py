@@ -73,7 +73,10 @@ def _estimate(problem: AttentionProblem) -> Estimate:
 
 
 _SUPPORTS = frozenset(("mask", "precision"))
-_LSE = "jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False and sink=None"
+_LSE = (
+    "jax.nn rounds its lse to half precision and gives it no gradient; set return_lse=False, sink=None and "
+    "normalize=True"
+)
 _REASONS = {
     "bias": (
         "its bias is rounded to half precision, must be as large as all pairs, and may not hold -inf; "
@@ -85,6 +88,7 @@ _REASONS = {
     "return_weights": "it never holds the weights; set return_weights=False",
     "return_lse": _LSE,
     "sink": _LSE,
+    "normalize": _LSE,
     "block_sizes": "it chooses its own blocks; leave block_sizes=None",
 }
 
