@@ -51,24 +51,73 @@ def _writes_slice(cache: KVCache, num_new: int) -> bool:
     return num_new == 1 if cache.window is not None else decide(lambda: num_new <= cache.capacity, otherwise=False)
 
 
-def shorter_length(cache: KVCache, lengths: Any) -> jax.Array:
-    """The length of a cache of which the first `lengths` tokens stay."""
-    if cache.window is not None:
-        raise ValueError(
-            "truncate needs a cache without a window: a ring overwrites the tokens that would be the newest again. "
-            "Create the cache without window and with a capacity for all tokens, and pass "
-            "mask=attnlib.masks.SlidingWindow(window - 1, 0) to decode."
-        )
+def check_lengths(lengths: Any, shape: tuple[int, ...], remedy: str = "") -> jax.Array:
+    """How many tokens stay, as int32 `()` or `shape`, at least 0."""
     check_integer(lengths, "lengths")
-    if np.shape(lengths) not in ((), cache.length.shape):
-        ragged = "" if cache.length.shape else " A cache with ragged=True has a length for each sequence."
-        raise ValueError(f"lengths must have shape () or {cache.length.shape}; got {np.shape(lengths)}.{ragged}")
+    if np.shape(lengths) not in ((), shape):
+        raise ValueError(f"lengths must have shape () or {shape}; got {np.shape(lengths)}.{remedy}")
     if is_concrete(lengths) and np.any(np.asarray(lengths) < 0):
         raise ValueError(f"lengths must be at least 0; got {lengths}.")
-    lengths = jnp.maximum(jnp.asarray(lengths, jnp.int32), 0)
-    # Tokens beyond the capacity may have overwritten others, so these do not become valid again.
-    is_spoilt = (cache.length > cache.capacity) & (lengths > 0)
-    return jnp.where(is_spoilt, cache.length, jnp.minimum(cache.length, lengths))
+    return jnp.maximum(jnp.asarray(lengths, jnp.int32), 0)
+
+
+def truncated(cache: KVCache, lengths: Any) -> KVCache:
+    """The cache without the tokens after the first `lengths`."""
+    ragged = "" if cache.length.shape else " A cache with ragged=True has a length for each sequence."
+    lengths = check_lengths(lengths, cache.length.shape, ragged)
+    if cache.window is None:
+        # Tokens beyond the capacity may have overwritten others, so these do not become valid again.
+        is_spoilt = (cache.length > cache.capacity) & (lengths > 0)
+        return dataclasses.replace(cache, length=jnp.where(is_spoilt, cache.length, jnp.minimum(cache.length, lengths)))
+    length = jnp.minimum(cache.length, lengths)
+    _check_ring(cache, length)
+    # A forgotten token has overwritten the token `capacity` positions earlier, which the window may need again. NaN
+    # marks such a slot until a token is written to it, so that exactly the queries that need the lost token give NaN.
+    positions = cache._key_positions()
+    is_lost = (positions >= cache.capacity) & (positions >= length[..., None])
+    return dataclasses.replace(cache, **_storage.mark_slots(is_lost, cache._arrays)._asdict(), length=length)
+
+
+def _check_ring(cache: KVCache, length: jax.Array) -> None:
+    """Raises ValueError if the next query of a ring is known to need a token that a forgotten one has overwritten."""
+    if cache.window is None or not (is_concrete(cache.length) and is_concrete(length)):
+        return
+    held, kept = np.asarray(cache.length), np.asarray(length)
+    if np.any(np.maximum(kept - cache.window + 1, 0) < np.minimum(kept, held - cache.capacity)):
+        raise ValueError(
+            f"truncate can take at most {cache.capacity - cache.window + 1} tokens, capacity - window + 1, from a ring "
+            f"that is full; got {np.max(held - kept)}. The newest tokens have overwritten keys that the window needs "
+            "again. Create the cache with a larger capacity, or truncate to 0."
+        )
+
+
+def check_indices(indices: Any, name: str, count: int) -> jax.Array:
+    """Indices of sequences as int32, of which those beyond the `count` sequences are `count` or more."""
+    check_array(indices, name, kind="integer")
+    if indices.ndim != 1:
+        raise ValueError(f"{name} must have shape (n,), one for each selected sequence; got {indices.shape}.")
+    if (
+        is_static(count)
+        and is_concrete(indices)
+        and not np.all((np.asarray(indices) >= 0) & (np.asarray(indices) < count))
+    ):
+        raise ValueError(f"{name} must be in 0..{count - 1}, for {count} sequences; got {indices}.")
+    indices = jnp.asarray(indices, jnp.int32)
+    return jnp.where(indices < 0, count, indices)  # which JAX would count from the end
+
+
+def forked_indices(source: Any, target: Any, count: int) -> jax.Array:
+    """For each of `count` sequences, the sequence whose tokens it has after `target` became like `source`."""
+    shapes = [np.shape(check_integer(indices, name)) for indices, name in ((source, "source"), (target, "target"))]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"source and target must have the same shape, () or (n,); got {shapes[0]} and {shapes[1]}.")
+    sources, targets = (
+        check_indices(jnp.atleast_1d(jnp.asarray(indices)), name, count)
+        for indices, name in ((source, "source"), (target, "target"))
+    )
+    if is_concrete(targets) and len(np.unique(targets)) < len(targets):
+        raise ValueError(f"target must have distinct sequences; got {target}.")
+    return jnp.arange(count, dtype=jnp.int32).at[targets].set(sources, mode="drop")
 
 
 def selected_sequences(cache: KVCache, indices: Any) -> tuple[StoredKeyValue, jax.Array]:
@@ -76,17 +125,7 @@ def selected_sequences(cache: KVCache, indices: Any) -> tuple[StoredKeyValue, ja
     check_array(indices, "indices", kind="integer")
     if not cache.batch_shape:
         raise ValueError("select needs a cache with a batch axis; batch_shape is ().")
-    if indices.ndim != 1:
-        raise ValueError(f"indices must have shape (n,), one for each selected sequence; got {indices.shape}.")
-    count = cache.batch_shape[0]
-    if (
-        is_static(count)
-        and is_concrete(indices)
-        and not np.all((np.asarray(indices) >= 0) & (np.asarray(indices) < count))
-    ):
-        raise ValueError(f"indices must be in 0..{count - 1}, for {count} sequences; got {indices}.")
-    indices = jnp.asarray(indices, jnp.int32)
-    indices = jnp.where(indices < 0, count, indices)  # which JAX would count from the end
+    indices = check_indices(indices, "indices", cache.batch_shape[0])
 
     def selected(array: jax.Array) -> jax.Array:
         return jnp.take(array, indices, axis=0, mode="fill")  # NaN beyond the batch
