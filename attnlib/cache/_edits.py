@@ -83,16 +83,18 @@ def _check_ring(cache: KVCache, length: jax.Array) -> None:
     if cache.window is None or not (is_concrete(cache.length) and is_concrete(length)):
         return
     held, kept = np.asarray(cache.length), np.asarray(length)
-    if np.any(np.maximum(kept - cache.window + 1, 0) < np.minimum(kept, held - cache.capacity)):
+    is_lost = np.maximum(kept - cache.window + 1, 0) < np.minimum(kept, held - cache.capacity)
+    if np.any(is_lost):
+        forgotten = np.max(np.where(is_lost, held - kept, 0))
         raise ValueError(
             f"truncate can take at most {cache.capacity - cache.window + 1} tokens, capacity - window + 1, from a ring "
-            f"that is full; got {np.max(held - kept)}. The newest tokens have overwritten keys that the window needs "
-            "again. Create the cache with a larger capacity, or truncate to 0."
+            f"that is full; got {forgotten}. The newest tokens have overwritten keys that the window needs again. "
+            "Create the cache with a larger capacity, or truncate to 0."
         )
 
 
 def check_indices(indices: Any, name: str, count: int) -> jax.Array:
-    """Indices of sequences as int32, of which those beyond the `count` sequences are `count` or more."""
+    """Indices of sequences as int32 `(n,)`, of which those beyond the `count` sequences are `count` or more."""
     check_array(indices, name, kind="integer")
     if indices.ndim != 1:
         raise ValueError(f"{name} must have shape (n,), one for each selected sequence; got {indices.shape}.")
@@ -101,7 +103,7 @@ def check_indices(indices: Any, name: str, count: int) -> jax.Array:
         and is_concrete(indices)
         and not np.all((np.asarray(indices) >= 0) & (np.asarray(indices) < count))
     ):
-        raise ValueError(f"{name} must be in 0..{count - 1}, for {count} sequences; got {indices}.")
+        raise ValueError(f"{name} must be in 0..{count - 1}, for {count} sequences; got {np.asarray(indices)}.")
     indices = jnp.asarray(indices, jnp.int32)
     return jnp.where(indices < 0, count, indices)  # which JAX would count from the end
 

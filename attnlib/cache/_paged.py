@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import jax
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
+from attnlib._core.explicit_axes import replicated
 from attnlib._core.operand_checks import is_concrete
 from attnlib._core.options import CacheOptions
 from attnlib._core.pytree import register, serializable
 from attnlib._core.validation import check_array, check_int
-from attnlib.cache import _pages, _storage
+from attnlib.cache import _pool, _storage
 from attnlib.cache._edits import check_indices, check_lengths, forked_indices
 from attnlib.cache._kv_cache import KVCache, takes_cache_options
 from attnlib.cache._tokens import (
@@ -149,7 +151,7 @@ class PagedKVCache:
     @property
     def free_pages(self) -> jax.Array:
         """How many pages no sequence holds, int32 `()`."""
-        holders = _pages.count_holders(jnp.asarray(self.table), self.num_pages)
+        holders = _pool.count_holders(self._pages[0], self.num_pages)
         return jnp.sum(holders == 0, dtype=jnp.int32)
 
     def append(
@@ -180,24 +182,16 @@ class PagedKVCache:
         num_new = common_token_count(key=key, value=value)
         num_valid = valid_token_count(self, lengths, num_new)
         check_capacity(self, num_valid, num_new, "Create the cache with a larger capacity, or release the sequence.")
-        table, length = jnp.asarray(self.table), jnp.asarray(self.length)
-        num_valid = jnp.broadcast_to(jnp.asarray(num_valid, jnp.int32), length.shape)
-        growth = _pages.grow(table, length, num_valid, num_new, self.num_pages, self.page_size)
+        table, length, num_valid = replicated((*self._pages, jnp.asarray(num_valid, jnp.int32)))
+        num_valid = jnp.broadcast_to(num_valid, length.shape)
+        growth = _pool.grow(table, length, num_valid, num_new, self.num_pages, self.page_size)
         if is_concrete(growth.is_out_of_pages) and np.any(growth.is_out_of_pages):
             raise ValueError(
                 f"too few pages are free: {int(self.free_pages)} of {self.num_pages}, for the new tokens of sequence "
                 f"{int(np.argmax(growth.is_out_of_pages))}. Release or truncate sequences, or create the cache with "
                 "more num_pages."
             )
-
-        def written(pool: jax.Array, new: jax.Array) -> jax.Array:
-            copied = pool.at[growth.source].get(mode="clip")
-            pool = pool.at[growth.target].set(copied, mode="drop")
-            slots = pool.reshape(self.num_pages * self.page_size, *pool.shape[2:])
-            new = new.reshape(new.shape[0] * num_new, *new.shape[2:])
-            return _storage.scatter_slots(growth.slots.reshape(-1), slots, new).reshape(pool.shape)
-
-        storage = jax.tree.map(written, arrays, _storage.quantize_like(key, value, arrays))
+        storage = jax.tree.map(partial(_pool.write, growth), arrays, _storage.quantize_like(key, value, arrays))
         return dataclasses.replace(self, **storage._asdict(), table=growth.table, length=length + num_valid)
 
     @takes_cache_options
@@ -322,7 +316,7 @@ class PagedKVCache:
         ([0, 9], 3)
         """
         check_array(which, "which", kind="bool", shapes=[self.batch_shape], remedy="Write jnp.array([True, False]).")
-        return self._truncated(jnp.where(jnp.asarray(which), 0, jnp.asarray(self.length)))
+        return self._truncated(jnp.where(jnp.asarray(which), 0, jnp.iinfo(jnp.int32).max))
 
     def fork(self, source: int | Array, target: int | Array) -> PagedKVCache:
         """The cache in which sequences `target` have the tokens of sequences `source`, in the same pages.
@@ -366,24 +360,27 @@ class PagedKVCache:
 
     _arrays = property(_storage.arrays_of)
 
+    @property
+    def _pages(self) -> tuple[jax.Array, jax.Array]:
+        """(table, length), of which each device has all."""
+        pages: tuple[jax.Array, jax.Array] = replicated((jnp.asarray(self.table), jnp.asarray(self.length)))
+        return pages
+
     def _gathered(self) -> KVCache:
         """The tokens of each sequence in one array. A sequence that is spoilt is beyond its capacity there."""
-        table, length = jnp.asarray(self.table), jnp.asarray(self.length)
-
-        def gathered(pool: jax.Array) -> jax.Array:
-            pages = pool.at[table].get(mode="clip")  # what empty slots hold does not matter
-            return pages.reshape(*self.batch_shape, self.capacity, *pool.shape[2:])
-
-        is_spoilt = _pages.is_spoilt(table, length, self.num_pages, self.page_size)
-        storage = jax.tree.map(gathered, self._arrays)
+        table, length = self._pages
+        is_spoilt = _pool.is_spoilt(table, length, self.num_pages, self.page_size)
+        storage = jax.tree.map(partial(_pool.read, table), self._arrays)
         return KVCache(**storage._asdict(), length=jnp.where(is_spoilt, self.capacity + 1, length))
 
     def _truncated(self, lengths: jax.Array) -> PagedKVCache:
-        length = jnp.minimum(jnp.asarray(self.length), lengths)
-        table = _pages.keep_pages(jnp.asarray(self.table), length, self.num_pages, self.page_size)
+        table, length = self._pages
+        length = jnp.minimum(length, replicated(lengths))
+        table = _pool.keep_pages(table, length, self.num_pages, self.page_size)
         return dataclasses.replace(self, table=table, length=length)
 
     def _selected(self, indices: jax.Array) -> PagedKVCache:
-        table = jnp.asarray(self.table).at[indices].get(mode="fill", fill_value=self.num_pages)
-        length = jnp.asarray(self.length).at[indices].get(mode="fill", fill_value=self.capacity + 1)
+        (table, length), indices = self._pages, replicated(indices)
+        table = table.at[indices].get(mode="fill", fill_value=self.num_pages)
+        length = length.at[indices].get(mode="fill", fill_value=self.capacity + 1)
         return dataclasses.replace(self, table=table, length=length)

@@ -67,7 +67,7 @@ def test_every_kind_of_result_takes_all_options(kind):
         *((getattr(attnlib.inspect, name), RESULTS | DROPOUT | {"context"}, options.InspectionOptions)
           for name in attnlib.inspect.__all__),
         *((method, POSITIONS | {"context"}, options.CacheOptions)
-          for method in (attnlib.KVCache.attend, attnlib.KVCache.decode)),
+          for cache in (attnlib.KVCache, attnlib.PagedKVCache) for method in (cache.attend, cache.decode)),
         (attnlib.multi_head_attention, {"return_lse"}, options.LayerOptions),
         *((layer.__call__, {"return_lse", "attention_axes", "dropout_rate", *HOW}, options.CallOptions)
           for layer in (attnlib.MultiHeadAttention, attnlib.AdditiveAttention, attnlib.DotProductAttention)),

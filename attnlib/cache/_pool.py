@@ -1,4 +1,4 @@
-"""Which sequence holds which page, and how pages are given to sequences.
+"""A pool of pages: which sequence holds which page, how pages are given to sequences, and how tokens are written.
 
 `table (B, W)` has the pages of each sequence in the order of its tokens, then P, the number of pages, where it holds
 none. How many sequences hold a page follows from the table, so no count can become wrong. A page may be held by
@@ -9,12 +9,16 @@ A sequence is spoilt if it has more tokens than its pages have room for. Its out
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from attnlib._core.explicit_axes import is_sharded, on_auto_axes, partition
 from attnlib._core.sizes import is_static
 
 
@@ -25,15 +29,15 @@ class Growth(NamedTuple):
       table: afterwards.
       source, target: `(B,)`, the shared page that is copied for each sequence, and the page that it is copied to; P
         for none.
-      slots: `(B, n)`, where each new token is written, as page * page_size + offset. For tokens that are not written,
-        distinct slots beyond the last page.
+      page, offset: `(B, n)`, where each new token is written; distinct pages from P on for a token that is not written.
       is_out_of_pages: `(B,)`, the sequences for which too few pages are free.
     """
 
     table: jax.Array
     source: jax.Array
     target: jax.Array
-    slots: jax.Array
+    page: jax.Array
+    offset: jax.Array
     is_out_of_pages: jax.Array
 
 
@@ -53,6 +57,7 @@ def keep_pages(table: jax.Array, length: jax.Array, num_pages: int, page_size: i
     return jnp.where(columns < _pages_for(length, page_size)[:, None], table, num_pages)
 
 
+@functools.partial(jax.jit, static_argnames=("num_new", "num_pages", "page_size"))  # many small operations
 def grow(
     table: jax.Array, length: jax.Array, num_valid: jax.Array, num_new: int, num_pages: int, page_size: int
 ) -> Growth:
@@ -105,9 +110,37 @@ def grow(
     position = length[:, None] + token
     page = grown.at[index[:, None], position // page_size].get(mode="fill", fill_value=num_pages)
     is_written = (token < num_valid[:, None]) & is_served[:, None] & (page < num_pages)
-    beyond = num_pages * page_size + index[:, None] * num_new + token
-    slots = jnp.where(is_written, page * page_size + position % page_size, beyond)
-    return Growth(grown, source, target, slots, is_out_of_pages)
+    page = jnp.where(is_written, page, num_pages + index[:, None] * num_new + token)
+    return Growth(grown, source, target, page, position % page_size, is_out_of_pages)
+
+
+def write(growth: Growth, pool: jax.Array, new: jax.Array) -> jax.Array:
+    """The pool `(P, page_size, K, D)` with shared pages copied, and with new tokens `(B, n, K, D)`."""
+
+    def written(source: Any, target: Any, page: Any, offset: Any, pool: jax.Array, new: jax.Array) -> jax.Array:
+        pool = pool.at[target].set(pool.at[source].get(mode="clip"), mode="drop")
+        return pool.at[page, offset].set(new, mode="drop", unique_indices=True)
+
+    return _by_heads(written, growth.source, growth.target, growth.page, growth.offset, pool, new)
+
+
+def read(table: jax.Array, pool: jax.Array) -> jax.Array:
+    """The tokens of each sequence, `(B, capacity, K, D)`. Where there are none, the content is any page's."""
+
+    def gathered(table: jax.Array, pool: jax.Array) -> jax.Array:
+        num_sequences, num_columns = table.shape
+        return pool.at[table].get(mode="clip").reshape(num_sequences, num_columns * pool.shape[1], *pool.shape[2:])
+
+    return _by_heads(gathered, table, pool)
+
+
+def _by_heads(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`function(*arrays)`. On Explicit mesh axes the result is sharded by heads alone, like tokens or the pool."""
+    if not is_sharded(arrays):
+        return function(*arrays)
+    heads = next((partition(x)[2] for x in arrays if x.ndim == 4 and partition(x)[2] is not None), None)
+    result: jax.Array = on_auto_axes(function, arrays, PartitionSpec(None, None, heads))
+    return result
 
 
 def _pages_for(length: jax.Array, page_size: int) -> jax.Array:
