@@ -12,6 +12,7 @@ import numpy as np
 
 from attnlib._core.axes import align_ranks
 from attnlib._core.explicit_axes import sharded_like
+from attnlib._core.nan_where import nan_where
 from attnlib._core.operand_checks import is_concrete
 from attnlib._core.sizes import decide, is_static
 from attnlib._core.validation import check_array, check_integer
@@ -70,27 +71,45 @@ def truncated(cache: KVCache, lengths: Any) -> KVCache:
         is_spoilt = (cache.length > cache.capacity) & (lengths > 0)
         return dataclasses.replace(cache, length=jnp.where(is_spoilt, cache.length, jnp.minimum(cache.length, lengths)))
     length = jnp.minimum(cache.length, lengths)
-    _check_ring(cache, length)
-    # A forgotten token has overwritten the token `capacity` positions earlier, which the window may need again. NaN
-    # marks such a slot until a token is written to it, so that exactly the queries that need the lost token give NaN.
-    positions = cache._key_positions()
-    is_lost = (positions >= cache.capacity) & (positions >= length[..., None])
-    return dataclasses.replace(cache, **_storage.mark_slots(is_lost, cache._arrays)._asdict(), length=length)
+    num_lost = jnp.maximum(0 if cache.num_lost is None else cache.num_lost, cache.length - cache.capacity)
+    num_lost = jnp.clip(num_lost, 0, length)  # the tokens after these will be written again
+    _check_ring(cache, length, num_lost)
+    return dataclasses.replace(cache, length=length, num_lost=num_lost)
 
 
-def _check_ring(cache: KVCache, length: jax.Array) -> None:
-    """Raises ValueError if the next query of a ring is known to need a token that a forgotten one has overwritten."""
-    if cache.window is None or not (is_concrete(cache.length) and is_concrete(length)):
+def _check_ring(cache: KVCache, length: jax.Array, num_lost: jax.Array) -> None:
+    """Raises ValueError if the next query of a ring is known to need a lost token."""
+    if cache.window is None or not (is_concrete(length) and is_concrete(num_lost)):
         return
-    held, kept = np.asarray(cache.length), np.asarray(length)
-    is_lost = np.maximum(kept - cache.window + 1, 0) < np.minimum(kept, held - cache.capacity)
-    if np.any(is_lost):
-        forgotten = np.max(np.where(is_lost, held - kept, 0))
+    kept, lost = (np.atleast_1d(x).reshape(-1) for x in (np.asarray(length), np.asarray(num_lost)))
+    is_spoilt = np.maximum(kept - cache.window + 1, 0) < lost
+    if np.any(is_spoilt):
+        worst = np.argmax(is_spoilt)
         raise ValueError(
-            f"truncate can take at most {cache.capacity - cache.window + 1} tokens, capacity - window + 1, from a ring "
-            f"that is full; got {forgotten}. The newest tokens have overwritten keys that the window needs again. "
-            "Create the cache with a larger capacity, or truncate to 0."
+            f"truncate to {kept[worst]} tokens needs tokens in the window of {cache.window} that newer ones have "
+            f"overwritten: the first {lost[worst]} are lost. A full ring goes back by at most capacity - window + 1 = "
+            f"{cache.capacity - cache.window + 1} tokens. Create the cache with a larger capacity, or truncate to 0."
         )
+
+
+def nan_at_lost(cache: KVCache, query_positions: jax.Array, results: list[jax.Array]) -> list[jax.Array]:
+    """The output `(*batch, n, N, E)`, weights and log-sum-exp, with NaN for queries whose window has a lost token."""
+    if cache.window is None or cache.num_lost is None:
+        return results
+    position, num_lost = align_ranks(query_positions, jnp.asarray(cache.num_lost)[..., None])
+    is_spoilt = (position >= 0) & (jnp.maximum(position - cache.window + 1, 0) < num_lost)
+    rank = results[0].ndim
+
+    def marked(array: jax.Array, spoilt: jax.Array) -> jax.Array:
+        array, spoilt = align_ranks(array, spoilt)
+        return nan_where(sharded_like(spoilt, array), array)
+
+    output, *others = results
+    heads_first = is_spoilt[..., None, :]
+    return [
+        marked(output, is_spoilt[..., None, None]),
+        *(marked(x, heads_first[..., None] if x.ndim == rank else heads_first) for x in others),
+    ]
 
 
 def check_indices(indices: Any, name: str, count: int) -> jax.Array:
@@ -122,8 +141,8 @@ def forked_indices(source: Any, target: Any, count: int) -> jax.Array:
     return jnp.arange(count, dtype=jnp.int32).at[targets].set(sources, mode="drop")
 
 
-def selected_sequences(cache: KVCache, indices: Any) -> tuple[StoredKeyValue, jax.Array]:
-    """(the stored arrays, the length) of some sequences along the first batch axis."""
+def selected_sequences(cache: KVCache, indices: Any) -> KVCache:
+    """The cache of some sequences along the first batch axis."""
     check_array(indices, "indices", kind="integer")
     if not cache.batch_shape:
         raise ValueError("select needs a cache with a batch axis; batch_shape is ().")
@@ -132,8 +151,12 @@ def selected_sequences(cache: KVCache, indices: Any) -> tuple[StoredKeyValue, ja
     def selected(array: jax.Array) -> jax.Array:
         return jnp.take(array, indices, axis=0, mode="fill")  # NaN beyond the batch
 
-    storage = jax.tree.map(selected, cache._arrays)
-    if not cache.length.shape:
-        return storage, jnp.asarray(cache.length)
+    cache = dataclasses.replace(cache, **jax.tree.map(selected, cache._arrays)._asdict())
+    if not np.shape(cache.length):
+        return cache
     # A length beyond the capacity makes the outputs NaN.
-    return storage, jnp.take(jnp.asarray(cache.length), indices, axis=0, mode="fill", fill_value=cache.capacity + 1)
+    length = jnp.take(jnp.asarray(cache.length), indices, axis=0, mode="fill", fill_value=cache.capacity + 1)
+    if cache.num_lost is None:
+        return dataclasses.replace(cache, length=length)
+    num_lost = jnp.take(jnp.asarray(cache.num_lost), indices, axis=0, mode="fill", fill_value=0)
+    return dataclasses.replace(cache, length=length, num_lost=num_lost)

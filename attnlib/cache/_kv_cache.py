@@ -20,7 +20,7 @@ from attnlib._core.pytree import register, serializable
 from attnlib._core.sizes import decide
 from attnlib._core.validation import check_bool, check_int, check_ints
 from attnlib.cache import _storage
-from attnlib.cache._edits import selected_sequences, truncated, write
+from attnlib.cache._edits import nan_at_lost, selected_sequences, truncated, write
 from attnlib.cache._storage import StoredKeyValue
 from attnlib.cache._tokens import (
     canonical_tokens,
@@ -61,6 +61,8 @@ class KVCache:
       length: int32 `()`, or `(*batch)` if ragged: the number of appended tokens, which is the next position.
       key_scale, value_scale: factors of an int8 cache, float32 `(*batch, capacity, K, 1)`; otherwise None.
       window: how many of the newest tokens a query attends, itself included; None: all.
+      num_lost: after `truncate` of a cache with a window, int32 like length: how many of the first tokens are
+        overwritten; otherwise None.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -82,6 +84,7 @@ class KVCache:
     key_scale: Any = None
     value_scale: Any = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    num_lost: Any = None
 
     @classmethod
     def create(
@@ -292,13 +295,14 @@ class KVCache:
     def truncate(self, lengths: int | Array) -> KVCache:
         """The cache without the tokens after the first `lengths`, for speculative decoding and finished sequences.
 
-        Without a window nothing is copied: the content of empty slots does not matter. With a window, the forgotten
-        tokens may have overwritten tokens that the window needs again. `capacity - window + 1` tokens can always go.
+        Nothing is copied: the content of empty slots does not matter. With a window, forgotten tokens may have
+        overwritten tokens that the window needs again. The `capacity - window + 1` tokens that came furthest can always
+        go. The first call adds `num_lost`: before `jax.lax.scan`, call `cache.truncate(cache.length)`.
 
         Args:
           lengths: an int or ints `()`, or `(*batch)` if ragged: how many tokens stay, at least 0. A sequence with fewer
-            tokens stays as it is, and one beyond the capacity gives NaN until lengths is 0. With a window, queries that
-            need an overwritten token give NaN.
+            tokens stays as it is, and one beyond the capacity gives NaN until lengths is 0. With a window, queries
+            whose window has an overwritten token give NaN.
 
         Raises:
           ValueError, TypeError: an argument does not fit, or the next token is known to need an overwritten one.
@@ -327,8 +331,7 @@ class KVCache:
         >>> cache.select(jnp.array([1, 1, 0])).length.tolist()
         [1, 1, 3]
         """
-        storage, length = selected_sequences(self, indices)
-        return dataclasses.replace(self, **storage._asdict(), length=length)
+        return selected_sequences(self, indices)
 
     # In the methods below, the token axis of every array is -3.
 
@@ -344,9 +347,17 @@ class KVCache:
         return window is None or decide(lambda: num_new <= self.capacity - window + 1, otherwise=False)
 
     def _attention(
-        self, query: Any, storage: StoredKeyValue, axis: int, mask: Any, *, score: Score | None, **options: Any
+        self,
+        query: Any,
+        storage: StoredKeyValue,
+        axis: int,
+        mask: Any,
+        *,
+        score: Score | None,
+        query_positions: jax.Array,
+        **options: Any,
     ) -> Any:
-        """Attention over stored tokens, with NaN for sequences beyond the capacity."""
+        """Attention over stored tokens; NaN beyond the capacity, and for queries that need lost tokens."""
         mask = as_mask(mask)
         if self.window is not None:
             window = SlidingWindow(self.window - 1, None)
@@ -356,8 +367,11 @@ class KVCache:
         if value.dtype != query.dtype:  # the output has the value's dtype: avoid rounding it twice
             value = value.astype(compute_dtype(query, value))
         score = Dot() if score is None else score
-        results: Any = attention(query, key, value, score=score, mask=mask, attention_axes=-3, **options)
-        output, *others = results if isinstance(results, tuple) else (results,)
+        results: Any = attention(
+            query, key, value, score=score, mask=mask, attention_axes=-3, query_positions=query_positions, **options
+        )
+        results = list(results) if isinstance(results, tuple) else [results]
+        output, *others = nan_at_lost(self, query_positions, results)
         if self.window is None:
             overflow = self.length > self.capacity
             overflow = jnp.expand_dims(overflow, tuple(range(overflow.ndim, query.ndim)))

@@ -8,10 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib._core.axes import align_ranks
-from attnlib._core.explicit_axes import sharded_like
-from attnlib._core.nan_where import nan_where
-
 _DTYPES = ("float32", "bfloat16", "float16", "int8")
 # A smaller scale would be a subnormal float32, so its token is stored as 0.
 _MIN_SCALE = float(np.finfo(np.float32).tiny)
@@ -80,17 +76,6 @@ def _quantize_int8_jvp(primals: Any, tangents: Any) -> Any:
         "keys and values have no derivative through an int8 cache. Create the cache with dtype=jnp.bfloat16, or append "
         "jax.lax.stop_gradient(key) and jax.lax.stop_gradient(value)."
     )
-
-
-def mark_slots(is_marked: jax.Array, storage: StoredKeyValue) -> StoredKeyValue:
-    """The storage with NaN in some slots, bool `([*batch,] tokens)`."""
-
-    def marked(array: jax.Array) -> jax.Array:
-        array, condition = align_ranks(array, is_marked[..., None, None])
-        return nan_where(sharded_like(condition, array), array)
-
-    names = ("key", "value") if storage.key_scale is None else ("key_scale", "value_scale")
-    return storage._replace(**{name: marked(getattr(storage, name)) for name in names})
 
 
 def write_slice(start: jax.Array, storage: jax.Array, new: jax.Array) -> jax.Array:

@@ -95,7 +95,8 @@ def inspected(q, k, v, table):
 def cached(q, k, v, table, **options):
     cache = attnlib.KVCache.create(q.shape[:1], 8, k.shape[-2], 8, **options)
     first, cache = cache.decode(q[:, :4], k[:, :4], v[:, :4])
-    return first, cache.append(k[:, 4:5], v[:, 4:5]).attend(q[:, 4:5], score_mod=modifiers.ALiBi(table))
+    cache = cache.append(k[:, 4:5], v[:, 4:5]).append(k[:, :1], v[:, :1]).truncate(5)
+    return first, cache.attend(q[:, 4:5], score_mod=modifiers.ALiBi(table))
 
 
 def cached_in_pages(q, k, v, table):

@@ -173,18 +173,30 @@ def test_a_ring_goes_back_as_far_as_it_has_the_tokens(dtype, steps, seed):
         assert_close((output, last), (jnp.asarray(expected), jnp.asarray(expected_last)), **rounding)
 
 
-def test_a_ring_without_lengths_goes_back_in_every_mode_of_storage(keys):
-    """Speculative decoding: three tokens, of which one stays, in the room that the ring has for it."""
+def test_a_ring_goes_back_in_scan(keys):
+    """Speculative decoding: each step appends three tokens and keeps one, in the room that the ring has for it."""
     arrays = tokens(keys, count=12)
-    whole = attnlib.dot_product_attention(*arrays, mask=masks.SlidingWindow(WINDOW - 1, 0))
-    for dtype in ("float32", "bfloat16"):
-        cache = empty(capacity=RING, window=WINDOW, dtype=dtype)
-        _, cache = decode(cache, None, *cut(arrays, 0, 6))
-        for n in range(6, 9):
-            made, cache = decode(cache, None, *cut(arrays, n, n + 3))
-            assert_close(made, whole[:, n : n + 3], length=TOKENS, eps=None if dtype == "float32" else 2.0**-9)
-            cache = cache.truncate(n + 1)
-        assert cache.length == 9 and cache.key.shape == (BATCH, RING, KV_HEADS, FEATURES)
+    whole = attnlib.dot_product_attention(*arrays, mask=masks.SlidingWindow(WINDOW - 1, 0), return_lse=True)
+
+    @jax.jit
+    def run(cache, arrays):
+        def step(cache, _):
+            results, after = cache.decode(*(jax.lax.dynamic_slice_in_dim(x, cache.length, 3, 1) for x in arrays),
+                                          return_weights=True, return_lse=True)  # fmt: skip
+            return after.truncate(cache.length + 1), results
+
+        return jax.lax.scan(step, cache.truncate(cache.length), length=3)
+
+    _, cache = decode(empty(capacity=RING, window=WINDOW), None, *cut(arrays, 0, 6))
+    after, (made, weights, lse) = run(cache, arrays)
+    assert after.length == 9 and after.num_lost == 6 and np.isfinite(weights).all()
+    assert_close(made, jnp.stack([whole[0][:, n : n + 3] for n in range(6, 9)]), length=TOKENS)
+    assert_close(lse, jnp.stack([whole[1][:, :, n : n + 3] for n in range(6, 9)]), length=TOKENS)
+    back = jax.jit(KVCache.truncate)(after, 7)
+    results, _ = back.decode(*cut(arrays, 7, 9), return_weights=True, return_lse=True)
+    output, weights, lse = (np.isnan(x) for x in results)
+    for found in (output, weights.swapaxes(1, 2), lse.swapaxes(1, 2)):
+        assert found[:, 0].all() and not found[:, 1].any()
 
 
 def ring(**options):
@@ -195,17 +207,20 @@ def ring(**options):
 def test_a_ring_knows_what_it_can_take_back():
     assert ring().truncate(6).length == 6 and ring().truncate(0).length == 0
     assert ring(ragged=True).truncate(jnp.array([0, 9, 6])).length.tolist() == [0, 9, 6]
-    assert not jnp.any(jnp.isnan(ring().truncate(9).key)) and not jnp.any(jnp.isnan(empty(window=4).truncate(0).key))
+    twice = ring().truncate(8).append(*(jnp.ones((BATCH, 1, KV_HEADS, size)) for size in (FEATURES, VALUE_FEATURES)))
+    with pytest.raises(ValueError, match="the first 4 are lost"):
+        twice.truncate(8).truncate(5)
 
 
 WRONG = {
     "a ring": (
         lambda: ring().truncate(5),
         ValueError,
-        "truncate can take at most 3 tokens, capacity - window + 1, from a ring that is full; got 4. The newest tokens "
-        "have overwritten keys that the window needs again. Create the cache with a larger capacity, or truncate to 0.",
+        "truncate to 5 tokens needs tokens in the window of 3 that newer ones have overwritten: the first 4 are lost. "
+        "A full ring goes back by at most capacity - window + 1 = 3 tokens. Create the cache with a larger capacity, "
+        "or truncate to 0.",
     ),
-    "a ragged ring": (lambda: ring(ragged=True).truncate(jnp.array([0, 9, 1])), ValueError, "is full; got 8"),
+    "a ragged ring": (lambda: ring(ragged=True).truncate(jnp.array([0, 9, 1])), ValueError, "truncate to 1 tokens"),
     "below 0": (lambda: empty().truncate(-1), ValueError, "lengths must be at least 0; got -1"),
     "a float": (lambda: empty().truncate(2.0), TypeError, "lengths must be an int"),
     "one each, not ragged": (
