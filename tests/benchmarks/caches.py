@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import attnlib
 
-ROWS = [Row(1, 16384), Row(8, 2048), Row(1, 16384, 2)]
+ROWS = [Row(1, 16384), Row(8, 2048), Row(4, 16384, 2)]
 
 
 def plain(row, *, window=None, truncates=False):
