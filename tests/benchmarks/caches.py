@@ -84,7 +84,7 @@ def compared(times, limits):
 
 
 def main():
-    options = parse(parser(__doc__, repeats=9, seconds=10))
+    options = parse(parser(__doc__, repeats=15, seconds=20))
     report, done = Report("caches", options), []
     for row in tqdm(ROWS, desc="rows"):
         row = dataclasses.replace(row, keys=row.keys // 8) if options.quick else row
