@@ -7,7 +7,7 @@ from attnlib import convert, inspect, masks, modifiers, positions, scores
 from attnlib._api import Explanation, additive_attention, attention, dot_product_attention, explain, merge_attention
 from attnlib._attention_fn import attention_fn
 from attnlib._core.context import Context
-from attnlib.cache import KVCache
+from attnlib.cache import KVCache, PagedKVCache
 from attnlib.layers import init_multi_head_attention, multi_head_attention
 from attnlib.linen import (
     AdditiveAttention,
@@ -29,6 +29,7 @@ __all__ = [
     "Explanation",
     "KVCache",
     "MultiHeadAttention",
+    "PagedKVCache",
     "RelativePositionBias",
     "additive_attention",
     "apply_constraints",

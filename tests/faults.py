@@ -438,6 +438,48 @@ FAULTS = [
         ("test_cache_edits.py beyond_the_capacity_stay",),
     ),
     Fault(
+        "ring-truncate-twice",  # a ring forgets what an earlier truncation lost
+        "jnp.maximum(0 if cache.num_lost is None else cache.num_lost, cache.length - cache.capacity)",
+        "cache.length - cache.capacity",
+        ("test_cache_edits.py as_far_as_it_has",),
+    ),
+    Fault(
+        "ring-truncate-again",  # tokens that are written again stay lost
+        "num_lost = jnp.clip(num_lost, 0, length)",
+        "num_lost = jnp.maximum(num_lost, 0)",
+        ("test_cache_edits.py as_far_as_it_has",),
+    ),
+    Fault(
+        "page-not-copied",  # a sequence writes to a page that it shares
+        "copies = ((num_holders > 1) &",
+        "copies = ((num_holders > 2) &",
+        ("test_paged_cache.py any_edits",),
+    ),
+    Fault(
+        "page-copied-by-all",  # no writer keeps a shared page, so that more pages are needed
+        "& ~((num_writers == num_holders) & (first == index))",
+        "",
+        ("test_paged_cache.py first_of_two_writers",),
+    ),
+    Fault(
+        "page-kept",  # a sequence without pages keeps its last one, where tokens are missing
+        "length // page_size * page_size, length)",
+        "length, length)",
+        ("test_paged_cache.py any_edits",),
+    ),
+    Fault(
+        "page-taken",  # a sequence that is spoilt takes pages
+        "(wanted <= num_columns) & ~is_spoilt(",
+        "(wanted <= num_columns) | is_spoilt(",
+        ("test_paged_cache.py any_edits",),
+    ),
+    Fault(
+        "page-leak",  # truncation keeps one page too many
+        "columns < _pages_for(length, page_size)[:, None]",
+        "columns <= _pages_for(length, page_size)[:, None]",
+        ("test_paged_cache.py any_edits",),
+    ),
+    Fault(
         "nnx-draws",  # NNX draws the norms after the output projection
         '"value", "query_norm", "key_norm", "out"',
         '"value", "out", "query_norm", "key_norm"',

@@ -108,9 +108,11 @@ def serializable(kind: Kind) -> Kind:
         return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
 
     def from_state(node: Any, state: dict[str, Any]) -> Any:
-        if state.keys() != set(names):
+        # A field that is None may be missing, so that older states stay valid when a class gets an optional field.
+        needed = {name for name in names if getattr(node, name) is not None}
+        if not needed <= state.keys() <= set(names):
             raise ValueError(f"the state of a {kind.__name__} must have {', '.join(names)}; got {', '.join(state)}.")
-        entries = {n: serialization.from_state_dict(getattr(node, n), state[n], name=n) for n in names}
+        entries = {n: serialization.from_state_dict(getattr(node, n), state[n], name=n) for n in state}
         return dataclasses.replace(node, **entries)
 
     serialization.register_serialization_state(kind, to_state, from_state)

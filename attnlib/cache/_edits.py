@@ -12,6 +12,7 @@ import numpy as np
 
 from attnlib._core.axes import align_ranks
 from attnlib._core.explicit_axes import sharded_like
+from attnlib._core.nan_where import nan_where
 from attnlib._core.operand_checks import is_concrete
 from attnlib._core.sizes import decide, is_static
 from attnlib._core.validation import check_array, check_integer
@@ -51,48 +52,111 @@ def _writes_slice(cache: KVCache, num_new: int) -> bool:
     return num_new == 1 if cache.window is not None else decide(lambda: num_new <= cache.capacity, otherwise=False)
 
 
-def shorter_length(cache: KVCache, lengths: Any) -> jax.Array:
-    """The length of a cache of which the first `lengths` tokens stay."""
-    if cache.window is not None:
-        raise ValueError(
-            "truncate needs a cache without a window: a ring overwrites the tokens that would be the newest again. "
-            "Create the cache without window and with a capacity for all tokens, and pass "
-            "mask=attnlib.masks.SlidingWindow(window - 1, 0) to decode."
-        )
+def check_lengths(lengths: Any, shape: tuple[int, ...], remedy: str = "") -> jax.Array:
+    """How many tokens stay, as int32 `()` or `shape`, at least 0."""
     check_integer(lengths, "lengths")
-    if np.shape(lengths) not in ((), cache.length.shape):
-        ragged = "" if cache.length.shape else " A cache with ragged=True has a length for each sequence."
-        raise ValueError(f"lengths must have shape () or {cache.length.shape}; got {np.shape(lengths)}.{ragged}")
+    if np.shape(lengths) not in ((), shape):
+        raise ValueError(f"lengths must have shape () or {shape}; got {np.shape(lengths)}.{remedy}")
     if is_concrete(lengths) and np.any(np.asarray(lengths) < 0):
         raise ValueError(f"lengths must be at least 0; got {lengths}.")
-    lengths = jnp.maximum(jnp.asarray(lengths, jnp.int32), 0)
-    # Tokens beyond the capacity may have overwritten others, so these do not become valid again.
-    is_spoilt = (cache.length > cache.capacity) & (lengths > 0)
-    return jnp.where(is_spoilt, cache.length, jnp.minimum(cache.length, lengths))
+    return jnp.maximum(jnp.asarray(lengths, jnp.int32), 0)
 
 
-def selected_sequences(cache: KVCache, indices: Any) -> tuple[StoredKeyValue, jax.Array]:
-    """(the stored arrays, the length) of some sequences along the first batch axis."""
-    check_array(indices, "indices", kind="integer")
-    if not cache.batch_shape:
-        raise ValueError("select needs a cache with a batch axis; batch_shape is ().")
+def truncated(cache: KVCache, lengths: Any) -> KVCache:
+    """The cache without the tokens after the first `lengths`."""
+    ragged = "" if cache.length.shape else " A cache with ragged=True has a length for each sequence."
+    lengths = check_lengths(lengths, cache.length.shape, ragged)
+    if cache.window is None:
+        # Tokens beyond the capacity may have overwritten others, so these do not become valid again.
+        is_spoilt = (cache.length > cache.capacity) & (lengths > 0)
+        return dataclasses.replace(cache, length=jnp.where(is_spoilt, cache.length, jnp.minimum(cache.length, lengths)))
+    length = jnp.minimum(cache.length, lengths)
+    num_lost = jnp.maximum(0 if cache.num_lost is None else cache.num_lost, cache.length - cache.capacity)
+    num_lost = jnp.clip(num_lost, 0, length)  # the tokens after these will be written again
+    _check_ring(cache, length, num_lost)
+    return dataclasses.replace(cache, length=length, num_lost=num_lost)
+
+
+def _check_ring(cache: KVCache, length: jax.Array, num_lost: jax.Array) -> None:
+    """Raises ValueError if the next query of a ring is known to need a lost token."""
+    if cache.window is None or not (is_concrete(length) and is_concrete(num_lost)):
+        return
+    kept, lost = (np.atleast_1d(x).reshape(-1) for x in (np.asarray(length), np.asarray(num_lost)))
+    is_spoilt = np.maximum(kept - cache.window + 1, 0) < lost
+    if np.any(is_spoilt):
+        worst = np.argmax(is_spoilt)
+        raise ValueError(
+            f"truncate to {kept[worst]} tokens needs tokens in the window of {cache.window} that newer ones have "
+            f"overwritten: the first {lost[worst]} are lost. A full ring goes back by at most capacity - window + 1 = "
+            f"{cache.capacity - cache.window + 1} tokens. Create the cache with a larger capacity, or truncate to 0."
+        )
+
+
+def nan_at_lost(cache: KVCache, query_positions: jax.Array, results: list[jax.Array]) -> list[jax.Array]:
+    """The output `(*batch, n, N, E)`, weights and log-sum-exp, with NaN for queries whose window has a lost token."""
+    if cache.window is None or cache.num_lost is None:
+        return results
+    position, num_lost = align_ranks(query_positions, jnp.asarray(cache.num_lost)[..., None])
+    is_spoilt = (position >= 0) & (jnp.maximum(position - cache.window + 1, 0) < num_lost)
+    rank = results[0].ndim
+
+    def marked(array: jax.Array, spoilt: jax.Array) -> jax.Array:
+        array, spoilt = align_ranks(array, spoilt)
+        return nan_where(sharded_like(spoilt, array), array)
+
+    output, *others = results
+    heads_first = is_spoilt[..., None, :]
+    return [
+        marked(output, is_spoilt[..., None, None]),
+        *(marked(x, heads_first[..., None] if x.ndim == rank else heads_first) for x in others),
+    ]
+
+
+def check_indices(indices: Any, name: str, count: int) -> jax.Array:
+    """Indices of sequences as int32 `(n,)`, of which those beyond the `count` sequences are `count` or more."""
+    check_array(indices, name, kind="integer")
     if indices.ndim != 1:
-        raise ValueError(f"indices must have shape (n,), one for each selected sequence; got {indices.shape}.")
-    count = cache.batch_shape[0]
+        raise ValueError(f"{name} must have shape (n,), one for each selected sequence; got {indices.shape}.")
     if (
         is_static(count)
         and is_concrete(indices)
         and not np.all((np.asarray(indices) >= 0) & (np.asarray(indices) < count))
     ):
-        raise ValueError(f"indices must be in 0..{count - 1}, for {count} sequences; got {indices}.")
+        raise ValueError(f"{name} must be in 0..{count - 1}, for {count} sequences; got {np.asarray(indices)}.")
     indices = jnp.asarray(indices, jnp.int32)
-    indices = jnp.where(indices < 0, count, indices)  # which JAX would count from the end
+    return jnp.where(indices < 0, count, indices)  # which JAX would count from the end
+
+
+def forked_indices(source: Any, target: Any, count: int) -> jax.Array:
+    """For each of `count` sequences, the sequence whose tokens it has after `target` became like `source`."""
+    shapes = [np.shape(check_integer(indices, name)) for indices, name in ((source, "source"), (target, "target"))]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"source and target must have the same shape, () or (n,); got {shapes[0]} and {shapes[1]}.")
+    sources, targets = (
+        check_indices(jnp.atleast_1d(jnp.asarray(indices)), name, count)
+        for indices, name in ((source, "source"), (target, "target"))
+    )
+    if is_concrete(targets) and len(np.unique(targets)) < len(targets):
+        raise ValueError(f"target must have distinct sequences; got {target}.")
+    return jnp.arange(count, dtype=jnp.int32).at[targets].set(sources, mode="drop")
+
+
+def selected_sequences(cache: KVCache, indices: Any) -> KVCache:
+    """The cache of some sequences along the first batch axis."""
+    check_array(indices, "indices", kind="integer")
+    if not cache.batch_shape:
+        raise ValueError("select needs a cache with a batch axis; batch_shape is ().")
+    indices = check_indices(indices, "indices", cache.batch_shape[0])
 
     def selected(array: jax.Array) -> jax.Array:
         return jnp.take(array, indices, axis=0, mode="fill")  # NaN beyond the batch
 
-    storage = jax.tree.map(selected, cache._arrays)
-    if not cache.length.shape:
-        return storage, jnp.asarray(cache.length)
+    cache = dataclasses.replace(cache, **jax.tree.map(selected, cache._arrays)._asdict())
+    if not np.shape(cache.length):
+        return cache
     # A length beyond the capacity makes the outputs NaN.
-    return storage, jnp.take(jnp.asarray(cache.length), indices, axis=0, mode="fill", fill_value=cache.capacity + 1)
+    length = jnp.take(jnp.asarray(cache.length), indices, axis=0, mode="fill", fill_value=cache.capacity + 1)
+    if cache.num_lost is None:
+        return dataclasses.replace(cache, length=length)
+    num_lost = jnp.take(jnp.asarray(cache.num_lost), indices, axis=0, mode="fill", fill_value=0)
+    return dataclasses.replace(cache, length=length, num_lost=num_lost)

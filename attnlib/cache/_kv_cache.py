@@ -8,29 +8,35 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnlib._api import attention
 from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
 from attnlib._core.axes import align_ranks
 from attnlib._core.explicit_axes import sharded_like
 from attnlib._core.nan_where import nan_where
-from attnlib._core.operand_checks import compute_dtype, is_concrete
+from attnlib._core.operand_checks import compute_dtype
 from attnlib._core.options import CacheOptions, takes_options
 from attnlib._core.pytree import register, serializable
-from attnlib._core.sizes import decide, is_static
+from attnlib._core.sizes import decide
 from attnlib._core.validation import check_bool, check_int, check_ints
 from attnlib.cache import _storage
-from attnlib.cache._edits import selected_sequences, shorter_length, write
+from attnlib.cache._edits import nan_at_lost, selected_sequences, truncated, write
 from attnlib.cache._storage import StoredKeyValue
-from attnlib.cache._tokens import canonical_tokens, common_token_count, new_positions, valid_token_count
+from attnlib.cache._tokens import (
+    canonical_tokens,
+    check_capacity,
+    check_new_tokens,
+    common_token_count,
+    new_positions,
+    valid_token_count,
+)
 from attnlib.masks import Mask, SlidingWindow
 from attnlib.masks._arrays import as_mask
 from attnlib.scores import Dot, Score
 
 __all__ = ["KVCache"]
 
-_takes_options = takes_options(
+takes_cache_options = takes_options(
     without={
         name: f"{name} cannot be given: the cache determines the positions of its tokens."
         for name in ("query_positions", "key_positions")
@@ -55,6 +61,8 @@ class KVCache:
       length: int32 `()`, or `(*batch)` if ragged: the number of appended tokens, which is the next position.
       key_scale, value_scale: factors of an int8 cache, float32 `(*batch, capacity, K, 1)`; otherwise None.
       window: how many of the newest tokens a query attends, itself included; None: all.
+      num_lost: after `truncate` of a cache with a window, int32 like length: how many of the first tokens are
+        overwritten; otherwise None.
 
     Example:
       >>> import jax, jax.numpy as jnp, attnlib
@@ -76,6 +84,7 @@ class KVCache:
     key_scale: Any = None
     value_scale: Any = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    num_lost: Any = None
 
     @classmethod
     def create(
@@ -166,7 +175,7 @@ class KVCache:
         self._check_capacity(num_valid, key.shape[-3])
         return write(self, _storage.quantize_like(key, value, self._arrays), num_valid)
 
-    @_takes_options
+    @takes_cache_options
     def attend(
         self,
         query: Query,
@@ -222,7 +231,7 @@ class KVCache:
             score=score, is_causal=is_causal, **options,
         )  # fmt: skip
 
-    @_takes_options
+    @takes_cache_options
     def decode(
         self,
         query: Query,
@@ -286,14 +295,17 @@ class KVCache:
     def truncate(self, lengths: int | Array) -> KVCache:
         """The cache without the tokens after the first `lengths`, for speculative decoding and finished sequences.
 
-        Nothing is copied: the content of empty slots does not matter.
+        Nothing is copied: the content of empty slots does not matter. With a window, forgotten tokens may have
+        overwritten tokens that the window needs again. The `capacity - window + 1` tokens that came furthest can always
+        go. The first call adds `num_lost`: before `jax.lax.scan`, call `cache.truncate(cache.length)`.
 
         Args:
           lengths: an int or ints `()`, or `(*batch)` if ragged: how many tokens stay, at least 0. A sequence with fewer
-            tokens stays as it is, and one beyond the capacity gives NaN until lengths is 0.
+            tokens stays as it is, and one beyond the capacity gives NaN until lengths is 0. With a window, queries
+            whose window has an overwritten token give NaN.
 
         Raises:
-          ValueError, TypeError: an argument does not fit, or the cache has a window.
+          ValueError, TypeError: an argument does not fit, or the next token is known to need an overwritten one.
 
         >>> import jax.numpy as jnp, attnlib
         >>> cache = attnlib.KVCache.create((2,), 6, num_kv_heads=1, key_dim=4)
@@ -301,7 +313,7 @@ class KVCache:
         >>> int(cache.truncate(3).length)
         3
         """
-        return dataclasses.replace(self, length=shorter_length(self, lengths))
+        return truncated(self, lengths)
 
     def select(self, indices: Array) -> KVCache:
         """The cache of some sequences, for beam search and continuous batching.
@@ -319,15 +331,11 @@ class KVCache:
         >>> cache.select(jnp.array([1, 1, 0])).length.tolist()
         [1, 1, 3]
         """
-        storage, length = selected_sequences(self, indices)
-        return dataclasses.replace(self, **storage._asdict(), length=length)
+        return selected_sequences(self, indices)
 
     # In the methods below, the token axis of every array is -3.
 
-    @property
-    def _arrays(self) -> StoredKeyValue:
-        storage = StoredKeyValue(self.key, self.value, self.key_scale, self.value_scale)
-        return jax.tree.map(jnp.asarray, storage)  # a cache that was loaded from a file has NumPy arrays
+    _arrays = property(_storage.arrays_of)
 
     def _storage_for(self, tokens: StoredKeyValue) -> StoredKeyValue:
         """The stored arrays, sharded like new tokens over Explicit axes of a mesh."""
@@ -339,9 +347,17 @@ class KVCache:
         return window is None or decide(lambda: num_new <= self.capacity - window + 1, otherwise=False)
 
     def _attention(
-        self, query: Any, storage: StoredKeyValue, axis: int, mask: Any, *, score: Score | None, **options: Any
+        self,
+        query: Any,
+        storage: StoredKeyValue,
+        axis: int,
+        mask: Any,
+        *,
+        score: Score | None,
+        query_positions: jax.Array,
+        **options: Any,
     ) -> Any:
-        """Attention over stored tokens, with NaN for sequences beyond the capacity."""
+        """Attention over stored tokens; NaN beyond the capacity, and for queries that need lost tokens."""
         mask = as_mask(mask)
         if self.window is not None:
             window = SlidingWindow(self.window - 1, None)
@@ -351,8 +367,11 @@ class KVCache:
         if value.dtype != query.dtype:  # the output has the value's dtype: avoid rounding it twice
             value = value.astype(compute_dtype(query, value))
         score = Dot() if score is None else score
-        results: Any = attention(query, key, value, score=score, mask=mask, attention_axes=-3, **options)
-        output, *others = results if isinstance(results, tuple) else (results,)
+        results: Any = attention(
+            query, key, value, score=score, mask=mask, attention_axes=-3, query_positions=query_positions, **options
+        )
+        results = list(results) if isinstance(results, tuple) else [results]
+        output, *others = nan_at_lost(self, query_positions, results)
         if self.window is None:
             overflow = self.length > self.capacity
             overflow = jnp.expand_dims(overflow, tuple(range(overflow.ndim, query.ndim)))
@@ -370,24 +389,8 @@ class KVCache:
         return newest - (newest - slots) % self.capacity
 
     def _check_tokens(self, array: Any, name: str, attention_axes: Any) -> jax.Array:
-        """New keys or values, with the shape of the cache apart from the number of tokens."""
-        array, _ = canonical_tokens(array, name, self.key.ndim, attention_axes)
-        *batch, _, heads, features = getattr(self, name).shape
-        if array.shape != (*batch, array.shape[-3], heads, features):
-            raise ValueError(
-                f"{name} must have shape (*batch, n, heads, features) = ({', '.join(map(str, [*batch, 'n', heads]))}, "
-                f"{features}) to fit the cache; got {array.shape}, with the token axis third from the end."
-            )
-        return array
+        return check_new_tokens(array, name, self.batch_shape, getattr(self, name).shape[-2:], attention_axes)
 
     def _check_capacity(self, num_valid: int | jax.Array, num_new: int) -> None:
-        if self.window is not None:
-            return
-        total = 0 if isinstance(num_valid, jax.Array) else num_new  # a lower bound, without the traced length
-        if is_static(num_new) and is_concrete(self.length) and is_concrete(num_valid):
-            total = int(np.max(np.asarray(self.length) + np.asarray(num_valid), initial=0))
-        if decide(lambda: total > self.capacity, otherwise=False):  # else the results become NaN
-            raise ValueError(
-                f"the capacity of the cache is {self.capacity} tokens; appending these tokens needs {total}. Create "
-                "the cache with a larger capacity, or with a window."
-            )
+        if self.window is None:  # a ring overwrites its oldest tokens
+            check_capacity(self, num_valid, num_new, "Create the cache with a larger capacity, or with a window.")

@@ -25,6 +25,12 @@ class StoredKeyValue(NamedTuple):
     value_scale: Any
 
 
+def arrays_of(cache: Any) -> StoredKeyValue:
+    """The stored arrays of a cache, which has NumPy arrays if it was loaded from a file."""
+    storage = StoredKeyValue(cache.key, cache.value, cache.key_scale, cache.value_scale)
+    return jax.tree.map(jnp.asarray, storage)
+
+
 def check_dtype(value: Any) -> Any:
     """The dtype of a cache."""
     try:

@@ -60,6 +60,16 @@ def cached(method):
     return call
 
 
+def paged(method):
+    """A method of a cache in pages that is made in the call."""
+
+    def call(**arguments):
+        cache = attnlib.PagedKVCache.create(3, 6, 2, 3, num_pages=4, page_size=3)
+        return jax.tree.leaves(getattr(cache, method)(**arguments))
+
+    return call
+
+
 def module(kind, **fields):
     """A module that is made, initialised and applied in the call."""
 
@@ -126,6 +136,11 @@ TABLE = OF_ATTENTION | {
     "KVCache.create": (lambda **arguments: jax.tree.leaves(attnlib.KVCache.create(**arguments)),
         dict(batch_shape=(2,), capacity=5, num_kv_heads=2, key_dim=3, value_dim=4, dtype="int8", window=3,
              ragged=True)),
+    "PagedKVCache.create": (lambda **arguments: jax.tree.leaves(attnlib.PagedKVCache.create(**arguments)),
+        dict(num_sequences=2, capacity=6, num_kv_heads=2, key_dim=3, num_pages=4, page_size=3, value_dim=4,
+             dtype="bfloat16")),
+    "fork": (paged("fork"), dict(source=np.array([0, 1]), target=[2, 0])),
+    "release": (paged("release"), dict(which=np.array([True, False, False]))),
     "append": (cached("append"), dict(key=KEY, value=VALUE, lengths=np.array([3, 1]), attention_axes=None)),
     "attend": (cached("attend"), dict(query=OPERANDS["query"], lengths=None, mask=None, is_causal=True,
                                       attention_axes=-3, sink=1.0)),

@@ -200,6 +200,18 @@ def test_caches_are_traced(options, modes):
     trace(modes, decode, (shape(2, 4, 4, 8), shape(2, 4, 2, 8)))
 
 
+@in_modes
+def test_edits_of_caches_are_traced(modes):
+    def decode(operands):
+        query, key = operands
+        ring = attnlib.KVCache.create((2,), 8, 2, 8, window=5, ragged=True).append(key, key).append(key, key)
+        paged = attnlib.PagedKVCache.create(2, 16, 2, 8, num_pages=5, page_size=4).append(key, key)
+        forked = paged.fork(0, 1).release(jnp.array([True, False])).append(key, key)
+        return ring.truncate(jnp.array([5, 8])).attend(query[:, :1]), forked.truncate(7).attend(query)
+
+    trace(modes, decode, (shape(2, 4, 4, 8), shape(2, 4, 2, 8)))
+
+
 # Run
 
 

@@ -95,7 +95,16 @@ def inspected(q, k, v, table):
 def cached(q, k, v, table, **options):
     cache = attnlib.KVCache.create(q.shape[:1], 8, k.shape[-2], 8, **options)
     first, cache = cache.decode(q[:, :4], k[:, :4], v[:, :4])
-    return first, cache.append(k[:, 4:5], v[:, 4:5]).attend(q[:, 4:5], score_mod=modifiers.ALiBi(table))
+    cache = cache.append(k[:, 4:5], v[:, 4:5]).append(k[:, :1], v[:, :1]).truncate(5)
+    return first, cache.attend(q[:, 4:5], score_mod=modifiers.ALiBi(table))
+
+
+def cached_in_pages(q, k, v, table):
+    """The pool has no batch axis, and the parts of the batch share it."""
+    cache = attnlib.PagedKVCache.create(q.shape[0], 8, k.shape[-2], 8, num_pages=9, page_size=4)
+    first, cache = cache.decode(q[:, :4], k[:, :4], v[:, :4])
+    cache = cache.append(k[:, 4:5], v[:, 4:5])
+    return first, cache.attend(q[:, 4:5], score_mod=modifiers.ALiBi(table))
 
 
 def merged(q, k, v, table):
@@ -124,6 +133,7 @@ FUNCTIONS = {
     "scan of checkpoints": (with_gradient(layers_in_turn), False),
     "inspect": (with_gradient(inspected), False),
     "cache": (with_gradient(cached), False),
+    "pages": (with_gradient(cached_in_pages), False),
     "ragged cache": (lambda *x: cached(*x, ragged=True), False),
     "ring": (lambda *x: cached(*x, window=4, dtype=jnp.int8), False),
     "merge": (merged, False),

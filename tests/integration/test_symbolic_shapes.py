@@ -130,6 +130,12 @@ def decoded(how, query, key, lengths):
     return results
 
 
+def in_pages(how, query, key, lengths):
+    cache = attnlib.PagedKVCache.create(2, 12, num_kv_heads=2, key_dim=8, num_pages=7, page_size=4)
+    first, cache = cache.fork(0, 1).decode(query, key, key, lengths, **how)
+    return [first, cache.truncate(2).attend(query[:, :1], **how), cache.length.astype(jnp.float32)]
+
+
 def looked_into(how, query, key):
     weights, keys = inspect.top_keys(query, key, k=1, **how)
     return [
@@ -146,6 +152,7 @@ PROGRAMS = {
     "two axes": (of_images, "b,t,s,2,4 b,1,1,1,t,s:bool"),
     "layers": (of_layers, "b,t,8 b,t:bool"),
     "KVCache": (decoded, "b,t,4,8 b,t,2,8 b:int32"),
+    "PagedKVCache": (in_pages, "2,t,4,8 2,t,2,8 2:int32"),
     "inspect": (looked_into, "b,t,4,8 b,s,2,8"),
 }
 SIZES = [dict(b=1, t=1, s=1, k=1), dict(b=2, t=5, s=7, k=2)]

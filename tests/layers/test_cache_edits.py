@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cache_model import RingModel, attend, random_tokens
 from conftest import assert_close, assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import attnlib
-from attnlib import KVCache
+from attnlib import KVCache, masks
 
 BATCH, TOKENS, HEADS, KV_HEADS, FEATURES, VALUE_FEATURES = 3, 9, 4, 2, 4, 3
 DTYPES = ("float32", "bfloat16", "int8")
@@ -126,12 +129,96 @@ def test_under_vmap_and_scan(keys):
     assert caches.length.tolist() == [5, 2]
 
 
-def ring():
-    return empty(window=3)
+# Rings
+
+RING, WINDOW, NEW = 5, 3, 4  # more new tokens than the ring can take before it reads
+STEPS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, NEW), min_size=BATCH, max_size=BATCH),  # tokens to append
+        st.lists(st.sampled_from([0, 0, 1, 2, 3, 4, 20]), min_size=BATCH, max_size=BATCH),  # tokens to forget
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+@jax.jit
+def truncate_and_decode(cache, forgotten, lengths, query, *arrays):
+    cache = cache.truncate(cache.length - forgotten)
+    output, cache = cache.decode(query, *arrays, lengths)
+    return cache, output, cache.attend(query[:, -1:], jnp.minimum(cache.length, 1))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(steps=STEPS, seed=st.integers(0, 99))
+def test_a_ring_goes_back_as_far_as_it_has_the_tokens(steps, seed):
+    """Against lists of tokens: NaN for exactly the queries that need a token that another has overwritten."""
+    draw = np.random.default_rng(seed)
+    cache = empty(capacity=RING, window=WINDOW, ragged=True)
+    models = [RingModel(RING, WINDOW) for _ in range(BATCH)]
+    for lengths, forgotten in steps:
+        query, key, value = random_tokens(draw, (BATCH, NEW), HEADS, KV_HEADS, FEATURES, VALUE_FEATURES)
+        cache, output, last = truncate_and_decode(cache, np.array(forgotten), np.array(lengths), query, key, value)
+        expected, expected_last = np.zeros_like(output), np.zeros_like(last)
+        for b, model in enumerate(models):
+            model.truncate(max(len(model.tokens) - forgotten[b], 0))
+            for n in range(lengths[b]):
+                model.append([(key[b, n], value[b, n])])
+                expected[b, n] = attend(query[b, n], model.visible(len(model.tokens) - 1), VALUE_FEATURES)
+            if model.tokens:
+                expected_last[b, 0] = attend(query[b, -1], model.visible(len(model.tokens) - 1), VALUE_FEATURES)
+        assert cache.length.tolist() == [len(model.tokens) for model in models]
+        assert_close((output, last), (jnp.asarray(expected), jnp.asarray(expected_last)), length=WINDOW)
+
+
+def test_a_ring_goes_back_in_scan(keys):
+    """Speculative decoding: each step appends three tokens and keeps one, in the room that the ring has for it."""
+    arrays = tokens(keys, count=12)
+    whole = attnlib.dot_product_attention(*arrays, mask=masks.SlidingWindow(WINDOW - 1, 0), return_lse=True)
+
+    @jax.jit
+    def run(cache, arrays):
+        def step(cache, _):
+            results, after = cache.decode(*(jax.lax.dynamic_slice_in_dim(x, cache.length, 3, 1) for x in arrays),
+                                          return_weights=True, return_lse=True)  # fmt: skip
+            return after.truncate(cache.length + 1), results
+
+        return jax.lax.scan(step, cache.truncate(cache.length), length=3)
+
+    _, cache = decode(empty(capacity=RING, window=WINDOW), None, *cut(arrays, 0, 6))
+    after, (made, weights, lse) = run(cache, arrays)
+    assert after.length == 9 and after.num_lost == 6 and np.isfinite(weights).all()
+    assert_close(made, jnp.stack([whole[0][:, n : n + 3] for n in range(6, 9)]), length=TOKENS)
+    assert_close(lse, jnp.stack([whole[1][:, :, n : n + 3] for n in range(6, 9)]), length=TOKENS)
+    back = jax.jit(KVCache.truncate)(after, 7)
+    results, _ = back.decode(*cut(arrays, 7, 9), return_weights=True, return_lse=True)
+    output, weights, lse = (np.isnan(x) for x in results)
+    for found in (output, weights.swapaxes(1, 2), lse.swapaxes(1, 2)):
+        assert found[:, 0].all() and not found[:, 1].any()
+
+
+def ring(**options):
+    cache = empty(capacity=RING, window=WINDOW, **options)
+    return cache.append(*(jnp.ones((BATCH, 9, KV_HEADS, size)) for size in (FEATURES, VALUE_FEATURES)))
+
+
+def test_a_ring_knows_what_it_can_take_back():
+    assert ring().truncate(6).length == 6 and ring().truncate(0).length == 0
+    assert ring(ragged=True).truncate(jnp.array([0, 9, 6])).length.tolist() == [0, 9, 6]
+    twice = ring().truncate(8).append(*(jnp.ones((BATCH, 1, KV_HEADS, size)) for size in (FEATURES, VALUE_FEATURES)))
+    with pytest.raises(ValueError, match="the first 4 are lost"):
+        twice.truncate(8).truncate(5)
 
 
 WRONG = {
-    "a ring": (lambda: ring().truncate(2), ValueError, "mask=attnlib.masks.SlidingWindow(window - 1, 0)"),
+    "a ring": (
+        lambda: ring().truncate(5),
+        ValueError,
+        "truncate to 5 tokens needs tokens in the window of 3 that newer ones have overwritten: the first 4 are lost. "
+        "A full ring goes back by at most capacity - window + 1 = 3 tokens. Create the cache with a larger capacity, "
+        "or truncate to 0.",
+    ),
+    "a ragged ring": (lambda: ring(ragged=True).truncate(jnp.array([0, 9, 1])), ValueError, "truncate to 1 tokens"),
     "below 0": (lambda: empty().truncate(-1), ValueError, "lengths must be at least 0; got -1"),
     "a float": (lambda: empty().truncate(2.0), TypeError, "lengths must be an int"),
     "one each, not ragged": (

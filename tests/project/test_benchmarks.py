@@ -88,6 +88,14 @@ def test_training_steps_of_modules(run):
     assert all(row["times"].keys() == {"NNX", "linen"} and not row["refused"] for row in data["training"])
 
 
+@pytest.mark.slow
+def test_steps_of_caches(run):
+    """Pages and truncated caches compute what a KVCache does."""
+    printed, data = run("caches", "--quick")
+    assert "time divided by that of a KVCache" in printed
+    assert all(len(row["times"]) == 6 and not row["refused"] for row in data["caches"])
+
+
 @pytest.fixture
 def device(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)

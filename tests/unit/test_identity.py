@@ -55,7 +55,13 @@ def instance(kind, size=None):
 
 def test_no_two_classes_have_one_structure():
     structures = {kind: jax.tree.structure(instance(kind)) for kind in pytree_classes()}
-    assert {scores.Dot, masks.Causal, attnlib.KVCache, attnlib.modifiers.ALiBi} <= structures.keys()
+    assert {
+        scores.Dot,
+        masks.Causal,
+        attnlib.KVCache,
+        attnlib.PagedKVCache,
+        attnlib.modifiers.ALiBi,
+    } <= structures.keys()
     assert len(structures) > 30
     for (one, a), (other, b) in itertools.combinations(structures.items(), 2):
         assert a != b, f"{one} and {other} have equal structures: register both with attnlib._core.pytree"

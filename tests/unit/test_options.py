@@ -68,7 +68,7 @@ def test_every_kind_of_result_takes_all_options(kind):
           for name in attnlib.inspect.__all__ if name != "attention_entropy"),
         (attnlib.inspect.attention_entropy, RESULTS | DROPOUT | {"context", "normalize"}, options.EntropyOptions),
         *((method, POSITIONS | {"context"}, options.CacheOptions)
-          for method in (attnlib.KVCache.attend, attnlib.KVCache.decode)),
+          for cache in (attnlib.KVCache, attnlib.PagedKVCache) for method in (cache.attend, cache.decode)),
         (attnlib.multi_head_attention, {"return_lse"}, options.LayerOptions),
         *((layer.__call__, {"return_lse", "attention_axes", "dropout_rate", *HOW}, options.CallOptions)
           for layer in (attnlib.MultiHeadAttention, attnlib.AdditiveAttention, attnlib.DotProductAttention)),

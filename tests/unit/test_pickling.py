@@ -33,6 +33,7 @@ VALUES = {
     },
     **{row.name: row.kind(**row.arguments(number, MODIFIER_FITS)) for row in modifier_catalogue.ROWS},
     "a cache": attnlib.KVCache.create((2,), 4, 2, 3, ragged=True),
+    "a cache in pages": attnlib.PagedKVCache.create(2, 4, 2, 3, num_pages=3, page_size=2),
 }  # fmt: skip
 LAYERS = [
     attnlib.AdditiveAttention(),
