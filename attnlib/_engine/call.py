@@ -73,9 +73,13 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
     if "dropout_rate" in given or "dropout_rng" in given:
         rate = check_dropout(options.dropout_rate, options.dropout_rng)
         checked |= dict(dropout_rate=rate, dropout_rng=options.dropout_rng if rate else None)
-    if score.may_close_over_arrays or "score_mod" in given:
+    mask = checked.get("mask")
+    mask = mask if mask is not None and mask.may_close_over_arrays else None
+    if score.may_close_over_arrays or mask is not None or "score_mod" in given:
         _, shapes = check_operands(query, key, value, checked.get("attention_axes"))
         score = score.closure_converted(*shapes.features, shapes.dtype)
+        if mask is not None:
+            checked["mask"] = mask.closure_converted(shapes)
         if "score_mod" in given:
             checked["score_mod"] = TracedScoreMod.of(replicated(options.score_mod), shapes)
     return Arguments(query, key, value, score, options.replace(**checked) if checked else options)
