@@ -128,8 +128,8 @@ def as_mask(value: Any) -> Mask | None:
         if callable(value) and not isinstance(value, type):
             return Function(value)
         raise TypeError(
-            "mask must be a bool array, a Mask such as attnlib.masks.Causal(), or a function (batch, head, "
-            f"query_position, key_position) -> bool; got {type(value).__name__}."
+            "mask must be a bool array or a Mask such as attnlib.masks.Causal(), or a function of (batch, head, "
+            f"query_position, key_position); got {type(value).__name__}."
             + (class_hint(value) or " Convert nested lists with jnp.asarray(mask, bool)." * isinstance(value, list))
         )
     return Dense(value)

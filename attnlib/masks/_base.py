@@ -231,10 +231,10 @@ def _as_shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:
 def _as_mask(value: Any, symbol: str) -> Mask:
     if isinstance(value, Mask):
         return value
-    raise TypeError(
-        f"`{symbol}` combines a Mask with another Mask; got {type(value).__name__}. Wrap a bool array as "
-        "attnlib.masks.Dense(array), and a function as attnlib.masks.Function(fn)."
+    wrapped = (
+        "a function as attnlib.masks.Function(fn)" if callable(value) else "a bool array as attnlib.masks.Dense(array)"
     )
+    raise TypeError(f"`{symbol}` combines a Mask with another Mask; got {type(value).__name__}. Wrap {wrapped}.")
 
 
 def entries_of_leaves(mask: Mask) -> list[str]:

@@ -77,7 +77,7 @@ class TracedScoreMod:
         if not jnp.issubdtype(result.dtype, jnp.floating):
             raise TypeError(
                 f"score_mod must return the new logit, a floating-point number; got {result.dtype}. To leave pairs "
-                "out, pass a mask, a function (batch, head, query_position, key_position) -> bool: mask=fn."
+                "out, pass a mask: mask=attnlib.masks.Function(fn) of (batch, head, query_position, key_position)."
             )
         return cls(program)
 
