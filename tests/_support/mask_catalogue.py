@@ -230,8 +230,10 @@ def random_function(of):
 
 def reach_of_each(draw):
     """A function of one batch axis, 3 heads and one attention axis, which captures arrays, also one of floats."""
-    reach, shift, table = draw.integers(0, 4, 3), draw(2), draw.bools(5, 7, rate=0.8)
-    return lambda batch, head, query, key: table[query, key] & (abs(query - key + shift[batch]) <= reach[head])
+    reach, height, table = draw.integers(0, 4, 3), jnp.array([-1.5, 2.5]), draw.bools(5, 7, rate=0.8)
+    return lambda batch, head, query, key: (
+        table[query, key] & ((abs(query - key) <= reach[head]) | ((height[batch] > 0) & (key < 2)))
+    )
 
 
 IDS = np.array([1, 1, 2, 0, 2, 3, 0])
