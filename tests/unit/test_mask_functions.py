@@ -91,7 +91,8 @@ def test_functions_compose():
 # What a function captures
 
 
-def test_captured_values_never_recompile():
+@pytest.mark.parametrize("array", [jnp.array, np.array])
+def test_captured_values_never_recompile(array):
     """Other values, and another function object of the same program, find the program, and have their effect."""
 
     def count(reach):
@@ -99,10 +100,9 @@ def test_captured_values_never_recompile():
         _, weights = attnlib.dot_product_attention(X, X, X, mask=mask, return_weights=True)
         return np.count_nonzero(np.asarray(weights)[0], -1).max(-1).tolist()
 
-    assert count(jnp.array([0, 2])) == [1, 3]
+    assert count(array([0, 2])) == [1, 3]
     programs = attend._cache_size()
-    assert count(jnp.array([4, 1])) == [5, 2]
-    assert count(np.array([6, 7], np.int32)) == [7, 8]
+    assert count(array([4, 1])) == [5, 2]
     assert attend._cache_size() == programs
 
 
