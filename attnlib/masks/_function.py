@@ -24,6 +24,7 @@ from attnlib.masks._base import Mask
 # A function is computed for all pairs while a call is traced, if that takes at most so many operations,
 # about 0.2 s on 2 CPU cores.
 _MAX_OPERATIONS = 2**31
+_NO_MESH = jax.sharding.AbstractMesh((), ())
 # Pairs computed at a time, and the pairs up to which a cell of the table of pairs is one of them and not 8 x 8.
 _CHUNK, _PAIRS_IN_SINGLE_CELLS = 2**20, 2**16
 
@@ -92,7 +93,11 @@ class Function(Mask):
                     f"this Function depends on the {name}, so its array does too: pass {option}, the number of "
                     f"{'query heads' if name == 'head' else 'batch entries'}, mask.as_array(T, S, {option}=...)."
                 )
-        return TracedFunction(jax.lax.stop_gradient(program), sizes, reads)
+        static_program = None if program.captured or jaxpr.effects else program.program
+        if static_program is not None and not jax.sharding.get_abstract_mesh().empty:
+            with jax.sharding.use_abstract_mesh(_NO_MESH):  # the types in a jaxpr contain the mesh
+                static_program = convert_pair_function(self.fn, len(batch), axes)[0].program
+        return TracedFunction(jax.lax.stop_gradient(program), sizes, reads, static_program)
 
     def _of_unknown_sizes(self, axes: int) -> Mask:
         """The mask outside of a call, where it cannot depend on the batch and on the head."""
@@ -116,11 +121,13 @@ class TracedFunction(Mask):
         position along each...), all scalars.
       sizes: (*batch, N).
       reads: for each of these axes, whether the function depends on it.
+      static_program: the program of a function of nothing but its arguments, or None.
     """
 
     function: ClosureConverted
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     reads: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    static_program: Any = dataclasses.field(metadata={"static": True})
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         rank, indices = (len(self.sizes) if any(self.reads) else 0) + 2, []
@@ -133,21 +140,21 @@ class TracedFunction(Mask):
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         one_tile = query.first.size <= 1 and key.first.size <= 1
-        if one_tile or self.function.captured or not self._is_cheap(query.shape, key.shape):
+        if one_tile or not self._is_cheap(query.shape, key.shape):
             return super().classify_tiles(query, key)
         pairs = math.prod(query.shape) * math.prod(key.shape)
         cell = 1 if pairs <= _PAIRS_IN_SINGLE_CELLS else 8
-        some, every = _table(self.function.program, self.sizes, self.reads, query.shape, key.shape, cell)
+        some, every = _table(self.static_program, self.sizes, self.reads, query.shape, key.shape, cell)
         (any_count, _), (all_count, cells) = (cells_in_tiles(table, query, key, cell) for table in (some, every))
         return classify(empty=any_count == 0, full=all_count == cells)
 
     def _is_cheap(self, query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> bool:
         """Whether the function can be computed for all pairs while a call is traced."""
         read = [size for size, is_read in zip(self.sizes, self.reads, strict=True) if is_read]
-        jaxpr = self.function.program.jaxpr
-        if jaxpr.effects or not is_static(*read, *query_shape, *key_shape):
+        sizes = *read, *query_shape, *key_shape
+        if self.static_program is None or not is_static(*sizes):
             return False
-        return math.prod((*read, *query_shape, *key_shape)) * _operations(jaxpr) <= _MAX_OPERATIONS
+        return math.prod(sizes) * _operations(self.static_program.jaxpr) <= _MAX_OPERATIONS
 
 
 def _operations(jaxpr: Any) -> float:
@@ -175,7 +182,7 @@ def _table(
     cell: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(whether a pair of each cell attends, whether all do), in any batch index and head."""
-    mask = TracedFunction(ClosureConverted([], program), sizes, reads)
+    mask = TracedFunction(ClosureConverted([], program), sizes, reads, None)
     queries, keys = math.prod(query_shape), math.prod(key_shape)
     columns = -(-keys // cell)
     rows = max(_CHUNK // (columns * cell * math.prod(n for n, r in zip(sizes, reads, strict=True) if r)) // cell, 1)
@@ -191,9 +198,8 @@ def _table(
         some, every = jnp.any(block & inside, lead), jnp.all(block | ~inside, lead)
         return jnp.any(some.reshape(shape), (1, 3)), jnp.all(every.reshape(shape), (1, 3))
 
-    no_mesh = jax.sharding.AbstractMesh((), ())
-    # As constants of the program, the tables are computed anew on one device, whatever the call is traced in.
-    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh), jax.transfer_guard("allow"):
+    # The table is a constant, and computed on one device, wherever the call is traced.
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(_NO_MESH), jax.transfer_guard("allow"):
         chunks = [jax.device_get(cells(np.int32(start))) for start in range(0, queries, rows * cell)]
     count = -(-queries // cell)
     some, every = (np.concatenate(parts)[:count] for parts in zip(*chunks, strict=True))

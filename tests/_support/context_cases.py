@@ -64,7 +64,6 @@ CASES = [
     case("dense a head", mask=lambda draw: masks.Dense(draw.bools(2, 8, QUERIES, KEYS))),
     case("dense, rows of one", mask=lambda draw: draw.bools(1, 1, 1, KEYS), bias=(2, 1, QUERIES, 1)),
     case("predicate", mask=lambda draw: masks.Predicate(lambda q, k: (q * 3 + k) % 5 != 0)),
-    case("function", mask=lambda draw: lambda batch, head, q, k: (q - k < 9 * head) & (k != 3 + batch)),
     case("not and or", SQUARE, mask=lambda draw: ~masks.Dense(draw.bools(KEYS, KEYS)) | masks.SlidingWindow(2, 2)),
     case("block sparse", SQUARE, mask=lambda draw: masks.BlockSparse(["1000", "0100", "1010", "1101"], 10)),
     case("nothing attends", mask=lambda draw: masks.SlidingWindow(0, 0) & masks.Causal(-1)),
@@ -88,6 +87,7 @@ CASES = [
     case("everything", score=lambda draw: scores.Additive(draw(8, 3)), bias=(2, 8, QUERIES, KEYS), score_mod=_tilt,
          sink=(8,), mask=lambda draw: masks.Causal(3) & masks.KeyPadding(draw.bools(2, KEYS)),
          options=dict(logits_soft_cap=2.0, **DROPOUT)),
+    case("function", mask=lambda draw: masks.Function(lambda b, head, q, k: (q - k < 9 * head) & (k != 3 + b))),
 ]  # fmt: skip
 BY_NAME = {one.name: one for one in CASES}
 

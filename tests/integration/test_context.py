@@ -13,7 +13,7 @@ pytestmark = pytest.mark.devices
 EVERY = [(one.name, setting) for one in CASES for setting in SETTINGS]
 # Each case in one setting, and each setting, with every pair of its parts, in one case at least.
 CHOSEN = [(one.name, SETTINGS[7 * n % len(SETTINGS)]) for n, one in enumerate(CASES)]
-CHOSEN += [("everything", Setting("zigzag", "heads", "manual"))]
+CHOSEN += [(name, Setting("zigzag", "heads", "manual")) for name in ("everything", "function")]
 assert {setting for _, setting in CHOSEN} == set(SETTINGS)
 # Of second derivatives, which cost most to compile: each exchange and order, and each way to travel.
 SECOND = [
