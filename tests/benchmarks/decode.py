@@ -1,10 +1,10 @@
 """One decoding step against Flax's: python tests/benchmarks/decode.py
 
 One query against a cache of many keys, full or with few of its places in use, compiled, with the cache donated. Prints
-a table and writes decode.json into `--out`. The peer is `flax.linen.MultiHeadDotProductAttention(decode=True)`, stripped
-to its attention: its projections hand their input on, so that both append one token to their cache, attend, and do
-nothing else. Flax has no grouped heads: there its cache holds the keys of each query head, as its users have to arrange
-it.
+a table and writes decode.json into `--out`. The peer is `flax.linen.MultiHeadDotProductAttention(decode=True)`,
+stripped to its attention: its projections hand their input on, so that both append one token to their cache, attend,
+and do nothing else. Flax has no grouped heads: there its cache holds the keys of each query head, as its users have to
+arrange it.
 """
 
 import dataclasses
