@@ -37,6 +37,12 @@ class Mask(Pytree):
         """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
         raise NotImplementedError
 
+    def evaluate_heads(
+        self, query: BlockPositions, key: BlockPositions, cut: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """`evaluate` for some batch indices and heads, which `cut` takes from a block of all."""
+        return cut(self.evaluate(query, key))
+
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         """Whether each tile is EMPTY (no pair attends), FULL (all pairs attend) or PARTIAL.
 
@@ -58,6 +64,11 @@ class Mask(Pytree):
     def may_close_over_arrays(self) -> bool:
         """Whether `closure_converted` must be called."""
         return any(isinstance(part, Mask) and part.may_close_over_arrays for part in vars(self).values())
+
+    @property
+    def has_function(self) -> bool:
+        """Whether a part of the mask is evaluated for the heads of a tile alone, since it may cost much."""
+        return any(isinstance(part, Mask) and part.has_function for part in vars(self).values())
 
     def closure_converted(self, shapes: AttentionShape) -> Mask:
         """The mask for a call of such sizes, with the arrays that its functions capture as leaves of the pytree."""
@@ -163,6 +174,20 @@ class _BinaryMask(Mask):
     left: Mask
     right: Mask
 
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return self.join(self.left.evaluate(query, key), self.right.evaluate(query, key))
+
+    def evaluate_heads(
+        self, query: BlockPositions, key: BlockPositions, cut: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        if not self.has_function:
+            return super().evaluate_heads(query, key, cut)
+        return self.join(self.left.evaluate_heads(query, key, cut), self.right.evaluate_heads(query, key, cut))
+
+    def join(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        """The block of both, of their blocks."""
+        raise NotImplementedError
+
     def pad_to(self, query: BlockPositions, key: BlockPositions, sizes: tuple[int, int]) -> Mask:
         return type(self)(self.left.pad_to(query, key, sizes), self.right.pad_to(query, key, sizes))
 
@@ -175,8 +200,8 @@ class _BinaryMask(Mask):
 class And(_BinaryMask):
     """`left & right`."""
 
-    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        return all_of(self.left.evaluate(query, key), self.right.evaluate(query, key))
+    def join(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        return all_of(left, right)
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return np.minimum(self.left.classify_tiles(query, key), self.right.classify_tiles(query, key))
@@ -186,8 +211,8 @@ class And(_BinaryMask):
 class Or(_BinaryMask):
     """`left | right`."""
 
-    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        left, right = align_ranks(self.left.evaluate(query, key), self.right.evaluate(query, key))
+    def join(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        left, right = align_ranks(left, right)
         return left | right
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
@@ -202,6 +227,11 @@ class Not(Mask):
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         return ~self.mask.evaluate(query, key)
+
+    def evaluate_heads(
+        self, query: BlockPositions, key: BlockPositions, cut: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        return ~self.mask.evaluate_heads(query, key, cut) if self.has_function else cut(self.evaluate(query, key))
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return FULL - self.mask.classify_tiles(query, key)

@@ -129,12 +129,22 @@ class TracedFunction(Mask):
     reads: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
     static_program: Any = dataclasses.field(metadata={"static": True})
 
+    @property
+    def has_function(self) -> bool:
+        return True
+
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return self.evaluate_heads(query, key, lambda indices: indices)
+
+    def evaluate_heads(
+        self, query: BlockPositions, key: BlockPositions, cut: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
         rank, indices = (len(self.sizes) if any(self.reads) else 0) + 2, []
         for axis, (size, is_read) in enumerate(zip(self.sizes, self.reads, strict=True)):
             shape = [size if is_read and n == axis else 1 for n in range(rank)]
             indices.append(jax.lax.broadcasted_iota(jnp.int32, shape, axis if is_read else 0))
-        arguments = align_ranks(*indices, *query.coordinates, *key.coordinates)
+        # Explicit positions may have batch axes too.
+        arguments = align_ranks(*map(cut, (*indices, *query.coordinates, *key.coordinates)))
         result: jax.Array = jnp.vectorize(self.function)(*arguments)
         return result
 

@@ -11,6 +11,7 @@ from flax import nnx
 import attnlib
 from attnlib import inspect, layers, masks
 from attnlib._core.axes import AttentionShape
+from attnlib._engine.blockwise.implementation import blockwise
 from attnlib._engine.call import attend
 from attnlib.masks import _function
 
@@ -212,3 +213,16 @@ def test_a_picture_has_a_panel_for_each_head():
     assert [ax.get_title() for ax in axes] == ["head 0", "head 1"]
     (axes,) = np.ravel(attnlib.plot.mask(lambda batch, head, query, key: key <= query, 16, 16, block_sizes=(8, 8)))
     assert len(axes.images) == 2  # the pairs, and the tile that is skipped
+
+
+def test_a_tile_of_some_heads_joins_functions_and_arrays():
+    """One head after another, or several: the function is evaluated for them alone, lengths are cut from all."""
+    q, k = normal(12, 256, 4, 4), normal(12, 256, 4, 4, seed=1)
+    reach = np.random.default_rng(2).integers(0, 99, (12, 4))
+    function = masks.Function(lambda batch, head, query, key: query - key <= jnp.asarray(reach)[batch, head])
+    mask = (~function | masks.Lengths(key=20 * jnp.arange(12))) & masks.Causal()
+    made, expected = (
+        attnlib.dot_product_attention(q, k, k, mask=mask, implementation=one)
+        for one in (blockwise("loop_over_heads", "blockwise, loop_over_heads"), "reference")
+    )
+    np.testing.assert_allclose(made, expected, rtol=0, atol=2e-6)
