@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import unsupported
-from conftest import assert_same
+from conftest import assert_close, assert_same
 from flax import nnx
 
 import attnlib
@@ -225,4 +225,4 @@ def test_a_tile_of_some_heads_joins_functions_and_arrays():
         attnlib.dot_product_attention(q, k, k, mask=mask, implementation=one)
         for one in (blockwise("loop_over_heads", "blockwise, loop_over_heads"), "reference")
     )
-    np.testing.assert_allclose(made, expected, rtol=0, atol=2e-6)
+    assert_close(made, expected, length=256)
