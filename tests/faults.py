@@ -591,6 +591,44 @@ FAULTS = [
         "return outputs * math.prod(",
         ("test_cost.py count_of_a_function",),
     ),
+    # masks of functions
+    Fault(
+        "function-full-tiles",  # a tile is full if one head attends all of its pairs
+        "jnp.all(block | ~inside, lead)",
+        "jnp.any(block | ~inside, lead)",
+        ("test_mask_functions.py tables_of_pairs",),
+    ),
+    Fault(
+        "function-batch-axis",  # the sizes of the batch axes are those of other axes
+        "shape = [size if is_read and n == axis else 1 for n in range(rank)]",
+        "shape = [size if is_read and n == min(axis, rank - 3) - (axis == 0) else 1 for n in range(rank)]",
+        ("test_mask_functions.py array_has_heads",),
+    ),
+    Fault(
+        "function-heads-of-a-device",  # where devices exchange heads, a function sees the numbers of the first ones
+        "isinstance(mask, (Predicate, TracedFunction))",
+        "isinstance(mask, Predicate)",
+        ("test_context.py first_order and function and heads",),
+    ),
+    # keys in chunks
+    Fault(
+        "chunks-in-use",  # the first chunks are read, not those that attend
+        "chunks = jnp.argsort(~used)",
+        "chunks = jnp.arange(used.size)",
+        ("test_decode_chunks.py not_read",),
+    ),
+    Fault(
+        "chunks-of-a-batch",  # under vmap only chunks that all entries attend are read
+        "used = ~_in_whole_batch(~jnp.any(attends.reshape(-1, chunk), -1))",
+        "used = _in_whole_batch(jnp.any(attends.reshape(-1, chunk), -1))",
+        ("test_decode_chunks.py vmap",),
+    ),
+    Fault(
+        "joined-sums",  # the sum of a later chunk has another maximum
+        "state.row_sum * scale + other.row_sum * other_scale",
+        "state.row_sum * scale + other.row_sum",
+        ("test_decode_chunks.py not_read",),
+    ),
     # inside shard_map
     Fault(
         "sum-over-shards",  # what a key receives is added up over the devices

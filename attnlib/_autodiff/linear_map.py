@@ -58,7 +58,8 @@ def output_avals(function: Callable[..., Any], *avals: Any) -> list[Any]:
     if any(isinstance(const, jax.core.Tracer) for const in program.consts):
         raise TypeError(
             "masks.Predicate must not capture traced arrays, and a Score of your own must hold its arrays in fields. "
-            "Use a mask that takes arrays (masks.Dense, masks.Lengths), or implementation='reference'."
+            "The function of a masks.Function may capture them, and masks.Dense and masks.Lengths take arrays; "
+            "implementation='reference' takes all."
         )
     return list(program.out_avals)
 

@@ -17,4 +17,5 @@ Value: TypeAlias = Float[Array, "*value K E"]
 Bias: TypeAlias = Float[Array, "..."]
 BoolMask: TypeAlias = Bool[Array, "..."]
 Rng: TypeAlias = Any  # a typed key jax.random.key(seed), or a raw uint32 key
+MaskFunction: TypeAlias = Callable[..., Any]  # (batch, head, query_position, key_position) -> bool
 ScoreMod: TypeAlias = Callable[..., Any]  # (logit, batch, head, query_position, key_position) -> logit

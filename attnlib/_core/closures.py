@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from attnlib._core.identity import program_key
@@ -53,3 +54,30 @@ def closure_convert(function: Callable[..., Any], *avals: Any) -> tuple[ClosureC
     """The function for arguments of these types, and its result as a tree of shapes and dtypes."""
     closed, result = jax.make_jaxpr(function, return_shape=True)(*avals)
     return ClosureConverted(list(closed.consts), _HashableJaxpr(closed.jaxpr)), result
+
+
+def convert_pair_function(
+    function: Callable[..., Any], batch_axes: int, axes: int, *avals: Any
+) -> tuple[ClosureConverted, Any]:
+    """`closure_convert` of a user's function of (*values, batch, head, query_position, key_position), for one pair.
+
+    The converted function takes the values, the batch index along each batch axis, the head, the query position along
+    each attention axis and the key position along each, all as int32 scalars but the values.
+
+    Args:
+      batch_axes, axes: the number of batch axes and of attention axes. The user's function gets a tuple of indices
+        unless there is one.
+      avals: types of the values before the indices.
+    """
+
+    def flat(*args: jax.Array) -> Any:
+        values, indices = args[: len(avals)], args[len(avals) :]
+        batch, head, rest = indices[:batch_axes], indices[batch_axes], indices[batch_axes + 1 :]
+        return function(*values, _single(batch), head, _single(rest[:axes]), _single(rest[axes:]))
+
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    return closure_convert(flat, *avals, *[index] * (batch_axes + 1 + 2 * axes))
+
+
+def _single(indices: Sequence[jax.Array]) -> Any:
+    return indices[0] if len(indices) == 1 else tuple(indices)

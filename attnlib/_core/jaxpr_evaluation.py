@@ -20,8 +20,10 @@ def has_other_types(jaxpr: Any, mesh: Any, captured: Sequence[Any], args: Sequen
     avals = [var.aval for var in (*jaxpr.constvars, *jaxpr.invars)]
     if varying_axes(*captured, *args, *avals):
         return True
-    meshes = [mesh, *(aval.sharding.mesh for aval in avals)]
-    return any(mesh.explicit_axes and mesh != jax.sharding.get_abstract_mesh() for mesh in meshes)
+    meshes, current = [mesh, *(aval.sharding.mesh for aval in avals)], jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes != current.manual_axes:
+        return True
+    return any(mesh.explicit_axes and mesh != current for mesh in meshes)
 
 
 def evaluate(jaxpr: Any, captured: Sequence[Any], args: Sequence[Any]) -> list[Any]:

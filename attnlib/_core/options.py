@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, TypeVar, Unpack, cast
 
-from attnlib._core.array_types import Array, Bias, BoolMask, Rng, ScoreMod
+from attnlib._core.array_types import Array, Bias, BoolMask, MaskFunction, Rng, ScoreMod
 from attnlib._core.context import Context, check_context
 from attnlib._core.pytree import register_with_jax
 from attnlib._core.suggestions import suggests_arguments
@@ -33,7 +33,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class MaskOptions(TypedDict, total=False):
     """Which pairs of positions attend."""
 
-    mask: BoolMask | Mask | None
+    mask: BoolMask | Mask | MaskFunction | None
     is_causal: bool
     query_positions: Array | None
     key_positions: Array | None
@@ -179,12 +179,13 @@ class Options:
     returns the value to use, for options that can be checked alone; `doc` is the documentation.
     """
 
-    mask: BoolMask | Mask | None = _traced(
+    mask: BoolMask | Mask | MaskFunction | None = _traced(
         None,
         """bool, True = attend, of the weights' rank `(*batch, N, *query axes, *key axes)` with ones to broadcast, or
-        of rank at most the number of query and key axes; or a `masks.Mask`. Default: all pairs attend. A fully masked
-        query is not an error; its output is 0 and its lse -inf. Pass a padding mask `(B, S)` as
-        `masks.KeyPadding(mask)`: if B equals T, the array itself is read as `(T, S)`.""",
+        of rank at most the number of query and key axes; a `masks.Mask`; or a function of one pair, as
+        `masks.Function` takes it. Default: all pairs attend. A fully masked query is not an error; its output is 0 and
+        its lse -inf. Pass a padding mask `(B, S)` as `masks.KeyPadding(mask)`: if B equals T, the array itself is read
+        as `(T, S)`.""",
     )
     bias: Bias | None = _traced(None, "added to the scaled logits; shapes as for mask. Differentiable.")
     is_causal: bool = _option(

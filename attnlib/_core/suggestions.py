@@ -184,7 +184,11 @@ CALLBACKS = {
     "Custom": "Custom's fn is called as fn(query, key, *params) with the vectors of one query and one key, traced; "
     "pass params with it, scores.Custom(fn, *params).",
     "Predicate": "Predicate's fn is called as fn(query_position, key_position) with arrays of integers: write & and "
-    "| for and and or, jnp.where(condition, a, b) for if.",
+    "| for and and or, jnp.where(condition, a, b) for if. A function of (batch, head, query_position, key_position) is "
+    "masks.Function(fn).",
+    "Function": "The function of a mask is called as fn(batch, head, query_position, key_position) with traced "
+    "scalars: write & and | for and and or, jnp.where(condition, a, b) for if. A function of two positions is "
+    "masks.Predicate(fn).",
 }
 
 

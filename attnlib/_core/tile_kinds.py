@@ -64,6 +64,21 @@ def tiles_below(positions: TileRanges, length: Any) -> TileKinds:
     return classify(empty=positions.first >= length, full=positions.last < length)
 
 
+def cells_in_tiles(table: np.ndarray, query: TileRanges, key: TileRanges, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(how many True cells of a table each tile meets, how many cells). A cell has `size` queries and `size` keys.
+
+    There is no cell beyond the table, but it counts among the cells.
+    """
+    sums = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # number of True above a row and left of a column
+    (first, end), (key_first, key_end) = ((tiles.first // size, tiles.last // size + 1) for tiles in (query, key))
+    (top, bottom), (left, right) = (
+        (np.minimum(start, count), np.minimum(stop, count))
+        for start, stop, count in ((first, end, table.shape[0]), (key_first, key_end, table.shape[1]))
+    )
+    count = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+    return count, (end - first) * (key_end - key_first)
+
+
 def tile_kinds(
     mask: Mask | None, query: OperandPositions, key: OperandPositions, tile: tuple[int, int]
 ) -> tuple[TileKinds, np.ndarray]:

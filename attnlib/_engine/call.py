@@ -76,9 +76,13 @@ def arguments(query: Array, key: Array, value: Array, score: Score, options: Opt
         checked |= dict(dropout_rate=rate, dropout_rng=options.dropout_rng if rate else None)
     if "normalize" in given:
         check_normalization(checked["normalize"], options.sink)
-    if score.may_close_over_arrays or "score_mod" in given:
+    mask = checked.get("mask")
+    mask = mask if mask is not None and mask.may_close_over_arrays else None
+    if score.may_close_over_arrays or mask is not None or "score_mod" in given:
         _, shapes = check_operands(query, key, value, checked.get("attention_axes"))
         score = score.closure_converted(*shapes.features, shapes.dtype)
+        if mask is not None:
+            checked["mask"] = mask.closure_converted(shapes)
         if "score_mod" in given:
             keys = whole_key_count(shapes, checked.get("context"), (query, key, value))
             known = None if "key_positions" in given else keys

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlib._autodiff.exponential import exp
 from attnlib._core.problem import AttentionProblem, AttentionResult
 
 
@@ -36,6 +37,17 @@ def finite_row_max(logits: jax.Array) -> jax.Array:
 def divisor(row_sum: jax.Array) -> jax.Array:
     """What the sums of a row are divided by. A sum has the term exp(0) of the maximum, or it has no terms and is 0."""
     return jnp.maximum(row_sum, 0.5)
+
+
+def join(state: SoftmaxState, other: SoftmaxState) -> SoftmaxState:
+    """The state after the blocks of both."""
+    row_max = jnp.maximum(state.row_max, other.row_max)
+    scale, other_scale = exp(state.row_max - row_max), exp(other.row_max - row_max)
+    return SoftmaxState(
+        row_max,
+        state.row_sum * scale + other.row_sum * other_scale,
+        state.output * scale[..., None] + other.output * other_scale[..., None],
+    )
 
 
 def normalize(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlib._api import attention
-from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
+from attnlib._core.array_types import Array, BoolMask, Key, MaskFunction, Query, Value
 from attnlib._core.axes import align_ranks
 from attnlib._core.explicit_axes import sharded_like
 from attnlib._core.nan_where import nan_where
@@ -183,7 +183,7 @@ class KVCache:
         *,
         score: Score | None = None,
         is_causal: bool = True,
-        mask: BoolMask | Mask | None = None,
+        mask: BoolMask | Mask | MaskFunction | None = None,
         attention_axes: int | Sequence[int] | None = None,
         **options: Unpack[CacheOptions],
     ) -> Any:
@@ -195,7 +195,8 @@ class KVCache:
           lengths: as in the `append` of these tokens. Queries after the first lengths[b] attend nothing.
           score: default `scores.Dot()`.
           is_causal: whether keys at positions after the query are masked.
-          mask: a `masks.Mask`, or bool that broadcasts to `(*batch, N, n, capacity)`. Masks of positions see positions.
+          mask: a `masks.Mask`, a function as in `masks.Function`, or bool that broadcasts to `(*batch, N, n,
+            capacity)`. Masks of positions see positions.
             Arrays of keys, in a bool mask, a Mask or a `bias`, are indexed by slot. The slot of position p is p, with a
             window p % capacity.
           attention_axes: the axis of the n tokens in query and output, as in `append`. In weights, lse, masks and
@@ -241,7 +242,7 @@ class KVCache:
         *,
         score: Score | None = None,
         is_causal: bool = True,
-        mask: BoolMask | Mask | None = None,
+        mask: BoolMask | Mask | MaskFunction | None = None,
         attention_axes: int | Sequence[int] | None = None,
         **options: Unpack[CacheOptions],
     ) -> tuple[Any, KVCache]:

@@ -9,6 +9,7 @@ from attnlib._core.block_positions import BlockPositions
 from attnlib._core.tile_kinds import TileRanges
 from attnlib.masks._arrays import Dense, KeyPadding, QueryPadding, Segments
 from attnlib.masks._base import Mask
+from attnlib.masks._function import Function
 from attnlib.masks._positional import Causal, Lengths, Predicate, Prefix, SlidingWindow
 from attnlib.masks._registers import Registers
 from attnlib.masks._sparse import BlockLocal, BlockSparse, Dilated, Neighborhood
@@ -20,6 +21,7 @@ __all__ = [
     "Causal",
     "Dense",
     "Dilated",
+    "Function",
     "KeyPadding",
     "Lengths",
     "Mask",

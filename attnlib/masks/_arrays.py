@@ -16,6 +16,7 @@ from attnlib._core.block_positions import BlockPositions
 from attnlib._core.suggestions import class_hint
 from attnlib._core.validation import as_at_least_int32, check_array, check_integer, check_positions, is_array
 from attnlib.masks._base import Mask, set_fields
+from attnlib.masks._function import Function
 from attnlib.masks._views import PaddedDenseMask
 
 
@@ -120,12 +121,15 @@ class Dense(Mask):
 
 
 def as_mask(value: Any) -> Mask | None:
-    """The mask, with a bool array as `Dense`."""
+    """The mask, with a bool array as `Dense` and a function as `Function`."""
     if value is None or isinstance(value, Mask):
         return value
     if not is_array(value):
+        if callable(value) and not isinstance(value, type):
+            return Function(value)
         raise TypeError(
-            f"mask must be a bool array or a Mask such as attnlib.masks.Causal(); got {type(value).__name__}."
+            "mask must be a bool array or a Mask such as attnlib.masks.Causal(), or a function of (batch, head, "
+            f"query_position, key_position); got {type(value).__name__}."
             + (class_hint(value) or " Convert nested lists with jnp.asarray(mask, bool)." * isinstance(value, list))
         )
     return Dense(value)

@@ -16,7 +16,7 @@ from attnlib._core.axes import AttentionShape, align_ranks
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.pytree import Pytree
 from attnlib._core.tile_kinds import FULL, TileKinds, TileRanges, classify
-from attnlib._core.validation import check_int_or_ints, per_axis
+from attnlib._core.validation import check_int, check_int_or_ints, per_axis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +37,12 @@ class Mask(Pytree):
         """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
         raise NotImplementedError
 
+    def evaluate_heads(
+        self, query: BlockPositions, key: BlockPositions, cut: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """`evaluate` for some batch indices and heads, which `cut` takes from a block of all."""
+        return cut(self.evaluate(query, key))
+
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         """Whether each tile is EMPTY (no pair attends), FULL (all pairs attend) or PARTIAL.
 
@@ -54,15 +60,46 @@ class Mask(Pytree):
     def check(self, shapes: AttentionShape) -> None:
         """Raises ValueError if the arrays of this mask do not fit the operands."""
 
-    def as_array(self, query_shape: int | Sequence[int], key_shape: int | Sequence[int]) -> jax.Array:
+    @property
+    def may_close_over_arrays(self) -> bool:
+        """Whether `closure_converted` must be called."""
+        return any(isinstance(part, Mask) and part.may_close_over_arrays for part in vars(self).values())
+
+    @property
+    def has_function(self) -> bool:
+        """Whether a part of the mask is evaluated for the heads of a tile alone, since it may cost much."""
+        return any(isinstance(part, Mask) and part.has_function for part in vars(self).values())
+
+    def closure_converted(self, shapes: AttentionShape) -> Mask:
+        """The mask for a call of such sizes, with the arrays that its functions capture as leaves of the pytree."""
+        copy: Mask = object.__new__(type(self))
+        for name, value in vars(self).items():
+            new = value.closure_converted(shapes) if isinstance(value, Mask) else value
+            object.__setattr__(copy, name, new)
+        return copy
+
+    def as_array(
+        self,
+        query_shape: int | Sequence[int],
+        key_shape: int | Sequence[int],
+        *,
+        heads: int | None = None,
+        batch: int | Sequence[int] | None = None,
+    ) -> jax.Array:
         """The mask as a bool array `(*query_shape, *key_shape)`, after `(*batch, 1 or N)` if it depends on these.
 
         Args:
           query_shape: the lengths of the query attention axes, or an int for a single axis.
           key_shape: the lengths of the key attention axes, likewise.
+          heads: the number of query heads, for a `Function` that depends on the head; default: unknown.
+          batch: the sizes of the batch axes, or an int for a single axis, for a `Function` that depends on the batch
+            index; default: a single axis of unknown size.
 
         Returns:
           A bool array to pass as `mask=`; True = attend.
+
+        Raises:
+          ValueError: a `Function` depends on heads or batch, and they are not given.
 
         >>> from attnlib import masks
         >>> masks.Causal().as_array(2, 3).astype(int)
@@ -71,9 +108,18 @@ class Mask(Pytree):
         """
         query_shape, key_shape = _as_shape(query_shape, "query_shape"), _as_shape(key_shape, "key_shape")
         query, key = BlockPositions(query_shape, "query"), BlockPositions(key_shape, "key")
-        block = self.evaluate(query, key)
+        block = self.with_sizes(query_shape, key_shape, heads, batch).evaluate(query, key)
         block = jnp.broadcast_to(block, (*block.shape[:-2], query.total, key.total))
         return block.reshape(*block.shape[:-2], *query_shape, *key_shape)
+
+    def with_sizes(self, query_shape: tuple[int, ...], key_shape: tuple[int, ...], heads: Any, batch: Any) -> Mask:
+        """The mask outside of a call, for so many heads and batch entries; None: unknown."""
+        if not self.may_close_over_arrays:
+            return self
+        unknown: Any = None
+        heads = check_int(heads, "heads", minimum=1, optional=True)
+        sizes = (unknown,) if batch is None else per_axis(check_int_or_ints(batch, "batch", minimum=0), 1)
+        return self.closure_converted(AttentionShape(sizes, heads, query_shape, key_shape, (0, 0), None))
 
     def plot(
         self,
@@ -82,6 +128,8 @@ class Mask(Pytree):
         *,
         block_sizes: tuple[int, int] | None = None,
         ax: Any = None,
+        heads: int | None = None,
+        batch: int | Sequence[int] | None = None,
     ) -> Any:
         """Draws the mask on matplotlib axes, with tiles of `block_sizes` if given, and returns the axes.
 
@@ -89,7 +137,7 @@ class Mask(Pytree):
         """
         from attnlib import plot
 
-        return plot.mask(self, query_shape, key_shape, block_sizes=block_sizes, ax=ax)
+        return plot.mask(self, query_shape, key_shape, block_sizes=block_sizes, ax=ax, heads=heads, batch=batch)
 
     def mapped(self, convert: Callable[[Any, str | None], Any]) -> Mask:
         """The mask with `convert(value, its entry in entries)` for each value that is not a mask, unchecked."""
@@ -126,6 +174,20 @@ class _BinaryMask(Mask):
     left: Mask
     right: Mask
 
+    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
+        return self.join(self.left.evaluate(query, key), self.right.evaluate(query, key))
+
+    def evaluate_heads(
+        self, query: BlockPositions, key: BlockPositions, cut: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        if not self.has_function:
+            return super().evaluate_heads(query, key, cut)
+        return self.join(self.left.evaluate_heads(query, key, cut), self.right.evaluate_heads(query, key, cut))
+
+    def join(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        """The block of both, of their blocks."""
+        raise NotImplementedError
+
     def pad_to(self, query: BlockPositions, key: BlockPositions, sizes: tuple[int, int]) -> Mask:
         return type(self)(self.left.pad_to(query, key, sizes), self.right.pad_to(query, key, sizes))
 
@@ -138,8 +200,8 @@ class _BinaryMask(Mask):
 class And(_BinaryMask):
     """`left & right`."""
 
-    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        return all_of(self.left.evaluate(query, key), self.right.evaluate(query, key))
+    def join(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        return all_of(left, right)
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return np.minimum(self.left.classify_tiles(query, key), self.right.classify_tiles(query, key))
@@ -149,8 +211,8 @@ class And(_BinaryMask):
 class Or(_BinaryMask):
     """`left | right`."""
 
-    def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
-        left, right = align_ranks(self.left.evaluate(query, key), self.right.evaluate(query, key))
+    def join(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        left, right = align_ranks(left, right)
         return left | right
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
@@ -165,6 +227,11 @@ class Not(Mask):
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         return ~self.mask.evaluate(query, key)
+
+    def evaluate_heads(
+        self, query: BlockPositions, key: BlockPositions, cut: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        return ~self.mask.evaluate_heads(query, key, cut) if self.has_function else cut(self.evaluate(query, key))
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return FULL - self.mask.classify_tiles(query, key)
@@ -194,10 +261,10 @@ def _as_shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:
 def _as_mask(value: Any, symbol: str) -> Mask:
     if isinstance(value, Mask):
         return value
-    raise TypeError(
-        f"`{symbol}` combines a Mask with another Mask; got {type(value).__name__}. Wrap a bool array as "
-        "attnlib.masks.Dense(array)."
+    wrapped = (
+        "a function as attnlib.masks.Function(fn)" if callable(value) else "a bool array as attnlib.masks.Dense(array)"
     )
+    raise TypeError(f"`{symbol}` combines a Mask with another Mask; got {type(value).__name__}. Wrap {wrapped}.")
 
 
 def entries_of_leaves(mask: Mask) -> list[str]:

@@ -80,6 +80,12 @@ class Registers(Mask):
             for side, count in zip(sides, self._counts, strict=True)
         ]  # fmt: skip
 
+    def closure_converted(self, shapes: AttentionShape) -> Mask:
+        query, key = (
+            self._shape(side, count) for side, count in zip((shapes.query, shapes.key), self._counts, strict=True)
+        )
+        return super().closure_converted(shapes._replace(query=query, key=key))
+
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         sides = list(zip((query, key), self._counts, strict=True))
         if self.mask is None or any(side.explicit is None and self._covers(side.total, count) for side, count in sides):

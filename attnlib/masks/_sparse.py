@@ -16,7 +16,7 @@ from attnlib._core.array_types import Array
 from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import BlockPositions
 from attnlib._core.sizes import is_static
-from attnlib._core.tile_kinds import TileKinds, TileRanges, classify
+from attnlib._core.tile_kinds import TileKinds, TileRanges, cells_in_tiles, classify
 from attnlib._core.validation import check_int, check_int_or_ints, check_per_axis, per_axis
 from attnlib.masks._base import Mask, set_fields
 
@@ -274,17 +274,8 @@ class BlockSparse(Mask):
         return jnp.asarray(self._table).at[block].get(mode="fill", fill_value=False)  # False beyond the table
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
-        table = self._table
-        sums = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # number of True above a row and left of a column
-        (first, end), (key_first, key_end) = (
-            (tiles.first // self.size, tiles.last // self.size + 1) for tiles in (query, key)
-        )
-        (top, bottom), (left, right) = (
-            (np.minimum(start, count), np.minimum(stop, count))
-            for start, stop, count in ((first, end, table.shape[0]), (key_first, key_end, table.shape[1]))
-        )
-        count = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]  # of True in each tile
-        return classify(empty=count == 0, full=count == (end - first) * (key_end - key_first))
+        count, cells = cells_in_tiles(self._table, query, key, self.size)
+        return classify(empty=count == 0, full=count == cells)
 
     def check(self, shapes: AttentionShape) -> None:
         if not is_static(*shapes.query, *shapes.key):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attnlib._core import axes as _axes
 from attnlib._core.axes import AttentionShape
 from attnlib._core.block_positions import BlockPositions
-from attnlib._core.closures import closure_convert
+from attnlib._core.closures import convert_pair_function
 from attnlib._core.pytree import register
 from attnlib._core.suggestions import explains_callback
 
@@ -75,12 +75,9 @@ class TracedScoreMod:
             function.check(shapes.heads, len(shapes.query))
             function = function.for_keys(keys)
         batch_axes, axes = len(shapes.batch), len(shapes.query)
-        index = jax.ShapeDtypeStruct((), jnp.int32)
+        logit = jax.ShapeDtypeStruct((), shapes.dtype)
         with explains_callback("score_mod"):
-            program, result = closure_convert(
-                _flat(function, batch_axes, axes),
-                jax.ShapeDtypeStruct((), shapes.dtype), *[index] * batch_axes, index, *[index] * axes, *[index] * axes,
-            )  # fmt: skip
+            program, result = convert_pair_function(function, batch_axes, axes, logit)
         if not isinstance(result, jax.ShapeDtypeStruct) or result.shape != ():
             raise ValueError(
                 f"score_mod must return a scalar for one logit and its positions; got {result}. It is written for one "
@@ -89,7 +86,7 @@ class TracedScoreMod:
         if not jnp.issubdtype(result.dtype, jnp.floating):
             raise TypeError(
                 f"score_mod must return the new logit, a floating-point number; got {result.dtype}. To leave pairs "
-                "out, pass a mask: mask=attnlib.masks.Predicate(fn)."
+                "out, pass a mask: mask=attnlib.masks.Function(fn) of (batch, head, query_position, key_position)."
             )
         return cls(program)
 
@@ -111,20 +108,6 @@ class TracedScoreMod:
         """
         indices = [*_batch_and_head_indices(heads), *_coordinates(query, logits.ndim), *_coordinates(key, logits.ndim)]
         return jnp.vectorize(self.function)(logits, *map(cut, indices)).astype(logits.dtype)
-
-
-def _flat(function: Callable[..., Any], batch_axes: int, axes: int) -> Callable[..., Any]:
-    """The function with the arguments that are tuples, where there are several axes, laid out one by one."""
-
-    def flat(logit: jax.Array, *indices: jax.Array) -> Any:
-        batch, head, rest = indices[:batch_axes], indices[batch_axes], indices[batch_axes + 1 :]
-        return function(logit, _single(batch), head, _single(rest[:axes]), _single(rest[axes:]))
-
-    return flat
-
-
-def _single(indices: Sequence[jax.Array]) -> Any:
-    return indices[0] if len(indices) == 1 else tuple(indices)
 
 
 def _coordinates(positions: BlockPositions, rank: int) -> list[jax.Array]:

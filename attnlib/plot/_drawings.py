@@ -9,6 +9,8 @@ import numpy as np
 
 from attnlib._core.operand_checks import check_block_sizes
 from attnlib._core.tile_kinds import EMPTY, TileRanges
+from attnlib.masks import Mask
+from attnlib.masks._arrays import as_mask
 from attnlib.plot import _panels
 
 if TYPE_CHECKING:
@@ -247,15 +249,19 @@ def mask(
     *,
     block_sizes: tuple[int, int] | None = None,
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    heads: int | None = None,
+    batch: int | Sequence[int] | None = None,
 ) -> Axes | np.ndarray:
     """Draws a mask: one row for each query, one column for each key, filled if the query may attend the key.
 
     Args:
-      mask: a mask such as `attnlib.masks.Causal()`, or another object with `as_array(query_shape, key_shape)`.
+      mask: a mask such as `attnlib.masks.Causal()`, the function of a `masks.Function`, or another object with
+        `as_array(query_shape, key_shape)`.
       query_shape: the sizes of the query axes; one int for one axis.
       key_shape: the sizes of the key axes; one int for one axis.
       block_sizes: (queries, keys) of the tiles to draw. Tiles that `implementation="blockwise"` skips are grey.
       ax: one Axes for each panel; default: a new figure.
+      heads, batch: sizes for a mask that depends on them, as in `Mask.as_array`.
 
     Returns:
       The Axes; for a mask with batch or head axes an array of Axes, one for each entry of these axes. Several query or
@@ -273,6 +279,9 @@ def mask(
       'query'
     """
     query_sizes, key_sizes = (tuple(np.atleast_1d(shape).tolist()) for shape in (query_shape, key_shape))
+    mask = mask if hasattr(mask, "as_array") else as_mask(mask)
+    if isinstance(mask, Mask):
+        mask = mask.with_sizes(query_sizes, key_sizes, heads, batch)
     allowed = np.asarray(mask.as_array(query_sizes, key_sizes), bool)
     if 0 in allowed.shape or not query_sizes + key_sizes:
         raise ValueError(f"mask: nothing to draw for query_shape {query_sizes} and key_shape {key_sizes}")

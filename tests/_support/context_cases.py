@@ -89,6 +89,7 @@ CASES = [
          options=dict(logits_soft_cap=2.0, **DROPOUT)),
     case("sigmoid", score_mod=lambda draw: modifiers.LogSigmoid(), mask=lambda draw: masks.Causal(2),
          options=dict(normalize=False)),
+    case("function", mask=lambda draw: masks.Function(lambda b, head, q, k: (q - k < 9 * head) & (k != 3 + b))),
 ]  # fmt: skip
 BY_NAME = {one.name: one for one in CASES}
 

@@ -191,7 +191,7 @@ def mask_trees(draw, sizes, concrete=False, depth=2):
 
 def define(mask, sizes):
     """A mask as a bool array `(*batch, N, *query axes, *key axes)`, by its definition; None attends all pairs."""
-    pairs = mask_catalogue.Pairs(sizes.query, sizes.key)
+    pairs = mask_catalogue.Pairs(sizes.query, sizes.key, sizes.batch, sizes.heads)
     attends = True if mask is None else mask_catalogue.attends(mask, pairs)
     return np.broadcast_to(attends, (*sizes.batch, sizes.heads, pairs.query.size, pairs.key.size)).reshape(
         sizes.weights

@@ -32,10 +32,13 @@ class Pairs:
       query, key: flat positions in row-major order.
       along: (query position, key position) along each attention axis.
       query_axes, key_axes: lengths of the attention axes.
+      batch: the index along each batch axis, against `(*batch, N, T, S)`.
+      head: the number of the query head, likewise.
     """
 
-    def __init__(self, query_axes: Sequence[int], key_axes: Sequence[int]):
+    def __init__(self, query_axes: Sequence[int], key_axes: Sequence[int], batch: Sequence[int] = (1,), heads: int = 1):
         self.query_axes, self.key_axes = tuple(query_axes), tuple(key_axes)
+        *self.batch, self.head = (x[..., None, None] for x in np.indices((*batch, heads), sparse=True))
         self.query, self.key = np.arange(math.prod(query_axes))[:, None], np.arange(math.prod(key_axes))[None]
         queries, keys = (np.indices(axes).reshape(len(axes), -1) for axes in (query_axes, key_axes))
         self.along = [(query[:, None], key[None]) for query, key in zip(queries, keys, strict=True)]
@@ -191,6 +194,13 @@ def predicate(pairs, fn):
     return np.asarray(fn(*(side[0] if len(side) == 1 else side for side in zip(*pairs.along, strict=True))))
 
 
+def function(pairs, fn):
+    def single(indices):
+        return indices[0] if len(indices) == 1 else tuple(indices)
+
+    return np.asarray(fn(single(pairs.batch), pairs.head, *map(single, zip(*pairs.along, strict=True))))
+
+
 # Examples
 
 
@@ -205,6 +215,25 @@ def every_third(query, key):
 
 def all_pairs(query, key):
     return True
+
+
+def every_third_of_each(batch, head, query, key):
+    batch, query, key = (sum(x) if isinstance(x, tuple) else x for x in (batch, query, key))
+    return (query + key + batch + 2 * head) % 3 != 1
+
+
+def random_function(of):
+    """Masks without arrays are also drawn over nothing but positions."""
+    functions = [lambda batch, head, query, key: every_third(query, key), lambda *where: True]
+    return dict(fn=st.sampled_from(functions if of.concrete else [*functions, every_third_of_each]))
+
+
+def reach_of_each(draw):
+    """A function of one batch axis, 3 heads and one attention axis, which captures arrays, also one of floats."""
+    reach, height, table = draw.integers(0, 4, 3), jnp.array([-1.5, 2.5]), draw.bools(5, 7, rate=0.8)
+    return lambda batch, head, query, key: (
+        table[query, key] & ((abs(query - key) <= reach[head]) | ((height[batch] > 0) & (key < 2)))
+    )
 
 
 IDS = np.array([1, 1, 2, 0, 2, 3, 0])
@@ -563,6 +592,34 @@ ROWS = [
             wrong("predicate of numbers", TypeError, "Predicate fn must return bool", fn=lambda q, k: q - k),
             wrong("predicate of other shape", ValueError, "Predicate fn must return an array that broadcasts",
                   "(3, 3)", fn=lambda q, k: jnp.ones((3, 3), bool)),
+        ],
+    ),
+    MaskKind(
+        masks.Function, function,
+        random=random_function,
+        examples={
+            "function": dict(fn=lambda batch, head, q, k: (q * k) % 3 == 0),
+            "function that captures an array": dict(fn=lambda batch, head, q, k: jnp.asarray(REAL)[k] | (q > 2)),
+            "function of nothing": dict(fn=lambda *where: True),
+        },
+        grid_examples={"function": dict(fn=lambda batch, head, q, k: (q[0] == k[0]) | (q[1] == k[1]))},
+        exact=[dict(fn=lambda batch, head, q, k: (q - k < 5) & (k - q < 3))],
+        cases=[
+            Case("function that captures arrays", mask=lambda draw: masks.Function(reach_of_each(draw))),
+            Case("function of heads, or a window", **GROUPED, **VALUES,
+                 mask=lambda draw: masks.Function(lambda batch, head, q, k: q - k == head - 2) | masks.SlidingWindow(
+                     1, 0)),
+        ],
+        refused_when_made=[
+            wrong("function", TypeError, "Function fn must be a function", fn=True),
+            wrong("function, a mask", TypeError, "Function fn must be a function", fn=masks.Causal()),
+        ],
+        refused_in_calls=[
+            wrong("function of numbers", TypeError, "Function fn must return bool", "score_mod",
+                  fn=lambda batch, head, q, k: q - k),
+            wrong("function of arrays", ValueError, "Function fn must return a scalar",
+                  fn=lambda batch, head, q, k: jnp.arange(3) < q),
+            wrong("function of two", TypeError, "takes 2 positional arguments but 4 were given", fn=lambda q, k: q < k),
         ],
     ),
     MaskKind(

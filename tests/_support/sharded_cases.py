@@ -125,6 +125,10 @@ def depends_on_shards(one: ShardedCase) -> str | None:
             made = cases.build(one.case)[0]["score_mod"]
         if type(made).__name__ == "Tilt":
             return "the modifier reads the batch index"
+    with cases.context(one.case):
+        mask = cases.build(one.case)[1].get("mask")
+    if isinstance(mask, masks.Mask) and mask.may_close_over_arrays:
+        return "the function of the mask reads the batch index or the head"
     return None
 
 

@@ -1,9 +1,10 @@
 """One decoding step against Flax's: python tests/benchmarks/decode.py
 
-One query against a cache of many keys, compiled, with the cache donated. Prints a table and writes decode.json into
-`--out`. The peer is `flax.linen.MultiHeadDotProductAttention(decode=True)`, stripped to its attention: its projections
-hand their input on, so that both append one token to their cache, attend, and do nothing else. Flax has no grouped
-heads: there its cache holds the keys of each query head, as its users have to arrange it.
+One query against a cache of many keys, full or with few of its places in use, compiled, with the cache donated. Prints
+a table and writes decode.json into `--out`. The peer is `flax.linen.MultiHeadDotProductAttention(decode=True)`,
+stripped to its attention: its projections hand their input on, so that both append one token to their cache, attend,
+and do nothing else. Flax has no grouped heads: there its cache holds the keys of each query head, as its users have to
+arrange it.
 """
 
 import dataclasses
@@ -28,13 +29,20 @@ class Row:
     batch: int
     keys: int
     kv_heads: int = HEADS
+    in_use: int | None = None  # how many of the keys; None: all
 
     def __str__(self):
-        return f"{self.batch} x {self.keys}" + (f", {HEADS}/{self.kv_heads} heads" if self.kv_heads != HEADS else "")
+        heads = f", {HEADS}/{self.kv_heads} heads" if self.kv_heads != HEADS else ""
+        return f"{self.batch} x {self.keys}{heads}" + (f", {self.in_use} in use" if self.in_use else "")
+
+    @property
+    def length(self):
+        """The number of keys before the step."""
+        return np.int32((self.in_use or self.keys) - 1)
 
     def smaller(self):
         """For --quick."""
-        return dataclasses.replace(self, keys=self.keys // 64)
+        return dataclasses.replace(self, keys=self.keys // 64, in_use=self.in_use and self.in_use // 64)
 
     def operands(self):
         """The query, and the keys and values of all tokens, of which the last is the one to append."""
@@ -44,6 +52,7 @@ class Row:
 
 
 ROWS = [Row(batch, keys, heads) for heads in (HEADS, 2) for keys in (4096, 32768) for batch in (1, 8)]
+ROWS += [Row(1, 1024), Row(1, 32768, in_use=1024), Row(8, 4096, in_use=512)]
 
 
 def stepping(step, cache, tokens, rewind):
@@ -62,8 +71,8 @@ def stepping(step, cache, tokens, rewind):
 def ours(row):
     query, key, value = row.operands()
     cache = attnlib.KVCache.create((row.batch,), row.keys, row.kv_heads, FEATURES)
-    cache, length = cache.append(key, value), np.int32(row.keys - 1)
-    cache = dataclasses.replace(cache, length=length)
+    length = row.length
+    cache = dataclasses.replace(cache.append(key, value), length=length)
 
     def step(cache, *tokens):
         return cache.decode(*tokens)
@@ -90,7 +99,7 @@ def flax(row):
             output, after = layer.apply({"cache": cache}, *inputs, mutable=["cache"])
         return output, after["cache"]
 
-    index = np.int32(row.keys - 1)
+    index = row.length
     cache = {"cached_key": jnp.copy(key), "cached_value": jnp.copy(value), "cache_index": index}
     return stepping(step, cache, (query, key[:, -1:], value[:, -1:]), lambda cache: {**cache, "cache_index": index})
 

@@ -40,7 +40,8 @@ def named(cases):
 OF_VARIANTS = {
     IN_TURN: (
         "dot", "grouped", "grouped, mask and bias a head", "multi-query", "causal, offset a batch index",
-        "dense, batch and head", "nothing attends", "bias (2, 1, 5, 1)", "dropout, grouped, causal", "alibi",
+        "dense, batch and head", "function that captures arrays", "function of heads, or a window", "nothing attends",
+        "bias (2, 1, 5, 1)", "dropout, grouped, causal", "alibi",
         "bucketed bias, causal, grouped", "score_mod, two batch axes before", "positions, modified",
         "outer axes, reversed", "batch of one broadcasts", "query of one broadcasts", "11 queries, 13 keys", "bfloat16",
     ),

@@ -19,7 +19,7 @@ LIKE_OTHERS = {
 NAMES = [one.name for one in CASES if one.name not in LIKE_OTHERS]
 # Each case in one setting, and each setting, with every pair of its parts, in one case at least.
 CHOSEN = [(name, SETTINGS[7 * n % len(SETTINGS)]) for n, name in enumerate(NAMES)]
-CHOSEN += [("everything", Setting("zigzag", "heads", "manual"))]
+CHOSEN += [(name, Setting("zigzag", "heads", "manual")) for name in ("everything", "function")]
 assert {setting for _, setting in CHOSEN} == set(SETTINGS)
 assert {name for name, _ in CHOSEN} | LIKE_OTHERS == set(BY_NAME)
 # Of second derivatives, which cost most to compile: the exchanges with a loop and without, and each order.

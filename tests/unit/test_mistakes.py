@@ -123,6 +123,11 @@ MASKS = [
      ValueError, "Predicate's fn is called as fn(query_position, key_position)", "write & and | for and and or"),
     ("PyTorch's mask_mod", lambda g: dot(g.q, g.k, g.k, mask=masks.Predicate(lambda b, h, i, j: i >= j)), TypeError,
      "missing 2 required positional arguments", "Predicate's fn is called as fn(query_position, key_position)"),
+    ("a Mask & a function", lambda g: masks.Causal() & (lambda b, h, i, j: i >= j), TypeError,
+     "Wrap a function as attnlib.masks.Function(fn)."),
+    ("`and` in a mask_mod", lambda g: dot(g.q, g.k, g.k, mask=lambda b, h, i, j: i >= j and i < j + 4),
+     jax.errors.TracerBoolConversionError,
+     "is called as fn(batch, head, query_position, key_position) with traced scalars: write & and | for and and or"),
     ("NumPy's table in a predicate", lambda g: dot(g.q, g.k, g.k, mask=masks.Predicate(lambda i, j: TABLE[j] > i)),
      jax.errors.TracerArrayConversionError, "take no traced index: write jnp.asarray(table)[index]."),
 ]  # fmt: skip
@@ -195,7 +200,7 @@ FUNCTIONS = [
      "score_mod must return a scalar for one logit", "It is written for one pair"),
     ("score_mod as a mask", lambda g: dot(g.q, g.k, g.k, score_mod=lambda s, b, h, i, j: j <= i), TypeError,
      "score_mod must return the new logit, a floating-point number; got bool. To leave pairs out, pass a mask: "
-     "mask=attnlib.masks.Predicate(fn)."),
+     "mask=attnlib.masks.Function(fn) of (batch, head"),
     ("score_mod of positions alone", lambda g: dot(g.q, g.k, g.k, score_mod=lambda s, b, h, i, j: i - j), TypeError,
      "score_mod must return the new logit, a floating-point number; got int32."),
 ]  # fmt: skip

@@ -6,6 +6,9 @@ block- diagonal matrix (N * T, K * D): the features of a head, and zeros for the
 likewise, and each head keeps its own block of the product. This takes K times as many multiplications, and moves
 nothing.
 
+A traced mask may leave few of the keys, as in a cache that has room for more keys than it holds. Keys are then
+multiplied in chunks, and chunks without a key that attends are not read.
+
 Non-finite inputs are not replaced beforehand. They show up as NaN in the product (0 * inf), so the result is checked
 once, and recomputed tile by tile if it is not finite. That path is slower and agrees with the fast one up to rounding.
 The gradients by query, key and value are computed likewise; other gradients and tangents are computed tile by tile.
@@ -24,14 +27,18 @@ import jax.numpy as jnp
 from attnlib._autodiff.exponential import exp
 from attnlib._autodiff.linear_map import unbroadcast
 from attnlib._core.problem import AttentionProblem
+from attnlib._core.sizes import static_product
 from attnlib._core.tile_kinds import EMPTY, tile_kinds
 from attnlib._engine import softmax as _softmax
 from attnlib._engine.blockwise.layout import pin_layout
 from attnlib._engine.blockwise.plan import BlockwiseStrategy
-from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, whole
+from attnlib._engine.blockwise.tile import BlockwisePlan, Tile, TileArrays, TileIndex, whole
 from attnlib._engine.nonfinite import finite_rows
 from attnlib._engine.softmax import SoftmaxState
 from attnlib.scores import Score
+
+# Numbers in the keys of a chunk (docs/performance/tuning.md), and keys that it has at least.
+_CHUNK, _MIN_CHUNK = 2**19, 64
 
 UpdateState = Callable[[SoftmaxState, Tile], SoftmaxState]
 
@@ -52,8 +59,9 @@ def attend(plan: BlockwisePlan, arrays: TileArrays, start: SoftmaxState, update_
     # The layout is pinned before the branches, or XLA would move keys and values for both.
     arrays = _swap_heads_and_keys(arrays)
     arrays = arrays._replace(key=pin_layout(arrays.key), value=pin_layout(arrays.value))
-    state, finite = _attend(plan, arrays)
-    return jax.lax.cond(_all(finite), lambda: state, lambda: _fallback_tiles(plan, arrays, start, update_state))
+    state, finite = _attend_used_keys(plan, arrays, start)
+    finite = _in_whole_batch(jnp.all(finite))
+    return jax.lax.cond(finite, lambda: state, lambda: _fallback_tiles(plan, arrays, start, update_state))
 
 
 def transpose(
@@ -77,14 +85,45 @@ def transpose(
         query, key, value = tiled(_swap_heads_and_keys(arrays))
         return query, pin_layout(jnp.swapaxes(key, -3, -2)), pin_layout(jnp.swapaxes(value, -3, -2))
 
-    query, key, value = jax.lax.cond(_all(finite), lambda: (query, key, value), recompute)
+    finite = _in_whole_batch(jnp.all(finite))
+    query, key, value = jax.lax.cond(finite, lambda: (query, key, value), recompute)
     return [query, jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)]
 
 
-def _attend(plan: BlockwisePlan, arrays: TileArrays) -> tuple[SoftmaxState, jax.Array]:
+def _attend_used_keys(plan: BlockwisePlan, arrays: TileArrays, start: SoftmaxState) -> tuple[SoftmaxState, jax.Array]:
+    """`_attend` of all keys; where a traced mask decides, chunk by chunk, without the chunks that it leaves out."""
+    everything, chunk = whole(arrays, apply_mask=False), _chunk_length(arrays)
+    traced = jax.tree.leaves((arrays.mask, arrays.query_positions, arrays.key_positions))
+    attends = Tile(plan, arrays, everything).mask if arrays.mask is not None and traced else jnp.ones(1, bool)
+    if chunk == everything.sizes[1] or attends.shape[-1] == 1:
+        return _attend(plan, arrays, everything)
+    attends = jnp.any(attends, range(attends.ndim - 1))
+    used = ~_in_whole_batch(~jnp.any(attends.reshape(-1, chunk), -1))
+    chunks = jnp.argsort(~used)  # those in use come first
+
+    def add_chunk(n: jax.Array, carry: tuple[SoftmaxState, jax.Array]) -> tuple[SoftmaxState, jax.Array]:
+        index = TileIndex((), (0, chunks[n] * chunk), (everything.sizes[0], chunk), apply_mask=False)
+        key, value = (index.cut(x, (None, -3)) for x in (arrays.key, arrays.value))
+        bias = None if arrays.bias is None else index.cut(arrays.bias, (None, -1))
+        state, finite = _attend(plan, arrays._replace(key=key, value=value, bias=bias), index)
+        return _softmax.join(carry[0], state), carry[1] & finite
+
+    # The loop is not differentiated: `implementation.py` gives the derivatives, which have loops of their own.
+    return jax.lax.fori_loop(0, jnp.sum(used, dtype=jnp.int32), add_chunk, (start, start.row_sum == 0))
+
+
+def _chunk_length(arrays: TileArrays) -> int:
+    """The largest divisor of the number of keys for a chunk that fits in the cache; the number of keys if none does."""
+    *_, length, heads, features = arrays.key.shape
+    largest = _CHUNK // static_product((*arrays.key.shape[:-3], heads, features))
+    largest = max(largest, _MIN_CHUNK)
+    return max((n for n in range(_MIN_CHUNK, min(largest, length) + 1) if length % n == 0), default=length)
+
+
+def _attend(plan: BlockwisePlan, arrays: TileArrays, index: TileIndex) -> tuple[SoftmaxState, jax.Array]:
     """(state, which rows are finite wherever they attend), for keys and values `(*batch, S, K, D)`."""
     product = _qk_product(plan, arrays.query, arrays.key)
-    tile, logits = _logits(plan, arrays, product)
+    tile, logits = _logits(plan, arrays, product, index)
     logits, finite = jnp.where(tile.mask, logits, -jnp.inf), jnp.isfinite(product) | ~tile.mask
     row_max = _softmax.finite_row_max(logits)
     weights = exp(logits - row_max[..., None])
@@ -102,8 +141,9 @@ def _transpose(
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     query, key, value = arrays[:3]
     product = _qk_product(plan, query, key)
-    logits, pull = jax.vjp(lambda product: _logits(plan, arrays, product)[1], product)
-    tile, _ = _logits(plan, arrays, product)
+    index = whole(arrays, apply_mask=False)
+    logits, pull = jax.vjp(lambda product: _logits(plan, arrays, product, index)[1], product)
+    tile, _ = _logits(plan, arrays, product, index)
     logits = jnp.where(tile.mask, logits, -jnp.inf)
     weights = exp(logits - _softmax.finite_max(lse)[..., None])
     delta = lse_ct - jnp.sum(output * output_ct, -1)
@@ -120,10 +160,9 @@ def _transpose(
     return cotangents, finite & finite_rows(query_ct) & finite_rows(product_ct) & finite_rows(dropped)
 
 
-def _logits(plan: BlockwisePlan, arrays: TileArrays, product: jax.Array) -> tuple[Tile, jax.Array]:
-    """(the tile of all pairs, its logits from these products, not yet masked)."""
-    arrays = arrays._replace(score=_PrecomputedLogits(product))
-    tile = Tile(plan, arrays, whole(arrays, apply_mask=False))
+def _logits(plan: BlockwisePlan, arrays: TileArrays, product: jax.Array, index: TileIndex) -> tuple[Tile, jax.Array]:
+    """(the tile, its logits from these products, not yet masked)."""
+    tile = Tile(plan, arrays._replace(score=_PrecomputedLogits(product)), index)
     return tile, tile.terms()[0]
 
 
@@ -205,14 +244,17 @@ class _PrecomputedLogits(Score):
 
 
 @jax.custom_batching.custom_vmap
-def _all(array: jax.Array) -> jax.Array:
-    """Whether all are true. Under vmap one answer serves the whole batch, since `cond` would compute both branches."""
-    return jnp.all(array)
+def _in_whole_batch(array: jax.Array) -> jax.Array:
+    """The bools; under vmap, those of which the whole batch is true.
+
+    One answer then serves the whole batch. With one for each entry, `cond` would compute both branches.
+    """
+    return array
 
 
-@_all.def_vmap
+@_in_whole_batch.def_vmap
 def _all_of_batch(axis_size: int, in_batched: Any, array: jax.Array) -> tuple[jax.Array, bool]:
-    return _all(array), False
+    return _in_whole_batch(jnp.all(array, 0)), False
 
 
 def _merge_axes(array: jax.Array, first: int, last: int) -> jax.Array:

@@ -227,7 +227,8 @@ class Tile:
         if self.arrays.mask is None:
             return mask
         kv_heads, groups = self.arrays.query.shape[-4:-2]
-        block = self.index.cut_mask(self.arrays.mask.evaluate(self.query_positions, self.key_positions), groups)
+        cut = partial(self.index.cut_mask, groups=groups)
+        block = self.arrays.mask.evaluate_heads(self.query_positions, self.key_positions, cut)
         return mask & _axes.split_heads(block, kv_heads, rank)
 
     def softmax(self, logits: jax.Array, lse: jax.Array) -> jax.Array:

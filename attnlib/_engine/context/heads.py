@@ -24,6 +24,7 @@ from attnlib._engine.context.exchange import take_parts
 from attnlib._engine.context.part import WholeOperands
 from attnlib.masks import Dense, Predicate
 from attnlib.masks._base import Mask
+from attnlib.masks._function import TracedFunction
 from attnlib.modifiers._base import TracedScoreMod
 from attnlib.scores import Score
 
@@ -222,7 +223,8 @@ class _HeadExchange:
         if any(isinstance(part, Mask) for part in changed.values()):
             return copy
         # Arrays and functions may depend on the head.
-        if jax.tree.leaves(mask) or isinstance(mask, Predicate) or not type(mask).__module__.startswith("attnlib."):
+        has_function = isinstance(mask, (Predicate, TracedFunction))
+        if jax.tree.leaves(mask) or has_function or not type(mask).__module__.startswith("attnlib."):
             return _HeadsOfMask(copy, self.first, self.shapes.heads, self.count)
         return copy
 
