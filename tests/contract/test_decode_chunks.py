@@ -19,7 +19,7 @@ from attnlib import masks, modifiers
 from attnlib._engine.blockwise import decode
 from attnlib._engine.blockwise.implementation import blockwise
 
-KEYS, CHUNK = 320, 64
+KEYS, CHUNK = 640, 64
 DECODE = blockwise("decode", "blockwise, decode")
 OPERANDS = dict(query=(2, 3, 4, 5), key=(2, KEYS, 2, 5), value=(2, KEYS, 2, 3))
 
@@ -86,14 +86,19 @@ def test_chunks_that_attend_nothing_are_not_read(case, chunks, computed):
         assert_close(results, run(operands, traced, options, "reference"), length=KEYS)
 
 
-def test_a_static_mask_has_one_product(computed):
-    """All pairs are known when the program is compiled, and most attend."""
+def test_many_keys_have_one_product(computed):
+    """Known when the program is compiled, as with a static mask, or when it runs."""
     draw = np.random.default_rng(0)
     query, key, value = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in OPERANDS.values())
     attnlib.dot_product_attention(query, key, value, mask=masks.Causal(300), implementation=DECODE)
     attnlib.dot_product_attention(query, key, value, implementation=DECODE)
+    mask = masks.Lengths(key=jnp.array([600, 3]))
+    made = attnlib.dot_product_attention(query, key, value, mask=mask, implementation=DECODE)
     jax.effects_barrier()
-    assert computed == [(0, KEYS)] * 2
+    assert computed == [(0, KEYS)] * 3
+    assert_close(
+        made, attnlib.dot_product_attention(query, key, value, mask=mask, implementation="reference"), length=KEYS
+    )
 
 
 @pytest.mark.parametrize("content", [np.nan, np.inf, 1e30])

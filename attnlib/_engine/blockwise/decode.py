@@ -2,12 +2,13 @@
 
 The batched products of attention take keys (K, S, D). If keys lie in memory as (S, K, D), XLA moves all of them first,
 which takes longer than attention itself. Here the keys of all heads are one matrix (S, K * D). The queries form a
-block- diagonal matrix (N * T, K * D): the features of a head, and zeros for the other heads. Values are multiplied
+block-diagonal matrix (N * T, K * D): the features of a head, and zeros for the other heads. Values are multiplied
 likewise, and each head keeps its own block of the product. This takes K times as many multiplications, and moves
 nothing.
 
 A traced mask may leave few of the keys, as in a cache that has room for more keys than it holds. Keys are then
-multiplied in chunks, and chunks without a key that attends are not read.
+multiplied in chunks, and chunks without a key that attends are not read. If many chunks have such a key, one product of
+all keys is faster.
 
 Non-finite inputs are not replaced beforehand. They show up as NaN in the product (0 * inf), so the result is checked
 once, and recomputed tile by tile if it is not finite. That path is slower and agrees with the fast one up to rounding.
@@ -39,6 +40,8 @@ from attnlib.scores import Score
 
 # Numbers in the keys of a chunk (docs/performance/tuning.md), and keys that it has at least.
 _CHUNK, _MIN_CHUNK = 2**19, 64
+# The fraction of the chunks beyond which one product of all keys is as fast, or faster with groups of heads.
+_MOST_CHUNKS = 0.4
 
 UpdateState = Callable[[SoftmaxState, Tile], SoftmaxState]
 
@@ -108,8 +111,13 @@ def _attend_used_keys(plan: BlockwisePlan, arrays: TileArrays, start: SoftmaxSta
         state, finite = _attend(plan, arrays._replace(key=key, value=value, bias=bias), index)
         return _softmax.join(carry[0], state), carry[1] & finite
 
+    count = jnp.sum(used, dtype=jnp.int32)
     # The loop is not differentiated: `implementation.py` gives the derivatives, which have loops of their own.
-    return jax.lax.fori_loop(0, jnp.sum(used, dtype=jnp.int32), add_chunk, (start, start.row_sum == 0))
+    return jax.lax.cond(
+        count > int(_MOST_CHUNKS * len(used)),
+        lambda: _attend(plan, arrays, everything),
+        lambda: jax.lax.fori_loop(0, count, add_chunk, (start, start.row_sum == 0)),
+    )
 
 
 def _chunk_length(arrays: TileArrays) -> int:
