@@ -137,7 +137,7 @@ def turned(how, x):
 
 
 def decoded(how, query, key, lengths):
-    """A cache of each kind: prefilled, then a token."""
+    """A cache of each kind: prefilled, then a token; pages are shared before it."""
     forms = dict(ragged=True), dict(window=3, ragged=True, dtype=jnp.int8)
     results = []
     for form in forms:
@@ -145,7 +145,10 @@ def decoded(how, query, key, lengths):
         first, cache = cache.decode(query[:, :4], key[:, :4], key[:, :4], lengths, **how)
         cache = cache.append(key[:, 4:5], key[:, 4:5])
         results += [first, cache.attend(query[:, 4:], sink=0.0, **how), cache.length.astype(jnp.float32)]
-    return results
+    paged = attnlib.PagedKVCache.create(2, 8, num_kv_heads=2, key_dim=8, num_pages=5, page_size=4)
+    first, paged = paged.decode(query[:, :4], key[:, :4], key[:, :4], lengths, **how)
+    paged = paged.fork(0, 1).append(key[:, 4:5], key[:, 4:5])
+    return [*results, first, paged.attend(query[:, 4:], **how), paged.free_pages.astype(jnp.float32)]
 
 
 def drop_in(how, x):
@@ -188,14 +191,14 @@ PROGRAMS = {
     "training step": (training_step, (X,)),
     "rotary_embedding": (turned, (QUERY,)),
     "attention_fn": (drop_in, (X,)),
-    "KVCache": (decoded, (QUERY, KEY, np.array([4, 2], np.int32))),
+    "caches": (decoded, (QUERY, KEY, np.array([4, 2], np.int32))),
 }  # fmt: skip
 
 
 # That an exported program computes what the program computes is JAX's own promise. It is kept here by those with
 # random bits, a custom derivative, a state and derivatives of derivatives; lowering, which can fail, is tried for all.
 RUN = [
-    ("dot product, every option", "blockwise"), ("KVCache", "reference"), ("training step", "blockwise"),
+    ("dot product, every option", "blockwise"), ("caches", "reference"), ("training step", "blockwise"),
     ("first and second derivatives", "reference"),
 ]  # fmt: skip
 
@@ -237,7 +240,7 @@ def test_the_whole_api_is_exported_here():
     host |= {"Context", "nnx"}
     traced = {
         "AdditiveAttention", "BucketedPositionBias", "DotProductAttention", "KVCache", "MultiHeadAttention",
-        "RelativePositionBias", "additive_attention", "apply_constraints", "attention", "attention_fn",
+        "PagedKVCache", "RelativePositionBias", "additive_attention", "apply_constraints", "attention", "attention_fn",
         "dot_product_attention", "init_multi_head_attention", "merge_attention", "multi_head_attention",
         "parameter_penalty", "regularization_loss",
     }  # fmt: skip
