@@ -73,22 +73,22 @@ def truncated(cache: KVCache, lengths: Any) -> KVCache:
     length = jnp.minimum(cache.length, lengths)
     num_lost = jnp.maximum(0 if cache.num_lost is None else cache.num_lost, cache.length - cache.capacity)
     num_lost = jnp.clip(num_lost, 0, length)  # the tokens after these will be written again
-    _check_ring(cache, length, num_lost)
+    _check_ring(cache.capacity, cache.window, length, num_lost)
     return dataclasses.replace(cache, length=length, num_lost=num_lost)
 
 
-def _check_ring(cache: KVCache, length: jax.Array, num_lost: jax.Array) -> None:
+def _check_ring(capacity: int, window: int, length: jax.Array, num_lost: jax.Array) -> None:
     """Raises ValueError if the next query of a ring is known to need a lost token."""
-    if cache.window is None or not (is_concrete(length) and is_concrete(num_lost)):
+    if not (is_concrete(length) and is_concrete(num_lost)):
         return
     kept, lost = (np.atleast_1d(x).reshape(-1) for x in (np.asarray(length), np.asarray(num_lost)))
-    is_spoilt = np.maximum(kept - cache.window + 1, 0) < lost
+    is_spoilt = np.maximum(kept - window + 1, 0) < lost
     if np.any(is_spoilt):
         worst = np.argmax(is_spoilt)
         raise ValueError(
-            f"truncate to {kept[worst]} tokens needs tokens in the window of {cache.window} that newer ones have "
+            f"truncate to {kept[worst]} tokens needs tokens in the window of {window} that newer ones have "
             f"overwritten: the first {lost[worst]} are lost. A full ring goes back by at most capacity - window + 1 = "
-            f"{cache.capacity - cache.window + 1} tokens. Create the cache with a larger capacity, or truncate to 0."
+            f"{capacity - window + 1} tokens. Create the cache with a larger capacity, or truncate to 0."
         )
 
 

@@ -53,7 +53,8 @@ class KVCache:
 
     `KVCache.create` returns an empty cache. All methods work under `jax.jit` (donate the cache), `jax.lax.scan` and
     `jax.vmap`. `length` alone determines which slots are valid; the content of other slots, NaN included, does not
-    matter. The cost of a query depends on the capacity, not on the length.
+    matter. A query takes the time of the whole capacity, except for few queries with a dot-product score on one CPU
+    device, which take about that of the tokens in the cache.
 
     Attributes:
       key: `(*batch, capacity, K, D)`.
@@ -248,7 +249,7 @@ class KVCache:
     ) -> tuple[Any, KVCache]:
         """`append` followed by `attend`, for any number of tokens.
 
-        The time is proportional to n * capacity. For a long prompt and an empty cache,
+        The time of many tokens is proportional to n * capacity. For a long prompt and an empty cache,
         `attnlib.attention(query, key, value, is_causal=True, ...)` and `append` are faster.
 
         Args:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlib._core.array_types import Array, BoolMask, Key, Query, Value
+from attnlib._core.array_types import Array, BoolMask, Key, MaskFunction, Query, Value
 from attnlib._core.explicit_axes import replicated
 from attnlib._core.operand_checks import is_concrete
 from attnlib._core.options import CacheOptions
@@ -202,7 +202,7 @@ class PagedKVCache:
         *,
         score: Score | None = None,
         is_causal: bool = True,
-        mask: BoolMask | Mask | None = None,
+        mask: BoolMask | Mask | MaskFunction | None = None,
         attention_axes: int | Sequence[int] | None = None,
         **options: Unpack[CacheOptions],
     ) -> Any:
@@ -213,8 +213,8 @@ class PagedKVCache:
           lengths: as in the `append` of these tokens. Queries after the first lengths[b] attend nothing.
           score: default `scores.Dot()`.
           is_causal: whether keys at positions after the query are masked.
-          mask: a `masks.Mask`, or bool that broadcasts to `(B, N, n, capacity)`. All masks, biases and weights have
-            `capacity` keys, the positions of a sequence.
+          mask: a `masks.Mask`, a function as in `masks.Function`, or bool that broadcasts to `(B, N, n, capacity)`.
+            All masks, biases and weights have `capacity` keys, the positions of a sequence.
           attention_axes: the axis of the n tokens in query and output, as in `append`.
           {names}: as in `attnlib.attention`.
 
@@ -246,7 +246,7 @@ class PagedKVCache:
         *,
         score: Score | None = None,
         is_causal: bool = True,
-        mask: BoolMask | Mask | None = None,
+        mask: BoolMask | Mask | MaskFunction | None = None,
         attention_axes: int | Sequence[int] | None = None,
         **options: Unpack[CacheOptions],
     ) -> tuple[Any, PagedKVCache]:

@@ -42,8 +42,8 @@ class MultiHeadAttention(MultiHeadCall, AttentionModule):
     Parameters: `query|key|value: kernel (C, N, D), bias (N, D)`, `out: kernel (N, E, *O), bias (*O)`, with use_gate
     `gate: kernel (C, N, E), bias (N, E)`, with score="additive" `score: scale (N, D)`, with use_scale `score: scale
     (N,)`, with normalize_qk `query_norm|key_norm: scale (D,)`, with use_sink `sink: logit (N,)`, with num_memory
-    `memory: key (M, K, D), value (M, K, E)`. Equal `nnx.Rngs` give
-    the parameters that `flax.nnx.MultiHeadAttention` draws.
+    `memory: key (M, K, D), value (M, K, E)`. Equal `nnx.Rngs` give the parameters that `flax.nnx.MultiHeadAttention`
+    draws.
 
     Args:
       num_heads: query heads N.

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+Refusal = tuple[Callable[[], Any], type[Exception], str]  # (a call, its error, a part of the message)
+
 
 @dataclasses.dataclass(frozen=True)
 class Wrong:
@@ -32,3 +36,10 @@ class Later:
 def used_as(name: str, make: Callable[..., Any], refused: Wrong) -> Wrong:
     """The wrong arguments of a mask, score or modifier as a wrong call that is passed what is made of them."""
     return dataclasses.replace(refused, change={name: Later(lambda: make(**refused.change))})
+
+
+def assert_refused(refusal: Refusal) -> None:
+    call, error, text = refusal
+    with pytest.raises(error) as caught:
+        call()
+    assert text in str(caught.value)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.devices
 
 
 EVERY = [(one.name, setting) for one in CASES for setting in SETTINGS]
-# Left out by default: what these cases compute, each in its own way, others compute too, but for the last step.
+# Left out by default, since other cases cut and send arrays of the same kinds. The slow tests run them.
 LIKE_OTHERS = {
     "bilinear a head", "custom", "no mask", "far window", "traced lengths", "dense, rows of one", "not and or",
     "explicit keys", "bias a row", "alibi",
