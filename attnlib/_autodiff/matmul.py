@@ -7,8 +7,8 @@ to 129). The pairs are the largest operand. `Form.by_keys` says in which order t
   by keys     P^T O is a plain product, and P V transposes V and the result. This is faster in the backward pass, which
               has two products P^T O, and up to 3 times slower in the forward pass.
 
-Queries of all groups of a key head are rows of one matrix, since a product with two axes of rows takes up to twice as
-long.
+Queries of all groups of a key head are rows of one matrix, R = G * T, since products and sums with two axes of rows
+take up to three times as long.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from attnlib._autodiff.custom_rule import call_with_rule, linear_tangent
 from attnlib._autodiff.linear_map import HashablePartial, unbroadcast
 from attnlib._core.sizes import decide
 
-# Pairs of a key head up to which a product with P transposed is faster (58 instead of 33 GFLOP/s at 64 x 64).
-_PAIRS_TRANSPOSED = 2**14
+# Pairs of a key head up to which a product with P transposed is faster than transposing the output and the result.
+_PAIRS_TRANSPOSED = 2**12
 
 
 class Form(NamedTuple):
@@ -38,59 +38,46 @@ Product = Callable[[Form, jax.Array, jax.Array], jax.Array]
 
 
 def qk_product(form: Form, query: jax.Array, key: jax.Array) -> jax.Array:
-    """(..., K, G, T, D), (..., K, S, D) -> (..., K, G, T, S)."""
+    """(..., R, D), (..., S, D) -> (..., R, S)."""
     return _product(_qk_product, form, query, key)
 
 
 def pv_product(form: Form, weights: jax.Array, value: jax.Array) -> jax.Array:
-    """(..., K, G, T, S), (..., K, S, D) -> (..., K, G, T, D)."""
+    """(..., R, S), (..., S, D) -> (..., R, D)."""
     return _product(_pv_product, form, weights, value)
 
 
 def pt_o_product(form: Form, weights: jax.Array, output: jax.Array) -> jax.Array:
-    """(..., K, G, T, S), (..., K, G, T, D) -> (..., K, S, D)."""
+    """(..., R, S), (..., R, D) -> (..., S, D)."""
     return _product(_pt_o_product, form, weights, output)
 
 
 def _qk_product(form: Form, query: jax.Array, key: jax.Array) -> list[jax.Array]:
-    rows = _merge(query)
     if form.by_keys:
-        return [_split(_swap(jnp.einsum("...sd,...rd->...sr", key, rows, precision=form.precision)), query)]
-    return [_split(jnp.einsum("...rd,...sd->...rs", rows, key, precision=form.precision), query)]
+        return [_swap(jnp.einsum("...sd,...rd->...sr", key, query, precision=form.precision))]
+    return [jnp.einsum("...rd,...sd->...rs", query, key, precision=form.precision)]
 
 
 def _pv_product(form: Form, weights: jax.Array, value: jax.Array) -> list[jax.Array]:
-    pairs = _merge(weights)
     if form.by_keys:
         columns = jax.lax.optimization_barrier(_swap(value))
-        output = jnp.einsum("...ds,...sr->...dr", columns, _swap(pairs), precision=form.precision)
+        output = jnp.einsum("...ds,...sr->...dr", columns, _swap(weights), precision=form.precision)
         # Without the barrier XLA would transpose the pairs in place of the result.
-        return [_split(_swap(jax.lax.optimization_barrier(output)), weights)]
-    return [_split(jnp.einsum("...rs,...sd->...rd", pairs, value, precision=form.precision), weights)]
+        return [_swap(jax.lax.optimization_barrier(output))]
+    return [jnp.einsum("...rs,...sd->...rd", weights, value, precision=form.precision)]
 
 
 def _pt_o_product(form: Form, weights: jax.Array, output: jax.Array) -> list[jax.Array]:
-    pairs, rows = _merge(weights), _merge(output)
     if form.by_keys:
-        return [jnp.einsum("...sr,...rd->...sd", _swap(pairs), rows, precision=form.precision)]
-    if decide(lambda: pairs.shape[-2] * pairs.shape[-1] <= _PAIRS_TRANSPOSED, otherwise=False):
-        return [jnp.einsum("...rs,...rd->...sd", pairs, rows, precision=form.precision)]
-    columns = jax.lax.optimization_barrier(_swap(rows))
-    return [_swap(jnp.einsum("...dr,...rs->...ds", columns, pairs, precision=form.precision))]
+        return [jnp.einsum("...sr,...rd->...sd", _swap(weights), output, precision=form.precision)]
+    if decide(lambda: weights.shape[-2] * weights.shape[-1] <= _PAIRS_TRANSPOSED, otherwise=False):
+        return [jnp.einsum("...rs,...rd->...sd", weights, output, precision=form.precision)]
+    columns = jax.lax.optimization_barrier(_swap(output))
+    return [_swap(jnp.einsum("...dr,...rs->...ds", columns, weights, precision=form.precision))]
 
 
 def _swap(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
-
-
-def _merge(x: jax.Array) -> jax.Array:
-    """(..., G, T, D) -> (..., G * T, D)."""
-    return x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])
-
-
-def _split(x: jax.Array, like: jax.Array) -> jax.Array:
-    """(..., G * T, D) -> (..., G, T, D), with the sizes that `like` has."""
-    return x.reshape(*x.shape[:-2], *like.shape[-3:-1], x.shape[-1])
 
 
 # The cotangent of each argument, as a function of the cotangent of the result and the other argument.

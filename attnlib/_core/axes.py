@@ -118,6 +118,17 @@ def split_heads(array: jax.Array, kv_heads: int, rank: int) -> jax.Array:
     return array.reshape(*(1,) * (rank - len(batch) - 4), *batch, *groups, *array.shape[-2:])
 
 
+def merge_groups(array: jax.Array, axis: int = -2) -> jax.Array:
+    """(..., G, T, ...) -> (..., G * T, ...), where `axis`, counted from the end, is that of T."""
+    shape = array.shape
+    return array.reshape(*shape[: axis - 1], shape[axis - 1] * shape[axis], *shape[array.ndim + axis + 1 :])
+
+
+def split_groups(array: jax.Array, sizes: tuple[int, ...], axis: int = -2) -> jax.Array:
+    """(..., G * T, ...) -> (..., G, T, ...), where `axis`, counted from the end, is that of G * T."""
+    return array.reshape(*array.shape[:axis], *sizes, *array.shape[array.ndim + axis + 1 :])
+
+
 def align_ranks(*arrays: Any) -> tuple[Any, ...]:
     """The arrays with leading axes of one, so that all have the same rank; scalars stay.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.core import max_dim
 
 from attnlib._autodiff.matmul import Form, qk_product
+from attnlib._core.axes import merge_groups, split_groups
 from attnlib._core.sizes import as_scalar, is_static
 from attnlib.scores._base import Score, _cast, _per_head, check_parameter
 
@@ -54,7 +55,7 @@ class InnerProduct(Score):
     is_inner_product = True
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
-        return qk_product(Form(precision), query, key)
+        return split_groups(qk_product(Form(precision), merge_groups(query), key), query.shape[-3:-1])
 
     def features_per_pair(self, features: int) -> int:
         return 1

@@ -51,8 +51,8 @@ def test_other_arguments_are_refused(argument, keys):
 
 
 PRODUCTS = {
-    qk_product: ((1, 2, 3, 4), (1, 5, 4)), pv_product: ((1, 2, 3, 5), (1, 5, 4)),
-    pt_o_product: ((1, 2, 3, 5), (1, 2, 3, 4)),
+    qk_product: ((2, 3, 4), (2, 5, 4)), pv_product: ((2, 3, 5), (2, 5, 4)),
+    pt_o_product: ((2, 3, 5), (2, 3, 4)),
 }  # fmt: skip
 
 
@@ -75,6 +75,6 @@ def test_products_are_linear_in_each_factor(product, form, keys):
 
 def test_derivatives_compute_a_product_once(keys):
     """Where all arguments are known, the rule for unknown ones adds nothing."""
-    query, key = keys.normal(1, 2, 3, 4), keys.normal(1, 5, 4)
+    query, key = keys.normal(1, 3, 4), keys.normal(1, 5, 4)
     program = jax.make_jaxpr(lambda query: jax.linearize(lambda x: qk_product(Form(), x, key), query)[0])(query)
     assert str(program).count("attnlib_ruled") == 1

@@ -135,7 +135,7 @@ def _weights(plan: BlockwisePlan, leaves: Leaves, lse: jax.Array) -> jax.Array:
     arrays = plan.structure.unflatten(leaves)
     tile = plan.tile(whole(arrays, apply_mask=arrays.mask is not None), leaves)
     logits, _ = tile.terms()
-    return tile.drop(tile.softmax(logits, lse))
+    return tile.split_rows(tile.drop(tile.softmax(logits, tile.cut_rows(lse, _ROWS))))
 
 
 # Derivatives: the tangent loop is the derivative of (output, lse), and the transpose loop is its transpose.
@@ -159,7 +159,8 @@ class _TileLoop:
 
     def __init__(self, plan: BlockwisePlan, leaves: Leaves):
         self.plan, self.leaves = plan, leaves
-        self.schedule = plan.schedule(plan.structure.unflatten(leaves))
+        self.arrays = plan.structure.unflatten(leaves)
+        self.schedule = plan.schedule(self.arrays)
 
     def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
         for apply_mask, rows in self.schedule:
@@ -178,35 +179,32 @@ class _TileLoop:
 
 def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
     loop = _TileLoop(plan, leaves)
-    arrays = plan.structure.unflatten(leaves)
-
-    def join(state: SoftmaxState, tile: Tile) -> SoftmaxState:
-        new = joined(state, tile)
-        return SoftmaxState(*(tile.index.put(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
+    arrays = loop.arrays
 
     def put(results: tuple[jax.Array, jax.Array], tile: Tile) -> tuple[jax.Array, jax.Array]:
         output, lse = tile.result()
-        return tile.index.put(results[0], output, _OUTPUT), tile.index.put(results[1], lse, _ROWS)
+        return tile.put_rows(results[0], output, _OUTPUT), tile.put_rows(results[1], lse, _ROWS)
 
     rows = jnp.sum(zeros_like_varying(arrays.query[..., :1]), -1)
     output = jnp.broadcast_to(rows[..., None], (*rows.shape, arrays.value.shape[-1]))
     start = SoftmaxState(rows + jnp.finfo(rows.dtype).min, rows, output)
     if plan.strategy.kind == "decode":
-        return _softmax.normalize(_decode.attend(plan, arrays, start, join))
+        return _softmax.normalize(_decode.attend(plan, arrays, start, joined))
     if plan.has_all_keys(arrays):
         return loop.run(put, (output, rows - jnp.inf), checkpoint=False)
-    return _softmax.normalize(loop.run(join, start, checkpoint=False))
+    return _softmax.normalize(loop.run(joined, start, checkpoint=False))
 
 
 def joined(state: SoftmaxState, tile: Tile) -> SoftmaxState:
-    """The state of the tile's rows with the tile's keys added."""
+    """The state with the tile's keys added to the tile's rows; that of these rows alone may be given."""
     logits, value = tile.terms()
-    old = SoftmaxState(*(tile.index.cut(x, axes) for x, axes in zip(state, _STATE, strict=True)))
+    old = SoftmaxState(*(tile.cut_rows(x, axes) for x, axes in zip(state, _STATE, strict=True)))
     row_max = jnp.maximum(old.row_max, _softmax.finite_row_max(logits))
     rescale, weights = exp(old.row_max - row_max), exp(logits - row_max[..., None])
     row_sum = old.row_sum * rescale + jnp.sum(weights, -1)
     output = old.output * rescale[..., None] + pv_product(tile.plan.form, tile.drop(weights), value)
-    return SoftmaxState(row_max, row_sum, output)
+    new = row_max, row_sum, output
+    return SoftmaxState(*(tile.put_rows(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
 
 
 def _tangent(plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:
@@ -234,11 +232,11 @@ def tangent_of_tile(
     parts = [tile.index.cut(tangent, axes[n]) for tangent, n in zip(tangents, perturbed, strict=True)]
     terms, values = tile.terms_of(perturbed)
     (logits, value), (logits_dot, value_dot) = jax.jvp(terms, values, parts)
-    weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
+    weights = tile.softmax(logits, tile.cut_rows(lse, _ROWS))
     weighted_dot = weights * logits_dot
     sum_dot = pv_product(form, tile.drop(weighted_dot), value)
     sum_dot += pv_product(form, tile.drop(weights), value_dot)
-    return tile.index.add(carry[0], sum_dot, _OUTPUT), tile.index.add(carry[1], jnp.sum(weighted_dot, -1), _ROWS)
+    return tile.add_rows(carry[0], sum_dot, _OUTPUT), tile.add_rows(carry[1], jnp.sum(weighted_dot, -1), _ROWS)
 
 
 def _transpose(
@@ -299,7 +297,8 @@ def row_cotangents(output: jax.Array, lse: jax.Array, cotangents: Leaves, masked
     if masked:
         # A row that attends NaN is NaN. Its cotangent must not be multiplied by the zero weights of masked keys.
         output_ct = jnp.where(jnp.isnan(lse)[..., None], 0, output_ct)
-    return output_ct, lse_ct - jnp.sum(output * output_ct, -1)
+    products = _axes.merge_groups(output) * _axes.merge_groups(output_ct)
+    return output_ct, lse_ct - jnp.sum(products, -1).reshape(lse.shape)
 
 
 def transpose_of_tile(
@@ -314,12 +313,12 @@ def transpose_of_tile(
     axes, form = tile.plan.axes, tile.plan.form
     terms, values = tile.terms_of(perturbed)
     (logits, value), pull = jax.vjp(terms, *values)
-    rows_ct, rows_delta = tile.index.cut(output_ct, _OUTPUT), tile.index.cut(delta, _ROWS)
+    rows_ct, rows_delta = tile.cut_rows(output_ct, _OUTPUT), tile.cut_rows(delta, _ROWS)
     if tile.plan.strategy.kind == "dense":
         weights, row_sum = tile.unnormalized_softmax(logits)
         rows_ct, rows_delta = rows_ct / row_sum[..., None], rows_delta / row_sum
     else:
-        weights = tile.softmax(logits, tile.index.cut(lse, _ROWS))
+        weights = tile.softmax(logits, tile.cut_rows(lse, _ROWS))
     value_ct = unbroadcast(pt_o_product(form, tile.drop(weights), rows_ct), value.shape)
     weights_ct = qk_product(form, rows_ct, value)
     logits_ct = weights * (tile.drop(weights_ct) + rows_delta[..., None])

@@ -21,6 +21,8 @@ from attnlib.masks import Mask
 # The limits below were measured on 2 CPU cores (docs/performance/tuning.md).
 # Numbers in the largest array of a tile, for scores without and with an axis of features for each pair.
 _NUMBERS, _NUMBERS_WITH_FEATURES = 2**20, 2**17
+# Pairs of several heads in a tile of the transpose loop.
+PAIRS_OF_TRANSPOSE = 2**19
 _MAX_BLOCK_SIZE = 1024
 # Queries of the tiles that have all keys of a window.
 _SPAN_QUERIES = 128, 256, 512
@@ -190,13 +192,19 @@ def _with_heads(problem: AttentionProblem, strategy: BlockwiseStrategy) -> Block
 
     With block sizes that the user chose, a tile has one head.
     """
-    numbers, at_once = problem.groups * math.prod(strategy.block_sizes), []
     limit = _NUMBERS if problem.block_sizes is None else 0
-    for size in reversed(problem.heads[:-1]):
+    return dataclasses.replace(strategy, heads_at_once=heads_at_once(problem.heads, strategy.block_sizes, limit))
+
+
+def heads_at_once(heads: tuple[int, ...], block_sizes: tuple[int, int], limit: int) -> tuple[int, ...]:
+    """How many batch indices along each axis, and how many key heads, have up to `limit` pairs in a tile, or one."""
+    *sizes, groups = heads
+    numbers, at_once = groups * math.prod(block_sizes), []
+    for size in reversed(sizes):
         count = max(n for n in range(1, size + 1) if size % n == 0 and (n == 1 or n * numbers <= limit))
         numbers = numbers * count if count == size else limit + 1
         at_once.append(count)
-    return dataclasses.replace(strategy, heads_at_once=tuple(reversed(at_once)))
+    return tuple(reversed(at_once))
 
 
 def _spans(problem: AttentionProblem, numbers_per_pair: int, max_pairs: float, cost: float) -> tuple[int, int] | None:
