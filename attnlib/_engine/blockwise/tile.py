@@ -195,20 +195,27 @@ class Tile:
         if self.index.apply_mask:
             query, key, value, bad_queries, bad_keys = sanitize(query, key, value)
         if score.is_inner_product:
-            logits = self.split_rows(qk_product(self.plan.form, _axes.merge_groups(query), key))
+            logits = qk_product(self.plan.form, _axes.merge_groups(query), key)
         else:
-            logits = score.block(query, key, self.plan.precision)
+            logits = _axes.merge_groups(score.block(query, key, self.plan.precision))
+        keeps_groups = bool(modifiers) or query.shape[-3] != 1
+
+        def fit(pairs: jax.Array) -> jax.Array:
+            """What meets the logits: with one group, rows are queries, so that it loses the axis of groups."""
+            return pairs if keeps_groups else jnp.squeeze(pairs, -3)
+
+        logits = self.split_rows(logits) if keeps_groups else logits
         if bias is not None:
-            logits = logits + bias
+            logits = logits + fit(bias)
         for modifier in modifiers:
             if self.index.apply_mask:
                 logits = jnp.where(self.mask, logits, 0)  # a masked bias may be NaN, and so the modifier's derivative
             cut = partial(self.index.cut, axes=(None, None))
             logits = modifier.apply(logits, self.plan.heads, self.query_positions, self.key_positions, cut)
         if self.index.apply_mask:
-            non_finite = bad_queries[..., None] | bad_keys[..., None, None, :]
-            logits = jnp.where(self.mask, nan_where(non_finite, logits), -jnp.inf)
-        return _axes.merge_groups(logits), value
+            non_finite = fit(bad_queries[..., None] | bad_keys[..., None, None, :])
+            logits = jnp.where(fit(self.mask), nan_where(non_finite, logits), -jnp.inf)
+        return (_axes.merge_groups(logits) if keeps_groups else logits), value
 
     def terms_of(
         self, perturbed: tuple[int, ...]
