@@ -107,7 +107,11 @@ _memory_at_start = _memory()
 
 
 class Keys:
-    """An endless supply of random keys, and of numbers: NumPy's, since JAX would compile a program for each shape."""
+    """An endless supply of random keys, and of numbers.
+
+    They are NumPy's, put on the device: JAX compiles a program for each shape that it draws, and for each one that
+    `jnp.asarray` converts.
+    """
 
     def __init__(self, seed):
         self._rng = np.random.default_rng(seed)
@@ -119,13 +123,13 @@ class Keys:
         return jax.random.key(self._rng.integers(2**31))
 
     def normal(self, *shape, dtype="float32"):
-        return jnp.asarray(self._rng.normal(size=shape).astype(jnp.dtype(dtype)))
+        return jax.device_put(self._rng.normal(size=shape).astype(jnp.dtype(dtype)))
 
     def bools(self, *shape, rate=0.6):
-        return jnp.asarray(self._rng.random(shape) < rate)
+        return jax.device_put(self._rng.random(shape) < rate)
 
     def integers(self, low, high, *shape):
-        return jnp.asarray(self._rng.integers(low, high, shape), jnp.int32)
+        return jax.device_put(self._rng.integers(low, high, shape).astype(np.int32))
 
     def permutation(self, count):
         return self._rng.permutation(count)
