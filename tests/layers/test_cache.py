@@ -46,10 +46,10 @@ OPTIONS = {
 
 @functools.cache
 def tokens(batch=BATCH):
-    """(query, key, value) of the whole."""
+    """(query, key, value) of the whole; NumPy's, since JAX compiles a program for each slice that a test takes."""
     numbers = np.random.default_rng(0)
     shapes = (HEADS, FEATURES), (KV_HEADS, FEATURES), (KV_HEADS, VALUE_FEATURES)
-    return [jax.device_put(numbers.normal(size=(*batch, TOKENS, *shape)).astype(np.float32)) for shape in shapes]
+    return [numbers.normal(size=(*batch, TOKENS, *shape)).astype(np.float32) for shape in shapes]
 
 
 def empty(batch=BATCH, capacity=TOKENS, **options):
