@@ -2,6 +2,8 @@
 
 import gc
 import os
+import resource
+import sys
 import zlib
 
 import cpu_seconds
@@ -78,15 +80,38 @@ def keys(request):
     return Keys(zlib.crc32(request.node.nodeid.encode()))
 
 
+MOST_MEMORY = 1.5e9  # what a process may grow by, in bytes, before it forgets; eight processes then fit into 16 GB
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Frees the programs of a file: a process that kept those of all files would grow to several gigabytes."""
+    """Frees programs after a file of tests if the process has grown: with those of all files it takes gigabytes.
+
+    They are kept otherwise, since operations that tests share are programs too: each takes JAX some ms to make again.
+    """
     yield
-    jax.clear_caches()
+    if _memory() > _memory_at_start + MOST_MEMORY:
+        jax.clear_caches()
+
+
+def _memory():
+    """Resident bytes of this process; where the system does not say, the most that there have been so far."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+_memory_at_start = _memory()
 
 
 class Keys:
-    """An endless supply of random keys, and of numbers: NumPy's, since JAX would compile a program for each shape."""
+    """An endless supply of random keys, and of numbers.
+
+    They are NumPy's, put on the device: JAX compiles a program for each shape that it draws, and for each one that
+    `jnp.asarray` converts.
+    """
 
     def __init__(self, seed):
         self._rng = np.random.default_rng(seed)
@@ -98,13 +123,13 @@ class Keys:
         return jax.random.key(self._rng.integers(2**31))
 
     def normal(self, *shape, dtype="float32"):
-        return jnp.asarray(self._rng.normal(size=shape).astype(jnp.dtype(dtype)))
+        return jax.device_put(self._rng.normal(size=shape).astype(jnp.dtype(dtype)))
 
     def bools(self, *shape, rate=0.6):
-        return jnp.asarray(self._rng.random(shape) < rate)
+        return jax.device_put(self._rng.random(shape) < rate)
 
     def integers(self, low, high, *shape):
-        return jnp.asarray(self._rng.integers(low, high, shape), jnp.int32)
+        return jax.device_put(self._rng.integers(low, high, shape).astype(np.int32))
 
     def permutation(self, count):
         return self._rng.permutation(count)

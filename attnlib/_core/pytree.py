@@ -191,7 +191,11 @@ def jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = ()) ->
 
     def with_classes(arrays: Any, *args: Any, foreign: tuple[type, ...], **kwargs: Any) -> Any:
         del foreign
-        return function(arrays, *args, **kwargs)
+        # The current mesh, set anew: before jax 0.12 the cache of traces distinguishes no mesh, which is the state of
+        # a program that sets none, from an empty one, with which JAX differentiates and lowers. All functions inside
+        # would be traced twice.
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            return function(arrays, *args, **kwargs)
 
     with_classes.__name__ = function.__name__
     jitted = jax.jit(with_classes, static_argnames=(*static_argnames, "foreign"))

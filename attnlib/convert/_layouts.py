@@ -23,7 +23,12 @@ def as_array(value: Any) -> Any:
 
 def to_jax(tree: Any) -> Any:
     """The tree with JAX arrays. Other arrays are copied: a training step may overwrite their memory."""
-    return jax.tree.map(lambda x: x if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else jnp.array(x), tree)
+
+    def convert(x: Any) -> Any:
+        # NumPy makes the copy, since `jnp.array` compiles a program for each shape.
+        return x if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else jax.device_put(np.array(x))
+
+    return jax.tree.map(convert, tree)
 
 
 def to_numpy(array: Any) -> np.ndarray:

@@ -15,19 +15,22 @@ from attnlib import scores
 
 
 class Draw:
-    """Draws arrays for a case: normal floats in its dtype, bools, small integers."""
+    """Draws arrays for a case: normal floats in its dtype, bools, small integers.
+
+    They are put on the device, since `jnp.asarray` compiles a program for each shape.
+    """
 
     def __init__(self, seed: int, dtype: str):
         self._rng, self.dtype = np.random.default_rng(seed), dtype
 
     def __call__(self, *shape: int) -> jax.Array:
-        return jnp.asarray(self._rng.normal(size=shape).astype(jnp.dtype(self.dtype)))
+        return jax.device_put(self._rng.normal(size=shape).astype(jnp.dtype(self.dtype)))
 
     def bools(self, *shape: int, rate: float = 0.6) -> jax.Array:
-        return jnp.asarray(self._rng.random(shape) < rate)
+        return jax.device_put(self._rng.random(shape) < rate)
 
     def integers(self, low: int, high: int, *shape: int) -> jax.Array:
-        return jnp.asarray(self._rng.integers(low, high, shape), jnp.int32)
+        return jax.device_put(self._rng.integers(low, high, shape).astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

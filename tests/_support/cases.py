@@ -189,7 +189,7 @@ COMPLETE = tuple(name for name in NAMES if _takes_every_call(name))
 def like(tree: Any, seed: int) -> Any:
     """Normal numbers in the shapes and dtypes of a tree: tangents and cotangents."""
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape).astype(x.dtype)), tree)
+    return jax.tree.map(lambda x: jax.device_put(draw.normal(size=x.shape).astype(x.dtype)), tree)
 
 
 def derivatives(case: Case, name: str) -> dict[str, Any]:

@@ -162,7 +162,9 @@ def build(configuration, seed, dtype="float32"):
     inputs = [x.astype(dtype) for x in draw_inputs(rng, configuration)]
     query, key = inputs[0], inputs[min(1, len(inputs) - 1)]
     masks = draw_masks(rng, configuration, query.shape, key.shape)
-    layer = getattr(keras.layers, configuration.layer)(**fields, dtype=dtype)
+    # The shapes of the variables matter, and not their values: Keras would draw them with a program for each shape.
+    zeros = {} if configuration.layer in ("AdditiveAttention", "Attention") else {"kernel_initializer": "zeros"}
+    layer = getattr(keras.layers, configuration.layer)(**{**fields, **zeros}, dtype=dtype)
     simple = isinstance(layer, keras.layers.Attention)
     arguments = keras_arguments(inputs)
     shapes = [x.shape for x in arguments]

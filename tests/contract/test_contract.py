@@ -119,7 +119,7 @@ def test_1_rows_that_attend_nothing_are_zero(implementation, kind, score, order,
         return results, tangent, jax.jvp(gradient, (operands,), (tangents,))
 
     tangents = like(operands, 4)
-    results, tangent, of_empty = program(operands, options, jnp.asarray(empty, jnp.float32))
+    results, tangent, of_empty = program(operands, options, jax.device_put(empty.astype(np.float32)))
     *_, of_all = program(operands, options, jnp.ones(empty.shape, jnp.float32))
     empty = np.broadcast_to(empty[:, None], results[2].shape)  # (B, N, T)
     assert np.array_equal(np.isneginf(results[2]), empty)
@@ -294,7 +294,7 @@ def test_2_what_is_attended_does_matter(implementation, keys):
     operands = draw_operands(keys)
     value = np.array(operands["value"])
     value[:, 1, 0] = np.nan
-    operands["value"] = jnp.asarray(value)
+    operands["value"] = jax.device_put(value)
     every = (None, masks.Causal(), jnp.ones((1, 1), bool))
     for mask in every:
         skip_unless_supported(implementation, operands, mask=mask)

@@ -89,7 +89,7 @@ def test_chunks_that_attend_nothing_are_not_read(case, chunks, computed):
 def test_many_keys_have_one_product(computed):
     """Known when the program is compiled, as with a static mask, or when it runs."""
     draw = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in OPERANDS.values())
+    query, key, value = (jax.device_put(draw.normal(size=shape).astype(np.float32)) for shape in OPERANDS.values())
     attnlib.dot_product_attention(query, key, value, mask=masks.Causal(300), implementation=DECODE)
     attnlib.dot_product_attention(query, key, value, implementation=DECODE)
     mask = masks.Lengths(key=jnp.array([600, 3]))
@@ -105,7 +105,7 @@ def test_many_keys_have_one_product(computed):
 def test_content_of_chunks_in_use_and_of_others_cannot_matter(content, computed):
     """What is masked may hold anything; what a row attends reaches it."""
     draw = np.random.default_rng(1)
-    query, key, value = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in OPERANDS.values())
+    query, key, value = (jax.device_put(draw.normal(size=shape).astype(np.float32)) for shape in OPERANDS.values())
     lengths = jnp.array([70, 3])
     real = (np.arange(KEYS) < np.array([[70], [3]]))[..., None, None]
 
@@ -125,7 +125,9 @@ def test_content_of_chunks_in_use_and_of_others_cannot_matter(content, computed)
 def test_vmap_reads_what_any_entry_attends(computed):
     """A batch has one loop, over the chunks that one of its entries attends, and no branch of the rest."""
     draw = np.random.default_rng(2)
-    query, key, value = (jnp.asarray(draw.normal(size=(3, *shape)), jnp.float32) for shape in OPERANDS.values())
+    query, key, value = (
+        jax.device_put(draw.normal(size=(3, *shape)).astype(np.float32)) for shape in OPERANDS.values()
+    )
     lengths = jnp.array([[5, 60], [0, 1], [200, 64]])
 
     def one(query, key, value, lengths, implementation=DECODE):
@@ -146,7 +148,7 @@ def test_shards_have_loops_of_their_own():
     """Each device reads the keys of its own sequences, and the gradient too is that of one device."""
     draw = np.random.default_rng(3)
     shapes = ((4, *shape[1:]) for shape in OPERANDS.values())
-    query, key, value = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
+    query, key, value = (jax.device_put(draw.normal(size=shape).astype(np.float32)) for shape in shapes)
     lengths = jnp.array([5, 260, 0, 130])
 
     def loss(query, key, value, lengths, implementation):

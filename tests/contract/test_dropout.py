@@ -223,9 +223,9 @@ def test_derivatives_are_of_the_function_with_that_mask(implementation, keys):
     with x64():
         draw = np.random.default_rng(0)
         shapes = dict(query=(1, 5, 2, 3), key=(1, 6, 1, 3), value=(1, 6, 1, 2), bias=(2, 1, 6))
-        operands = {name: jnp.asarray(draw.normal(size=shape)) for name, shape in shapes.items()}
+        operands = {name: jax.device_put(draw.normal(size=shape)) for name, shape in shapes.items()}
         operands["bias"] = operands["bias"][None]
-        direction = {name: jnp.asarray(draw.normal(size=x.shape)) for name, x in operands.items()}
+        direction = {name: jax.device_put(draw.normal(size=x.shape)) for name, x in operands.items()}
         options = dict(dropout_rate=0.3, dropout_rng=next(keys), logits_soft_cap=2.0)
         reason = unsupported(implementation, **operands, **options)
         if reason is not None:

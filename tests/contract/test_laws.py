@@ -329,7 +329,7 @@ def test_logits_of_any_size(name, dtype):
     with x64(dtype == "float64"):
         draw = np.random.default_rng(3)
         query, key, value, cotangent = (
-            jnp.asarray(draw.normal(size=(2, length, 2, 4)), dtype) for length in (5, 7, 7, 5)
+            jax.device_put(draw.normal(size=(2, length, 2, 4)).astype(dtype)) for length in (5, 7, 7, 5)
         )
 
         @jax.jit

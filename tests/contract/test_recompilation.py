@@ -140,3 +140,29 @@ def test_layers_do_not_recompile():
         step(jax.tree.map(lambda p, n=n: p * n, variables), x * n, np.array([n, 5]), jax.random.key(n))
     assert len(traces) == 1
     assert step._cache_size() == 1
+
+
+def test_lowering_traces_nothing_again():
+    """What a call traces is traced once: differentiating and lowering find it."""
+    traced = []
+
+    class Counted(scores.Score):
+        def block(self, query, key, precision=None):
+            traced.append(query.shape)
+            return scores.Dot().block(query, key, precision)
+
+    def gradient(operands):
+        results, pullback = jax.vjp(lambda operands: attend_counted(operands), operands)
+        return pullback(results)
+
+    def attend_counted(operands):
+        return attnlib.attention(**operands, score=Counted(), **by_name("blockwise"))
+
+    operands = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+    jax.eval_shape(attend_counted, operands)
+    forward = len(traced)
+    assert forward >= 1
+    jax.jit(attend_counted).lower(operands)
+    assert len(traced) == forward
+    jax.jit(gradient).trace(operands)
+    assert len(traced) == forward

@@ -41,7 +41,7 @@ on_the_reference = pytest.mark.parametrize(
 def operands():
     rng = np.random.default_rng(0)
     shapes = (B, T, N, D), (B, S, K, D), (B, S, K, E)
-    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    return tuple(jax.device_put(rng.normal(size=shape).astype(np.float32)) for shape in shapes)
 
 
 def all_gradients(function):
@@ -112,7 +112,7 @@ def test_no_option_is_ignored_in_any_company(attend, operands):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(S,), (T, 1), (T, S), (1, 1, T, S), (B, 1, 1, S), (1, N, T, 1), (B, N, T, S)])
 def test_any_broadcast_mask_is_accepted(attend, operands, shape):
-    mask = jnp.asarray(np.random.default_rng(1).random(shape) < 0.6)
+    mask = jax.device_put(np.random.default_rng(1).random(shape) < 0.6)
     whole = jnp.broadcast_to(mask, (B, N, T, S))
     assert_close(attend(*operands, mask=mask), attend(*operands, mask=whole), length=S)
     assert_close(attend(*operands, mask=mask), attend(*operands, bias=jnp.where(whole, 0.0, -jnp.inf)), length=S)
@@ -121,7 +121,7 @@ def test_any_broadcast_mask_is_accepted(attend, operands, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(S,), (T, 1), (1, 1, T, S), (B, 1, 1, S), (1, N, 1, 1), (B, N, T, S)])
 def test_bias_gradient_has_the_shape_of_the_bias(attend, operands, shape):
-    bias = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    bias = jax.device_put(np.random.default_rng(1).normal(size=shape).astype(np.float32))
 
     def loss(bias):
         return jnp.sum(jnp.sin(attend(*operands, bias=bias)))
@@ -226,7 +226,7 @@ def test_causality_counts_absolute_positions_when_decoding(attend):
 @pytest.mark.parametrize(("length", "key_length"), [(1, 1), (1, 17), (17, 1), (19, 23), (8, 9)])
 def test_any_length(attend, length, key_length):
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.normal(size=(1, n, 2, 4))) for n in (length, key_length, key_length))
+    query, key, value = (jax.device_put(rng.normal(size=(1, n, 2, 4))) for n in (length, key_length, key_length))
     expected = attnlib.dot_product_attention(query, key, value, implementation="reference")
     assert_close(attend(query, key, value), expected, length=key_length)
 
@@ -237,7 +237,7 @@ def test_any_length(attend, length, key_length):
 def test_any_head_size_and_ratio(attend, heads, kv_heads, features, value_features):
     rng = np.random.default_rng(0)
     shapes = (1, 4, heads, features), (1, 6, kv_heads, features), (1, 6, kv_heads, value_features)
-    query, key, value = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
+    query, key, value = (jax.device_put(rng.normal(size=shape)) for shape in shapes)
     repeated = (jnp.repeat(x, heads // kv_heads, 2) for x in (key, value))
     assert_close(attend(query, key, value), attend(query, *repeated), length=6 * features)
 

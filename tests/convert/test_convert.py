@@ -33,7 +33,7 @@ Z = np.random.default_rng(2).normal(size=(2, 7, 9)).astype(np.float32)
 def drawn(tree, seed=3):
     """Random numbers for all parameters: biases and norms begin as zeros and ones, which would hide a mistake."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape).astype(np.float32)), tree)
+    return jax.tree.map(lambda x: jax.device_put(0.5 * rng.normal(size=x.shape).astype(np.float32)), tree)
 
 
 def assert_computes(params, expected, *inputs, **fields):

@@ -20,7 +20,7 @@ def drawn(query_features=12, **fields):
     """Random parameters, biases too."""
     params = jax.eval_shape(lambda: attnlib.init_multi_head_attention(jax.random.key(0), query_features, **fields))
     rng = np.random.default_rng(3)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape).astype(np.float32)), params)
+    return jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(np.float32)), params)
 
 
 MODULES = {

@@ -29,7 +29,7 @@ def mesh_of(kind=AxisType.Auto):
 def operands(*lead, length=LENGTH):
     draw = np.random.default_rng(0)
     shapes = (*lead, 2, length, 4, 3), (*lead, 2, length, 2, 3), (*lead, 2, length, 2, 5)
-    return tuple(jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
+    return tuple(jax.device_put(draw.normal(size=shape).astype(np.float32)) for shape in shapes)
 
 
 def attend(context, **options):
@@ -111,8 +111,11 @@ def test_one_device_needs_no_exchange():
 def test_few_positions(exchange, lengths):
     """With one row on a device, the row of a bias is no row for all devices."""
     draw = np.random.default_rng(0)
-    q, k = (jnp.asarray(draw.normal(size=(2, length, 4, 3)), jnp.float32) for length in lengths)
-    bias, mask = jnp.asarray(draw.normal(size=(1, 4, *lengths)), jnp.float32), jnp.asarray(draw.random(lengths) < 0.7)
+    q, k = (jax.device_put(draw.normal(size=(2, length, 4, 3)).astype(np.float32)) for length in lengths)
+    bias, mask = (
+        jax.device_put(draw.normal(size=(1, 4, *lengths)).astype(np.float32)),
+        jax.device_put(draw.random(lengths) < 0.7),
+    )
     for given in (bias, bias[:, :, :1]):
         call = functools.partial(attnlib.dot_product_attention, q, k, k, bias=given, mask=mask, is_causal=True)
         with jax.set_mesh(mesh_of()):
@@ -135,7 +138,7 @@ LAYERS = {
 def test_layers_have_positions_in_the_whole_sequence(fields, inside):
     plain = attnlib.MultiHeadAttention(num_heads=4, key_dim=6, **LAYERS[fields])
     layer = plain.clone(context=ZIGZAG)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, 8)), jnp.float32)
+    x = jax.device_put(np.random.default_rng(0).normal(size=(2, LENGTH, 8)).astype(np.float32))
     real = jnp.arange(LENGTH)[None] < jnp.asarray([[LENGTH], [19]])
     variables = plain.init(jax.random.key(0), x)
     order = positions.zigzag(LENGTH, DEVICES)
@@ -154,7 +157,7 @@ def test_layers_have_positions_in_the_whole_sequence(fields, inside):
 
 def test_axial_rotary_positions_of_a_part():
     plain = attnlib.MultiHeadAttention(num_heads=2, key_dim=8, rotary=True)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 3, 8)), jnp.float32)
+    x = jax.device_put(np.random.default_rng(0).normal(size=(2, 8, 3, 8)).astype(np.float32))
     variables = plain.init(jax.random.key(0), x)
     layer = plain.clone(context=RING)
     spec = P(None, "x")
@@ -165,7 +168,7 @@ def test_axial_rotary_positions_of_a_part():
 
 
 def test_layers_of_flax():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, 8)), jnp.float32)
+    x = jax.device_put(np.random.default_rng(0).normal(size=(2, LENGTH, 8)).astype(np.float32))
     attend = functools.partial(attnlib.attention_fn, context="x")
     layer, plain = (nn.MultiHeadDotProductAttention(4, attention_fn=fn) for fn in (attend, attnlib.attention_fn))
     variables, mask = plain.init(jax.random.key(0), x), nn.make_causal_mask(x[..., 0])
@@ -176,7 +179,7 @@ def test_layers_of_flax():
 
 def test_nnx_modules():
     """The native module, with the gradients of its parameters, and the linen module in Flax's bridge."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, 8)), jnp.float32)
+    x = jax.device_put(np.random.default_rng(0).normal(size=(2, LENGTH, 8)).astype(np.float32))
     native = [attnlib.nnx.MultiHeadAttention(4, 8, context=c, decode=False, rngs=nnx.Rngs(0)) for c in ("x", None)]
     bridged = [nnx.bridge.ToNNX(attnlib.MultiHeadAttention(4, context=c), rngs=nnx.Rngs(0)) for c in ("x", None)]
 

@@ -29,7 +29,7 @@ def mesh_of(devices=DEVICES, kind=AxisType.Auto):
 def operands(length=64, heads=8, kv_heads=8, dtype="float32"):
     draw = np.random.default_rng(0)
     shapes = (2, length, heads, 4), (2, length, kv_heads, 4), (2, length, kv_heads, 6)
-    return tuple(jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes)
+    return tuple(jax.device_put(draw.normal(size=shape).astype(dtype)) for shape in shapes)
 
 
 def collectives(function, *args):

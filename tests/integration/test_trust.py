@@ -28,7 +28,7 @@ import attnlib
 from attnlib import masks, modifiers, scores
 
 draw = np.random.default_rng(0)
-query, key, value = (jnp.asarray(draw.normal(size=(2, 9, heads, 4)), jnp.float32) for heads in (4, 2, 2))
+query, key, value = (jax.device_put(draw.normal(size=(2, 9, heads, 4)).astype(np.float32)) for heads in (4, 2, 2))
 some = [
     (attnlib.dot_product_attention, dict(is_causal=True, sink=jnp.zeros(4))),
     (attnlib.dot_product_attention, dict(mask=masks.Lengths(key=jnp.array([0, 5])), logits_soft_cap=9.0)),
@@ -44,7 +44,7 @@ for function, options in some:
         result, slope = jax.value_and_grad(loss)(query)
         print(f"{float(result):.4f} {float(jnp.sum(slope**2)):.4f}")
 layer = attnlib.MultiHeadAttention(num_heads=2, dropout_rate=0.1, rotary=True)
-x = jnp.asarray(draw.normal(size=(2, 5, 8)), jnp.float32)
+x = jax.device_put(draw.normal(size=(2, 5, 8)).astype(np.float32))
 params = layer.init(jax.random.key(0), x, deterministic=True)
 params = jax.tree.map(jnp.ones_like, params)
 print(f"{float(jnp.sum(layer.apply(params, x, deterministic=True))):.3f}")

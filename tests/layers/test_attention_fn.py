@@ -12,10 +12,10 @@ from flax import nnx
 
 import attnlib
 
-X, Y = (jnp.asarray(np.random.default_rng(0).normal(size=(2, n, 12)), jnp.float32) for n in (5, 7))
-CAUSAL = nn.make_causal_mask(X[..., 0])
-PADDING = nn.make_attention_mask(np.arange(5) < np.array([[5], [3]]), np.arange(7) < np.array([[6], [2]]))
-PADDING = PADDING.at[..., 0].set(1)  # no empty rows, which Flax averages
+X, Y = (jax.device_put(np.random.default_rng(0).normal(size=(2, n, 12)).astype(np.float32)) for n in (5, 7))
+CAUSAL = jax.jit(nn.make_causal_mask)(np.asarray(X)[..., 0])
+PADDING = jax.jit(nn.make_attention_mask)(np.arange(5) < np.array([[5], [3]]), np.arange(7) < np.array([[6], [2]]))
+PADDING = jax.jit(lambda mask: mask.at[..., 0].set(1))(PADDING)  # no empty rows, which Flax averages
 
 
 def linen(function, **fields):

@@ -46,10 +46,10 @@ OPTIONS = {
 
 @functools.cache
 def tokens(batch=BATCH):
-    """(query, key, value) of the whole."""
+    """(query, key, value) of the whole; NumPy's, since JAX compiles a program for each slice that a test takes."""
     numbers = np.random.default_rng(0)
     shapes = (HEADS, FEATURES), (KV_HEADS, FEATURES), (KV_HEADS, VALUE_FEATURES)
-    return [jnp.asarray(numbers.normal(size=(*batch, TOKENS, *shape)).astype(np.float32)) for shape in shapes]
+    return [numbers.normal(size=(*batch, TOKENS, *shape)).astype(np.float32) for shape in shapes]
 
 
 def empty(batch=BATCH, capacity=TOKENS, **options):
@@ -137,7 +137,7 @@ def test_any_ragged_split_is_the_whole(name, form, sizes, seed):
         real = place < lengths[..., None]
         index = np.where(real, done[..., None] + place, 0)[..., None, None]
         chunk = [np.where(real[..., None, None], np.take_along_axis(x, index, -3), np.nan) for x in arrays]
-        output, cache = decoder(name)(cache, jnp.asarray(lengths, jnp.int32), *map(jnp.asarray, chunk))
+        output, cache = decoder(name)(cache, jax.device_put(np.asarray(lengths, np.int32)), *map(jax.device_put, chunk))
         assert not np.any(np.asarray(output)[~real])
         for b in np.ndindex(BATCH):
             found[b][done[b] : done[b] + lengths[b]] = output[b][: lengths[b]]

@@ -19,7 +19,8 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 def tokens(keys, batch=BATCH, count=TOKENS):
     shapes = (HEADS, FEATURES), (KV_HEADS, FEATURES), (KV_HEADS, VALUE_FEATURES)
-    return [keys.normal(batch, count, *shape) for shape in shapes]
+    # NumPy's: JAX compiles a program for each slice that a test takes.
+    return [np.asarray(keys.normal(batch, count, *shape)) for shape in shapes]
 
 
 def empty(batch=BATCH, capacity=TOKENS, **options):

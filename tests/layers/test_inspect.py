@@ -113,7 +113,7 @@ def check(case, implementation):
             made = everything(operands, traced, {**options, **by_name(implementation)}, rows, k, functions)
             return made, dense(operands, traced, options)
 
-        made, (weights, lse) = jax.tree.map(np.asarray, both(operands, traced, jnp.asarray(rows)))
+        made, (weights, lse) = jax.tree.map(np.asarray, both(operands, traced, jax.device_put(np.asarray(rows))))
         want = expected(weights, lse, operands.get("sink"), rows, k, spread)
         lead = want["received"].shape[:-1]
         assert made["entropy"].shape == (*lead, *(case.query[axis] for axis in attention_axes(case)))

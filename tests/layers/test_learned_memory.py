@@ -20,7 +20,7 @@ def params():
         )
     )
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+    return jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype)), shapes)
 
 
 def projected(params, x):

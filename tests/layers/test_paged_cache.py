@@ -29,7 +29,8 @@ def empty(num_sequences=BATCH, capacity=CAPACITY, num_pages=PAGES, page_size=PAG
 
 def tokens(keys, batch=BATCH, count=8):
     shapes = (HEADS, FEATURES), (KV_HEADS, FEATURES), (KV_HEADS, VALUE_FEATURES)
-    return [keys.normal(batch, count, *shape) for shape in shapes]
+    # NumPy's: JAX compiles a program for each slice that a test takes.
+    return [np.asarray(keys.normal(batch, count, *shape)) for shape in shapes]
 
 
 # Any edits

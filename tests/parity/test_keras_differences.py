@@ -34,7 +34,7 @@ def keras_dtypes():
 
 
 def normal(*shape):
-    return jnp.asarray(np.random.default_rng(shape).normal(size=shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(shape).normal(size=shape).astype(np.float32))
 
 
 def pair(name, fields, query, value):
@@ -152,7 +152,7 @@ def test_keras_raises_for_padding_on_other_axes_than_the_last_and_ours_does_not(
     """Keras lays a padding mask out for the last sequence axis, whatever is attended."""
     x = normal(2, 3, 4, 6)
     theirs, ours = pair("MultiHeadAttention", MULTI["MultiHeadAttention"] | {"attention_axes": axes}, x, x)
-    real = jnp.asarray(np.random.default_rng(0).random((2, 3, 4)) < 0.7)
+    real = jax.device_put(np.random.default_rng(0).random((2, 3, 4)) < 0.7)
     with pytest.raises(ValueError, match="must be broadcastable"):
         theirs(x, x, value_mask=real, return_attention_scores=True)
     batch = tuple(axis for axis in range(3) if axis not in axes)
@@ -228,7 +228,7 @@ def test_a_mask_without_an_axis_of_heads_is_read_as_keras_does_or_refused():
     """Keras inserts the axis; attnlib refuses (B, T, S), which by NumPy's rule would be (N, T, S), and says how."""
     x = normal(2, 3, 6)
     theirs, ours = pair("MultiHeadAttention", MULTI["MultiHeadAttention"], x, x)
-    mask = jnp.asarray(np.random.default_rng(0).random((2, 3, 3)) < 0.7).at[..., 0].set(True)
+    mask = jax.device_put(np.random.default_rng(0).random((2, 3, 3)) < 0.7).at[..., 0].set(True)
     with pytest.raises(ValueError, match=r"mask\[:, None\]"):
         ours(x, mask=mask)
     assert_close(ours(x, mask=mask[:, None]), theirs(x, x, attention_mask=mask), length=6)

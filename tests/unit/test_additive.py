@@ -137,7 +137,9 @@ def test_sums_of_every_order_and_axis(platform, keys, monkeypatch):
 def test_weights_may_broadcast():
     """One scale for all queries, as additive_logits has it, against the same repeated; gradients have its shape."""
     rng = np.random.default_rng(0)
-    query, key, scale = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 4, 3), (1, 6, 3), (1, 1, 3)))
+    query, key, scale = (
+        jax.device_put(rng.normal(size=s).astype(np.float32)) for s in ((1, 4, 3), (1, 6, 3), (1, 1, 3))
+    )
     what = PairSumSpec("ts", (QUERY,), (PairSumTerm(0, (0,)),))
 
     def total(scale):

@@ -32,7 +32,7 @@ def defined(queries=T, keys=S, heads=N, batch=B):
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 # Where a function is taken

@@ -52,7 +52,7 @@ def test_block_is_a_loop_over_pairs(name):
 
 
 def test_features_may_differ_where_the_score_allows_it():
-    query, key = (jnp.asarray(numbers(*shape), jnp.float32) for shape in (QUERY, (2, 3, 7, 3)))
+    query, key = (jax.device_put(numbers(*shape).astype(np.float32)) for shape in (QUERY, (2, 3, 7, 3)))
     kernel = jnp.asarray(numbers(4, 3), jnp.float32)
     for score in (scores.Bilinear(kernel), scores.Custom(lambda q, k, w: q @ w @ k, kernel)):
         score.check(HEADS, 4, 3)
@@ -228,7 +228,7 @@ def test_custom_functions_may_capture_arrays(keys):
 def test_captured_arrays_may_be_float64():
     with x64(True):
         query, key = (np.random.default_rng(n).normal(size=(1, 3, 1, 4)) for n in range(2))
-        table = jnp.asarray(np.random.default_rng(2).normal(size=4))
+        table = jax.device_put(np.random.default_rng(2).normal(size=4))
         score = scores.Custom(lambda q, k: jnp.sum(q * k * table))
         output = attnlib.attention(query, key, key, score=score)
         assert_close(output, attnlib.dot_product_attention(query * np.asarray(table), key, key, scale=1.0), length=4)
