@@ -92,7 +92,7 @@ class BlockPositions:
         """The slice of a flattened axis at these positions; an axis of size 1 stays."""
         if array.shape[axis] == 1 or self.length == array.shape[axis]:
             return array
-        return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)
+        return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis, allow_negative_indices=False)
 
     def after(self, count: int, shape: tuple[int, ...]) -> BlockPositions:
         """These positions, counted from position `count` on along axes of lengths `shape`; earlier ones are below 0."""

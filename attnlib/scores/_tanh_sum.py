@@ -114,7 +114,9 @@ def _loop(spec: PairSumSpec, *operands: jax.Array) -> jax.Array:
 
     def blocks(n: Any) -> list[jax.Array]:
         return [
-            jax.lax.dynamic_slice_in_dim(x, n * _UNROLLED, _UNROLLED, -2) if summed in x_axes and x.shape[-2] > 1 else x
+            jax.lax.dynamic_slice_in_dim(x, n * _UNROLLED, _UNROLLED, -2, allow_negative_indices=False)
+            if summed in x_axes and x.shape[-2] > 1
+            else x
             for x_axes, x in zip(axes, arrays, strict=True)
         ]
 

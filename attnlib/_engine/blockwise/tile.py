@@ -71,14 +71,18 @@ class TileIndex(NamedTuple):
         if axes is None:
             return array
         starts, sizes = self._window(array.shape, axes)
-        return array if sizes == array.shape else jax.lax.dynamic_slice(array, starts, sizes)
+        if sizes == array.shape:
+            return array
+        return jax.lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False)
 
     def put(self, array: jax.Array, part: jax.Array, axes: Axes) -> jax.Array:
         """The array with the tile's part replaced."""
         if axes is None:
             return part
         starts, sizes = self._window(array.shape, axes)
-        return part if sizes == array.shape else jax.lax.dynamic_update_slice(array, part, starts)
+        if sizes == array.shape:
+            return part
+        return jax.lax.dynamic_update_slice(array, part, starts, allow_negative_indices=False)
 
     def add(self, total: jax.Array, part: jax.Array, axes: Axes) -> jax.Array:
         """The transpose of `cut`, added to a total."""
@@ -90,7 +94,9 @@ class TileIndex(NamedTuple):
             axis = n - len(self.batch_and_head) - 2
             heads = groups if axis == -3 else 1
             if block.ndim >= -axis and block.shape[axis] > heads * size:
-                block = jax.lax.dynamic_slice_in_dim(block, index * heads, size * heads, axis)
+                block = jax.lax.dynamic_slice_in_dim(
+                    block, index * heads, size * heads, axis, allow_negative_indices=False
+                )
         return block
 
     def _window(

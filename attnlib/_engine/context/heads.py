@@ -75,7 +75,7 @@ class _HeadsOfMask(Mask):
         block = self.mask.evaluate(query, key)
         if block.ndim < 3 or block.shape[-3] == 1:
             return block
-        return jax.lax.dynamic_slice_in_dim(block, self.first, self.count, -3)
+        return jax.lax.dynamic_slice_in_dim(block, self.first, self.count, -3, allow_negative_indices=False)
 
     def classify_tiles(self, query: TileRanges, key: TileRanges) -> TileKinds:
         return self.mask.classify_tiles(query, key)
@@ -196,7 +196,9 @@ class _HeadExchange:
 
     def _own(self, array: Any, axis: int) -> jax.Array:
         """The entries of the query heads of this device."""
-        return jax.lax.dynamic_slice_in_dim(jnp.asarray(array), self.first, self.count, axis)
+        return jax.lax.dynamic_slice_in_dim(
+            jnp.asarray(array), self.first, self.count, axis, allow_negative_indices=False
+        )
 
     def _pairs(self, array: Any) -> jax.Array:
         array, rows = jnp.asarray(array), array.ndim - len(self.shapes.query) - len(self.shapes.key)

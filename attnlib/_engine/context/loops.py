@@ -185,7 +185,10 @@ class _Keys:
                 return pad_parts(array, self.plan.key_axis(leaf), self.layout.parts, self.tile[1])
             case "pairs" if array.shape[-1] > 1:
                 starts, width = self._columns()
-                parts = [jax.lax.dynamic_slice_in_dim(array, start, width, -1) for start in starts]
+                parts = [
+                    jax.lax.dynamic_slice_in_dim(array, start, width, -1, allow_negative_indices=False)
+                    for start in starts
+                ]
                 return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
             case "device":
                 return jnp.asarray(self.visit.source, jnp.int32)
@@ -208,8 +211,8 @@ class _Keys:
             return part
         starts, width = self._columns()
         for start, columns in zip(starts, jnp.split(part, len(starts), -1), strict=True):
-            sums = jax.lax.dynamic_slice_in_dim(total, start, width, -1) + columns
-            total = jax.lax.dynamic_update_slice_in_dim(total, sums, start, -1)
+            sums = jax.lax.dynamic_slice_in_dim(total, start, width, -1, allow_negative_indices=False) + columns
+            total = jax.lax.dynamic_update_slice_in_dim(total, sums, start, -1, allow_negative_indices=False)
         return total
 
     def _columns(self) -> tuple[list[Any], int]:

@@ -32,7 +32,7 @@ class LocalBlock(BlockPositions):
         if array.shape[len(batch) :] == self.shape:
             return super().gather(array)
         entries = jnp.asarray(array).reshape(*batch, -1)
-        entries = jax.lax.dynamic_slice_in_dim(entries, self.local_start, self.length, -1)
+        entries = jax.lax.dynamic_slice_in_dim(entries, self.local_start, self.length, -1, allow_negative_indices=False)
         entries = entries[..., None] if self.side == "query" else entries[..., None, :]
         return entries[..., None, :, :] if batch else entries
 
@@ -41,7 +41,7 @@ class LocalBlock(BlockPositions):
             return array
         if array.shape[axis] == self.total:
             return jnp.take(array, self.array_index.reshape(-1), axis=axis, mode="clip")
-        return jax.lax.dynamic_slice_in_dim(array, self.local_start, self.length, axis)
+        return jax.lax.dynamic_slice_in_dim(array, self.local_start, self.length, axis, allow_negative_indices=False)
 
     @cached_property
     def offsets(self) -> jax.Array:
