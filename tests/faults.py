@@ -109,8 +109,8 @@ FAULTS = [
     ),
     Fault(
         "in-turn-mask",  # heads in turn take the mask of other heads
-        "dynamic_slice_in_dim(block, index * heads, ",
-        "dynamic_slice_in_dim(block, index, ",
+        "block, index * heads, size * heads, axis",
+        "block, index, size * heads, axis",
         ("test_cases.py values and grouped and mask and head]",),
     ),
     Fault(
