@@ -2,8 +2,6 @@
 
 import gc
 import os
-import resource
-import sys
 import zlib
 
 import cpu_seconds
@@ -80,30 +78,26 @@ def keys(request):
     return Keys(zlib.crc32(request.node.nodeid.encode()))
 
 
-MOST_MEMORY = 1.5e9  # what a process may grow by, in bytes, before it forgets; eight processes then fit into 16 GB
+MOST_MEMORY = 2e9  # resident bytes from which on a process forgets; eight processes then fit into 16 GB
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Frees programs after a file of tests if the process has grown: with those of all files it takes gigabytes.
+    """Frees programs after a file of tests if the process is large: with those of all files it takes gigabytes.
 
     They are kept otherwise, since operations that tests share are programs too: each takes JAX some ms to make again.
     """
     yield
-    if _memory() > _memory_at_start + MOST_MEMORY:
+    if _is_large():
         jax.clear_caches()
 
 
-def _memory():
-    """Resident bytes of this process; where the system does not say, the most that there have been so far."""
+def _is_large():
     try:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-_memory_at_start = _memory()
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY
+    except OSError:  # not Linux
+        return True
 
 
 class Keys:
