@@ -61,14 +61,14 @@ FAULTS = [
     ),
     Fault(
         "running-maximum",  # the sum so far keeps the old maximum
-        "output = old.output * rescale[..., None] +",
-        "output = old.output +",
+        "old.output * rescale[..., None] + sums",
+        "old.output + sums",
         ("test_cases.py values and [dot]",),
     ),
     Fault(
         "bfloat16-sum",  # the sum of a row is rounded to bfloat16
-        "row_sum = old.row_sum * rescale + jnp.sum(weights, -1)",
-        "row_sum = (old.row_sum * rescale + jnp.sum(weights, -1)).astype(jnp.bfloat16).astype(old.row_sum.dtype)",
+        "tile.split_rows(jnp.sum(weights, -1), -1)",
+        "tile.split_rows(jnp.sum(weights, -1), -1).astype(jnp.bfloat16).astype(old.row_sum.dtype)",
         ("test_cases.py values and [dot]",),
     ),
     Fault(

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlib._autodiff.custom_rule import call_with_rule, linear_tangent
 from attnlib._autodiff.exponential import exp
@@ -164,16 +165,26 @@ class _TileLoop:
 
     def run(self, body: Callable[[Any, Tile], Any], carry: Any, checkpoint: bool) -> Any:
         for apply_mask, rows in self.schedule:
+            # Indices that all tiles share are constants, which XLA folds into what they cut.
+            varying = np.flatnonzero((rows != rows[0]).any(0)).tolist()
+            shared = dict(enumerate(rows[0]))
 
-            def step(carry: Any, row: jax.Array, apply_mask: bool = apply_mask) -> tuple[Any, None]:
-                return body(carry, self.plan.tile(self.plan.index(row, apply_mask), self.leaves)), None
+            def step(
+                carry: Any,
+                indices: Sequence[jax.Array],
+                apply_mask: bool = apply_mask,
+                varying: Sequence[int] = varying,
+                shared: dict[int, Any] = shared,
+            ) -> tuple[Any, None]:
+                row = {**shared, **dict(zip(varying, indices, strict=True))}
+                return body(carry, self.plan.tile(self.plan.index(row.values(), apply_mask), self.leaves)), None
 
             if checkpoint:  # derivatives of the loop recompute a tile rather than keep it
                 step = jax.checkpoint(step, prevent_cse=len(rows) == 1)
             if len(rows) == 1:
-                carry, _ = step(carry, jnp.asarray(rows[0]))
+                carry, _ = step(carry, [])
             else:
-                carry, _ = jax.lax.scan(step, carry, jnp.asarray(rows))
+                carry, _ = jax.lax.scan(step, carry, [jnp.asarray(rows[:, column]) for column in varying])
         return carry
 
 
@@ -198,13 +209,14 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
 def joined(state: SoftmaxState, tile: Tile) -> SoftmaxState:
     """The state with the tile's keys added to the tile's rows; that of these rows alone may be given."""
     logits, value = tile.terms()
-    old = SoftmaxState(*(tile.cut_rows(x, axes) for x, axes in zip(state, _STATE, strict=True)))
-    row_max = jnp.maximum(old.row_max, _softmax.finite_row_max(logits))
-    rescale, weights = exp(old.row_max - row_max), exp(logits - row_max[..., None])
-    row_sum = old.row_sum * rescale + jnp.sum(weights, -1)
-    output = old.output * rescale[..., None] + pv_product(tile.plan.form, tile.drop(weights), value)
-    new = row_max, row_sum, output
-    return SoftmaxState(*(tile.put_rows(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
+    # The state keeps its axis of groups here, or XLA would copy the tile's part of it.
+    old = SoftmaxState(*(tile.index.cut(x, axes) for x, axes in zip(state, _STATE, strict=True)))
+    row_max = jnp.maximum(old.row_max, tile.split_rows(_softmax.finite_row_max(logits), -1))
+    rescale, weights = exp(old.row_max - row_max), exp(logits - _axes.merge_groups(row_max, -1)[..., None])
+    row_sum = old.row_sum * rescale + tile.split_rows(jnp.sum(weights, -1), -1)
+    sums = tile.split_rows(pv_product(tile.plan.form, tile.drop(weights), value))
+    new = row_max, row_sum, old.output * rescale[..., None] + sums
+    return SoftmaxState(*(tile.index.put(x, y, axes) for x, y, axes in zip(state, new, _STATE, strict=True)))
 
 
 def _tangent(plan: BlockwisePlan, perturbed: tuple[int, ...], residuals: Leaves, tangents: Leaves) -> list[jax.Array]:

@@ -170,7 +170,7 @@ class BlockwisePlan:
             lists.append((kind == PARTIAL, np.hstack(rows).astype(np.int32)))
         return [(apply_mask, rows) for apply_mask, rows in lists if len(rows)]
 
-    def index(self, row: jax.Array, apply_mask: bool) -> TileIndex:
+    def index(self, row: Any, apply_mask: bool) -> TileIndex:
         """The index of the tile in a row of the schedule."""
         *batch_and_head, query_start, key_start = row
         starts, at_once = (query_start, key_start), self.strategy.heads_at_once
@@ -261,7 +261,7 @@ class Tile:
 
     def add_rows(self, total: jax.Array, rows: jax.Array, axes: RowAxes) -> jax.Array:
         """The transpose of `cut_rows`, added to a total."""
-        return self.put_rows(total, self.cut_rows(total, axes) + rows, axes)
+        return self.index.add(total, self.split_rows(rows, axes[0]), axes)
 
     def split_rows(self, rows: jax.Array, axis: int = -2) -> jax.Array:
         """(..., R, ...) -> (..., G, T, ...), where `axis` is that of the rows."""
