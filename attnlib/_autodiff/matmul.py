@@ -7,8 +7,8 @@ to 129). The pairs are the largest operand. `Form.by_keys` says in which order t
   by keys     P^T O is a plain product, and P V transposes V and the result. This is faster in the backward pass, which
               has two products P^T O, and up to 3 times slower in the forward pass.
 
-Queries of all groups of a key head are rows of one matrix, R = G * T, since products and sums with two axes of rows
-take up to three times as long.
+Queries of all groups of a key head are rows of one matrix, R = G * T, since a product with two axes of rows takes up to
+twice as long.
 """
 
 from __future__ import annotations

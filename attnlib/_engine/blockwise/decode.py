@@ -27,7 +27,6 @@ import jax.numpy as jnp
 
 from attnlib._autodiff.exponential import exp
 from attnlib._autodiff.linear_map import unbroadcast
-from attnlib._core.axes import split_groups
 from attnlib._core.problem import AttentionProblem
 from attnlib._core.sizes import static_product
 from attnlib._core.tile_kinds import EMPTY, tile_kinds
@@ -172,7 +171,7 @@ def _transpose(
 def _logits(plan: BlockwisePlan, arrays: TileArrays, product: jax.Array, index: TileIndex) -> tuple[Tile, jax.Array]:
     """(the tile, its logits from these products, not yet masked)."""
     tile = Tile(plan, arrays._replace(score=_PrecomputedLogits(product)), index)
-    return tile, split_groups(tile.terms()[0], product.shape[-3:-1])
+    return tile, tile.split_rows(tile.terms()[0])
 
 
 # The products of _autodiff/matmul.py for keys and values `(*batch, S, K, D)`. All three are fastest when the pairs of a

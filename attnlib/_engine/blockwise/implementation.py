@@ -207,7 +207,7 @@ def _forward(plan: BlockwisePlan, *leaves: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def joined(state: SoftmaxState, tile: Tile) -> SoftmaxState:
-    """The state with the tile's keys added to the tile's rows; that of these rows alone may be given."""
+    """The state, of all rows or of the tile's, with the tile's keys added to the tile's rows."""
     logits, value = tile.terms()
     # The state keeps its axis of groups here, or XLA would copy the tile's part of it.
     old = SoftmaxState(*(tile.index.cut(x, axes) for x, axes in zip(state, _STATE, strict=True)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -170,7 +170,7 @@ class BlockwisePlan:
             lists.append((kind == PARTIAL, np.hstack(rows).astype(np.int32)))
         return [(apply_mask, rows) for apply_mask, rows in lists if len(rows)]
 
-    def index(self, row: Any, apply_mask: bool) -> TileIndex:
+    def index(self, row: Iterable[Any], apply_mask: bool) -> TileIndex:
         """The index of the tile in a row of the schedule."""
         *batch_and_head, query_start, key_start = row
         starts, at_once = (query_start, key_start), self.strategy.heads_at_once
@@ -248,8 +248,8 @@ class Tile:
         block = self.arrays.mask.evaluate_heads(self.query_positions, self.key_positions, cut)
         return mask & _axes.split_heads(block, kv_heads, rank)
 
-    # What is computed of logits has rows, R = G * T: XLA on a CPU computes sums and products with an axis of one group
-    # on one core, at a third of the speed.
+    # What is computed of logits has rows, R = G * T. On a CPU, the XLA of jax 0.10 takes up to three times as long for a
+    # product and a sum in one operation if there is an axis of one group.
 
     def cut_rows(self, array: jax.Array, axes: RowAxes) -> jax.Array:
         """The tile's rows of an array, or of its part for the tile: (..., G, queries, ...) -> (..., R, ...)."""
@@ -289,7 +289,7 @@ class Tile:
     def unnormalized_softmax(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(weights before the division by their sum, what to divide by) of a tile that has all keys."""
         _, weights = _unnormalized(logits)
-        # Behind the barrier this sum is another one than that of `result`, which then stays beside its product.
+        # Without the barrier XLA would take the sum from `result`, and compute it apart from the product there.
         row_sum = _softmax.divisor(jnp.sum(jax.lax.optimization_barrier(weights), -1))
         if self.index.apply_mask:
             # A row that attends NaN is NaN, but not where it does not attend, and its cotangent stays finite.

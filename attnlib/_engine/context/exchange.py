@@ -141,4 +141,4 @@ def _added(total: jax.Array, part: jax.Array, first: int, axis: int) -> jax.Arra
     if length == total.shape[axis]:
         return total + part
     sums = jax.lax.slice_in_dim(total, first, first + length, axis=axis) + part
-    return jax.lax.dynamic_update_slice_in_dim(total, sums, first, axis, allow_negative_indices=False)
+    return jax.lax.dynamic_update_slice_in_dim(total, sums, first, axis)
