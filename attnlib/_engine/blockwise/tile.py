@@ -248,8 +248,8 @@ class Tile:
         block = self.arrays.mask.evaluate_heads(self.query_positions, self.key_positions, cut)
         return mask & _axes.split_heads(block, kv_heads, rank)
 
-    # What is computed of logits has rows, R = G * T. On a CPU, the XLA of jax 0.10 takes up to three times as long for a
-    # product and a sum in one operation if there is an axis of one group.
+    # What is computed of logits has rows, R = G * T. With an axis of one group, the XLA of jax 0.10 takes up to three
+    # times as long for a product and a sum in one operation (on a CPU).
 
     def cut_rows(self, array: jax.Array, axes: RowAxes) -> jax.Array:
         """The tile's rows of an array, or of its part for the tile: (..., G, queries, ...) -> (..., R, ...)."""
