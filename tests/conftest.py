@@ -11,6 +11,7 @@ os.environ.update(processes.environment())
 
 import jax
 import jax.numpy as jnp
+import mlir_contexts
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,6 +20,8 @@ from hypothesis import HealthCheck, settings
 # notebooks and other programs that tests start would inherit it, and they promote as users do.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Thousands of tests raise errors, and JAX would cut each traceback, frame by frame.
+jax.config.update("jax_traceback_filtering", "off")
 
 
 def pytest_addoption(parser):
@@ -28,7 +31,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    gc.set_threshold(20_000)  # tracing makes many objects that live on: saves some percent of the time
+    gc.set_threshold(100_000)  # tracing makes many objects that live on: saves some percent of the time
+    if processes.OWN != "measured":
+        mlir_contexts.share()
     global _fuzz_times
     _fuzz_times = config.getoption("--fuzz")
     if config.getoption("--no-cache"):

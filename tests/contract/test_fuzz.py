@@ -67,7 +67,7 @@ def assert_refusal(error, names):
         raise AssertionError(f"no refusal of ours: {type(error).__name__}: {error}") from error
 
 
-@few_and_many(100, 250)
+@few_and_many(60, 250)
 def test_right_calls_give_what_the_contract_says(examples):
     @fuzz(examples)
     @given(call=fuzzing_calls.calls(), promotion=st.sampled_from(("standard", "strict")), explained=st.integers(0, 3))
@@ -136,7 +136,7 @@ def placed_masks(draw):
     return draw(mask_trees(sizes, concrete=True)), sizes, (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
 
 
-@few_and_many(100, 500)
+@few_and_many(60, 500)
 def test_masks_say_what_their_definition_says(examples):
     @fuzz(examples)
     @given(drawn=placed_masks())

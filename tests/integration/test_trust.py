@@ -57,12 +57,9 @@ SETTINGS = {
     "without jit": ([], dict(JAX_DISABLE_JIT="1")),
     "old random bits": ([], dict(JAX_THREEFRY_PARTITIONABLE="0")),
 }
-# Settings that have nothing to do with each other share a process by default: what one of them breaks, it breaks there.
-# Without jit takes longest, and test_modes.py runs cases so.
-TOGETHER = {
-    "optimised, strict promotion, old random bits": ["optimised", "strict promotion", "old random bits"],
-    "float64, debug NaN": ["float64", "debug NaN"],
-}
+# Settings share a process by default: what one of them breaks, it breaks there. Without jit takes longest, and
+# test_modes.py runs cases so.
+TOGETHER = [name for name in SETTINGS if name != "without jit"]
 ALONE = [[name] for name in SETTINGS]
 # Other random bits: what dropout leaves differs, and is left out.
 DROPOUT = slice(8, 10)
@@ -87,10 +84,9 @@ def usual():
 
 
 @pytest.mark.parametrize(
-    "names", [*TOGETHER.values(), *(pytest.param(names, marks=pytest.mark.slow) for names in ALONE)], ids=", ".join
+    "names", [TOGETHER, *(pytest.param(names, marks=pytest.mark.slow) for names in ALONE)], ids=", ".join
 )
 def test_settings_change_no_number(names, usual):
-    assert {name for together in TOGETHER.values() for name in together} | {"without jit"} == set(SETTINGS)
     flags = [flag for name in names for flag in SETTINGS[name][0]]
     made = printed(flags, {variable: value for name in names for variable, value in SETTINGS[name][1].items()})
     assert len(made) == len(usual) == 12

@@ -51,7 +51,7 @@ def by_definition(query, key, value, *, sizes, mask=None, attention_axes=None, s
     return output, weights, lse
 
 
-@few_and_many(40, 100)
+@few_and_many(25, 100)
 def test_right_calls_give_the_numbers_of_the_definition(examples):
     @fuzz(examples)
     @given(

@@ -10,7 +10,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import BY_NAME, CASES, COMPLETE, build, context, refusal
+from cases import BY_NAME, CASES, COMPLETE, build, context, features, refusal
+from covering import covering
 
 import attnlib
 from attnlib import masks, scores
@@ -57,21 +58,14 @@ def operand(*shape, dtype="float32"):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-# Cases of a kind stand next to each other: by default every other one is counted on the one implementation, and the
-# rest on the other.
+# By default each feature of a case is counted on each implementation, and what has a share of its own.
 WITH_PAIRS = [case for case in CASES if case.name not in WITHOUT_PAIRS]
-COUNTED = [
-    (case, name, n % len(COMPLETE) == i)
-    for i, name in enumerate(COMPLETE)
-    for n, case in enumerate(WITH_PAIRS)
-    if refusal(case, name) is None
-]
+COUNTED = [(case, name) for name in COMPLETE for case in WITH_PAIRS if refusal(case, name) is None]
+FEW = covering(COUNTED, lambda one: {one[0].name in WITH_ONE and one[0].name, *((one[1], x) for x in features(one[0]))})
 
 
 @pytest.mark.parametrize(
-    ("case", "name"),
-    [pytest.param(case, name, marks=() if first else pytest.mark.slow) for case, name, first in COUNTED],
-    ids=str,
+    ("case", "name"), [pytest.param(*one, marks=() if one in FEW else pytest.mark.slow) for one in COUNTED], ids=str
 )
 def test_operations_of_the_table(case, name):
     with context(case):

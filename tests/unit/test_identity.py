@@ -193,12 +193,12 @@ def through_a_cache(**options):
 
 
 WAYS = dict(attention=through_attention, module=through_a_module, cache=through_a_cache)
-# They end in the same jitted function, where more than a hundred classes meet by default; in the slow tests 200 on each
+# They end in the same jitted function, where 65 classes of each kind meet by default; in the slow tests 200 on each
 # way.
 many_classes = pytest.mark.parametrize(
     ("way", "count"),
     [
-        ("attention", 60), ("module", 40), ("cache", 30),
+        ("attention", 30), ("module", 20), ("cache", 15),
         *(pytest.param(way, 200, marks=pytest.mark.slow) for way in WAYS),
     ],
 )  # fmt: skip
