@@ -45,7 +45,7 @@ class RotaryScaling:
 
     def frequencies(self, base: float, size: int) -> np.ndarray:
         """The angle per position, in radians, of each of `size / 2` pairs of features."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs the method frequencies(base, size).")
 
     @property
     def magnitude(self) -> float:

@@ -31,6 +31,8 @@ _CUDNN_OR_BLOCKWISE = cudnn(blockwise(), off_platform=True)
 # without and with an axis of features for each pair. Measured on 2 CPU cores (docs/performance/tuning.md) by
 # `python tests/benchmarks/crossover.py`.
 DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**23, 2**24
+# Likewise for additive scores, whose tiles are faster than a plain `tanh` of each number.
+DENSE_NUMBERS_ADDITIVE = 2**19
 
 
 def choose(problem: AttentionProblem, asked: Asked) -> Implementation:
@@ -65,8 +67,12 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
     features = problem.query.shape[-1]
     features_per_pair = problem.score.features_per_pair(features)
     prepared_features_per_pair = problem.score.prepared_features_per_pair(features)
-    if decide(lambda: prepared_features_per_pair < features_per_pair, otherwise=True):
-        return blockwise(), reference  # additive scores: tiles are faster at every size
+    numbers = problem.rows * problem.key_length * features_per_pair
+    if decide(lambda: prepared_features_per_pair < features_per_pair, otherwise=True):  # additive scores
+        small = decide(lambda: numbers <= DENSE_NUMBERS_ADDITIVE, otherwise=False)
+        # Of one query or one key there are as few pairs as numbers that would be prepared for tiles.
+        small = small or 1 in (problem.query_length, problem.key_length)
+        return (reference, blockwise()) if small else (blockwise(), reference)
     kind = choose_kind(problem)
     # In half precision, keys and values have to be converted first. `reference` does so while it moves them, which is
     # faster than the decode path (docs/performance/tuning.md).
@@ -76,9 +82,7 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
         return blockwise(kind), reference
     limit = DENSE_NUMBERS if features_per_pair == 1 else DENSE_NUMBERS_WITH_FEATURES
     # A symbolic size counts as its least value: the array is small for each batch entry, or for short sequences.
-    dense = problem.return_weights or decide(
-        lambda: problem.rows * problem.key_length * features_per_pair <= limit, otherwise=True
-    )
+    dense = problem.return_weights or decide(lambda: numbers <= limit, otherwise=True)
     anywhere = (reference, blockwise(kind)) if dense else (blockwise(kind), reference)
     return (_CUDNN_OR_BLOCKWISE, *anywhere) if jax.default_backend() == "gpu" else anywhere
 

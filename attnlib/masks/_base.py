@@ -35,7 +35,7 @@ class Mask(Pytree):
 
     def evaluate(self, query: BlockPositions, key: BlockPositions) -> jax.Array:
         """The mask on a block: bool, broadcastable to `(*batch, N, T, S)`, True = attend."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs the method evaluate(query, key).")
 
     def evaluate_heads(
         self, query: BlockPositions, key: BlockPositions, cut: Callable[[jax.Array], jax.Array]

@@ -57,7 +57,7 @@ class Score(Pytree):
 
     def block(self, query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:
         """Logits `(*batch, K, G, T, S)` of query `(*batch, K, G, T, D)` and key `(*batch, K, S, D)`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs the method block(query, key, precision=None).")
 
     def closure_converted(self, query_features: int, key_features: int, dtype: Any) -> Score:
         """The score for these queries and keys, with the arrays that its functions capture as leaves of the pytree."""

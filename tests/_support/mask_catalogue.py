@@ -533,6 +533,8 @@ ROWS = [
         ],
         refused_when_made=[
             wrong("segments of floats", TypeError, "Segments query_ids must be an integer array", query_ids=np.ones(5)),
+            wrong("two padding ids", ValueError, "Segments padding_id must be one integer; got shape (2,)",
+                  query_ids=np.ones(5, int), padding_id=np.zeros(2, int)),
         ],
         refused_in_calls=[
             wrong("segments without key ids", ValueError, "Segments needs key_ids", query_ids=np.ones((2, 5), int)),

@@ -348,16 +348,23 @@ def test_partitions_without_collectives(attend):
 def test_short_sequences_are_computed_at_once_and_long_ones_in_tiles():
     """The crossover is measured by tests/benchmarks/crossover.py."""
 
-    def explained(batch, length, **options):
-        operand = jax.ShapeDtypeStruct((batch, length, 8, 64), jnp.float32)
-        return attnlib.explain(operand, operand, operand, **options)
+    def explained(batch, queries, keys=None, **options):
+        query, key = (
+            jax.ShapeDtypeStruct((batch, length, 8, 64), jnp.float32) for length in (queries, keys or queries)
+        )
+        return attnlib.explain(query, key, key, **options)
 
     assert explained(32, 16).implementation == "reference"
-    assert explained(32, 64).tiles == (1, 1)
+    assert explained(32, 16, is_causal=True).tiles == explained(32, 64).tiles == (1, 1)
+    assert explained(1, 16, is_causal=True).implementation == "reference"
     assert explained(1, 4096).tiles[1] > 8
     other = scores.Custom(lambda query, key: -jnp.sum(jnp.abs(query - key)))
     assert explained(1, 16, score=other).implementation == "reference"
     assert explained(1, 4096, score=other).implementation == "blockwise"
+    additive = scores.Additive(jnp.ones(64))
+    for sizes, name in (((1, 16), "reference"), ((1, 64), "blockwise"), ((32, 1, 4096), "reference"),
+                        ((32, 4096, 1), "reference"), ((32, 2, 4096), "blockwise")):  # fmt: skip
+        assert explained(*sizes, score=additive).implementation == name, sizes
 
 
 @pytest.mark.slow

@@ -364,6 +364,33 @@ def test_module_fields():
         convert.module_fields(params)
 
 
+class Tensor:
+    """As much of a tensor of PyTorch as is read: one with gradients, on an accelerator, may not become an array."""
+
+    def __init__(self, array, where=("graph", "device")):
+        self.array, self.where = array, where
+        self.dtype = f"torch.{array.dtype}"
+
+    def detach(self):
+        return Tensor(self.array, [x for x in self.where if x != "graph"])
+
+    def cpu(self):
+        return Tensor(self.array, [x for x in self.where if x != "device"])
+
+    def contiguous(self):
+        return self.array
+
+    def numpy(self):
+        assert not self.where and self.dtype != "torch.bfloat16"
+        return np.asarray(self.array)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_with_gradients_on_accelerators(dtype):
+    params = attnlib.init_multi_head_attention(jax.random.key(0), 12, num_heads=3, param_dtype=dtype)
+    assert_same(convert.from_flax(jax.tree.map(Tensor, params)), params)
+
+
 def test_no_other_library_is_needed():
     """NumPy's arrays by PyTorch's names convert where neither PyTorch nor Keras can be imported."""
     program = """

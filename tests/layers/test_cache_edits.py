@@ -233,6 +233,7 @@ WRONG = {
     "an index from the end": (lambda: empty().select(jnp.array([-1])), ValueError, "indices must be in 0..2"),
     "one index": (lambda: empty().select(jnp.array(1)), ValueError, "indices must have shape (n,)"),
     "bools": (lambda: empty().select(jnp.ones(3, bool)), TypeError, "indices must be an integer array"),
+    "a dtype": (lambda: empty(dtype="float7"), TypeError, "dtype must be one of"),
     "no batch": (lambda: KVCache.create((), 3, 1, 2).select(jnp.array([0])), ValueError, "a cache with a batch axis"),
 }
 

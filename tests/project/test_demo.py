@@ -213,6 +213,20 @@ def test_a_report_of_dates_marks_right_and_wrong(forms, capsys):
     assert accuracy == "exact match: 9 of 10 held-out dates, 90.00%"
 
 
+def test_a_picture_of_dates_names_languages_and_answers(forms, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(dates, "save_picture", lambda figure, path: drawn.append(figure))
+    examples = data.write_examples(data.split_dates(0)[1][:4], forms, np.random.default_rng(0))
+    answers = [example.iso for example in examples[:3]] + ["0000-00-00"]
+    width = max(len(example.source) for example in examples)
+    dates.save_alignment(examples, answers, np.ones((4, 10, width), np.float32), tmp_path / "dates.png")
+    titles = [ax.get_title() for ax in drawn[0].axes if ax.get_title()]  # colour bars have none
+    assert [title.split(": ")[1] for title in titles] == [
+        *(f"{answer} (right)" for answer in answers[:3]), f"0000-00-00 (wrong, {examples[3].iso} was meant)",
+    ]  # fmt: skip
+    assert data.language("de_DE").startswith("German") and titles[0].startswith(data.language(examples[0].form.locale))
+
+
 def test_the_default_task_is_dates_and_the_default_folder_this_one():
     options = command.parse([])
     assert (options.task, options.seed, str(options.out), options.steps) == ("dates", 0, ".", None)

@@ -20,7 +20,7 @@ import score_catalogue
 from refusals import Later, used_as, wrong
 
 import attnlib
-from attnlib import masks, scores
+from attnlib import masks, modifiers, positions, scores
 
 QUERY = jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.float32)  # B, T, N, D
 KEY = jax.ShapeDtypeStruct((2, 7, 2, 8), jnp.float32)  # B, S, K, D
@@ -64,9 +64,18 @@ TYPES = [
     wrong("score a function", TypeError, "score must be a Score", "Custom(fn", score=Later(lambda: lambda q, k: 0.0)),
 ]  # fmt: skip
 
+TWO_AXES = dict(query=zeros(2, 5, 3, 4, 8), key=zeros(2, 7, 3, 4, 8), value=zeros(2, 7, 3, 4, 8))
+OF_ONE_AXIS = [
+    wrong(f"{name} over two axes", ValueError, f"{name} needs one attention axis; got 2. Use modifiers.RelativeBias",
+          score_mod=Later(make), **TWO_AXES)
+    for name, make in (("ALiBi", lambda: modifiers.ALiBi(zeros(4))),
+                       ("BucketedBias", lambda: modifiers.BucketedBias(zeros(8, 4))))
+]  # fmt: skip
+
 CALLS = [
     *SHAPES,
     *TYPES,
+    *OF_ONE_AXIS,
     *(refused for row in option_catalogue.ROWS for refused in row.refused),
     *(
         used_as(name, make, refused)
@@ -113,6 +122,7 @@ MASK_MAKERS = [
     (wrong("table traced", TypeError, "must be known when the program is compiled"),
      lambda: jax.jit(lambda table: masks.BlockSparse(table, 2).as_array(2, 2))(np.ones((1, 1), bool))),
     (wrong("and with an array", TypeError, "masks.Dense(array)"), lambda: masks.Causal() & jnp.ones((5, 7), bool)),
+    (wrong("None and a mask", TypeError, "`&` combines a Mask"), lambda: None & masks.Causal()),
     (wrong("or with None", TypeError, "`|` combines a Mask with another Mask; got NoneType"),
      lambda: None | masks.Causal()),
     (wrong("not", TypeError, "no truth value"), lambda: not masks.Causal()),
@@ -145,6 +155,18 @@ def test_wrong_masks_are_refused_when_made(refused, make):
 def test_merge_attention_refuses(error, text, outputs, lses):
     with pytest.raises(error, match=re.escape(text)):
         attnlib.merge_attention(outputs, lses)
+
+
+def test_what_a_subclass_leaves_out_is_refused():
+    """A mask, a score or a scaling of a user is not taken for one that allows, adds or changes nothing."""
+    x = zeros(2, 5, 4, 8)
+    for method, call in {
+        "evaluate": lambda: attnlib.dot_product_attention(x, x, x, mask=type("Mine", (masks.Mask,), {})()),
+        "block": lambda: attnlib.attention(x, x, x, score=type("Mine", (scores.Score,), {})()),
+        "frequencies": lambda: positions.rotary_embedding(x, scaling=type("Mine", (positions.RotaryScaling,), {})(2)),
+    }.items():
+        with pytest.raises(NotImplementedError, match=rf"Mine needs the method {method}\("):
+            call()
 
 
 def test_errors_do_not_vanish_under_python_o():

@@ -115,7 +115,10 @@ def test_a_base_class_registers_its_subclasses():
 
 
 def test_equal_static_values_of_two_types_are_told_apart():
-    pairs = [(1, True), (1, 1.0), (0.0, -0.0), ((1,), (True,)), ("a", b"a"), (jax.tree.structure(0), None)]
+    pairs = [
+        (1, True), (1, 1.0), (0.0, -0.0), ((1,), (True,)), ("a", b"a"), (jax.tree.structure(0), None),
+        (complex(0, 0.0), complex(0, -0.0)), (functools.partial(max, 1), functools.partial(max, True)),
+    ]  # fmt: skip
     for one, other in pairs:
         assert value_key(one) != value_key(other), (one, other)
         assert value_key(one) == value_key(one)

@@ -167,6 +167,14 @@ def test_mask_is_its_definition():
     assert rendered(mask.plot((4,), (6,))).get_xlabel() == "key"
 
 
+def test_large_drawings_have_no_lines_and_labels_that_would_cover_them(rng):
+    ax = plot.mask(masks.Causal(), 33, 33)
+    assert not len(ax.yaxis.get_minorticklocs()) and len(plot.mask(masks.Causal(), 32, 32).yaxis.get_minorticklocs())
+    tokens = [f"token {n}" for n in range(200)]
+    ax = plot.attention_map(rng.random((200, 3)), tokens)
+    assert not {text.get_text() for text in ax.get_yticklabels()} & set(tokens)
+
+
 def test_mask_over_several_axes_is_row_major():
     mask = masks.Neighborhood(3)
     ax = rendered(plot.mask(mask, (3, 5), (3, 5)))

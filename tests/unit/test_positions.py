@@ -156,6 +156,10 @@ X = np.ones((2, 5, 3, 6), np.float32)
     (TypeError, "positions must be a number or an array of real numbers; got bool[5]. Write "
      "positions.astype(jnp.float32).", lambda: rotary_embedding(X, np.ones(5, bool))),
     (ValueError, "factor must be at least 1, new length over old length; got 0.5.", lambda: LinearScaling(0.5)),
+    (TypeError, "scaling must be None or a RotaryScaling such as NTKScaling(2.0); got 2.0.",
+     lambda: rotary_embedding(X, scaling=2.0)),
+    (ValueError, "base must be above 1 with YaRNScaling, so that frequencies differ; got 1.0.",
+     lambda: rotary_embedding(X, base=1.0, scaling=YaRNScaling(2.0, 8))),
 ])  # fmt: skip
 def test_errors(error, text, call):
     with pytest.raises(error) as caught:

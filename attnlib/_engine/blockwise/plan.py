@@ -28,9 +28,10 @@ _MAX_BLOCK_SIZE = 1024
 _SPAN_QUERIES = 128, 256, 512
 # Pairs of a key head from which on a loop over heads is faster than all heads at once.
 _PAIRS_LOOP_OVER_HEADS = 2**16
-# Logits up to which one tile of all pairs is faster than a loop over heads, and than tiles of all heads; and the pairs
-# of a key head from which on it is faster than the reference.
-_DENSE_LOOP_OVER_HEADS, _DENSE_ALL_HEADS, _DENSE_PAIRS = 2**21, 2**23, 2**10
+# Logits up to which one tile of all pairs is faster than a loop over heads, and than tiles of all heads.
+_DENSE_LOOP_OVER_HEADS, _DENSE_ALL_HEADS = 2**21, 2**23
+# Pairs of a key head, and logits of all, from which on it is faster than the reference, without and with a mask.
+_DENSE_FROM, _DENSE_FROM_MASKED = (2**10, 0), (2**8, 2**14)
 # The decode path: rows of a batch index and of a key head up to which it is faster, and the keys from which on.
 _DECODE_ROWS, _DECODE_ROWS_OF_A_KEY_HEAD, _DECODE_KEYS = 64, 8, 512
 
@@ -86,10 +87,21 @@ def choose_kind(problem: AttentionProblem) -> Kind:
     in_turn = long and unsupported(problem, "loop_over_heads") is None
     limit = _DENSE_LOOP_OVER_HEADS if in_turn else _DENSE_ALL_HEADS
     # A symbolic size counts as its least value: the tile is small for each batch entry.
-    small = decide(lambda: problem.rows * problem.key_length <= limit, otherwise=True)
-    if small and decide(lambda: pairs >= _DENSE_PAIRS, otherwise=False) and unsupported(problem, "dense") is None:
+    logits = problem.rows * problem.key_length
+    small = decide(lambda: logits <= limit, otherwise=True)
+    if small and _dense_is_faster(problem, pairs, logits) and unsupported(problem, "dense") is None:
         return "dense"
     return "loop_over_heads" if in_turn else "all_heads"
+
+
+def _dense_is_faster(problem: AttentionProblem, pairs: int, logits: int) -> bool:
+    """Whether one tile is faster than the reference, which is for small problems, and sooner slow with a mask."""
+    limits = [_DENSE_FROM] if problem.mask is None else [_DENSE_FROM, _DENSE_FROM_MASKED]
+
+    def reached(limit: tuple[int, int]) -> bool:
+        return decide(lambda: pairs >= limit[0] and logits >= limit[1], otherwise=False)
+
+    return any(map(reached, limits))
 
 
 def unsupported(problem: AttentionProblem, kind: Kind | None) -> str | None:
