@@ -31,7 +31,7 @@ _CUDNN_OR_BLOCKWISE = cudnn(blockwise(), off_platform=True)
 # without and with an axis of features for each pair. Measured on 2 CPU cores (docs/performance/tuning.md) by
 # `python tests/benchmarks/crossover.py`.
 DENSE_NUMBERS, DENSE_NUMBERS_WITH_FEATURES = 2**23, 2**24
-# Likewise for additive scores, whose tiles are faster than a plain `tanh` of each number.
+# Likewise for additive scores. Their tiles compute no `tanh` of each pair, and so pay sooner.
 DENSE_NUMBERS_ADDITIVE = 2**19
 
 
@@ -70,7 +70,7 @@ def preferred(problem: AttentionProblem) -> tuple[Implementation, ...]:
     numbers = problem.rows * problem.key_length * features_per_pair
     if decide(lambda: prepared_features_per_pair < features_per_pair, otherwise=True):  # additive scores
         small = decide(lambda: numbers <= DENSE_NUMBERS_ADDITIVE, otherwise=False)
-        # Of one query or one key there are as few pairs as numbers that would be prepared for tiles.
+        # With one query or one key, all pairs are no more numbers than those that tiles prepare first.
         small = small or 1 in (problem.query_length, problem.key_length)
         return (reference, blockwise()) if small else (blockwise(), reference)
     kind = choose_kind(problem)

@@ -226,6 +226,8 @@ def test_without_a_gpu():
     assert explanation.implementation == "blockwise"
     assert explanation.refusals["cudnn"] == reason
     assert unsupported("cudnn", query, query, query, is_causal=True) == reason
+    placed = attnlib.explain(query, query, query, query_positions=jax.ShapeDtypeStruct((4096,), jnp.int32))
+    assert placed.refusals["cudnn"].startswith("it counts positions from 0")
     assert attnlib.explain(query, query, query, implementation=("cudnn", "blockwise")).implementation == "blockwise"
 
 

@@ -358,6 +358,9 @@ def test_short_sequences_are_computed_at_once_and_long_ones_in_tiles():
     assert explained(32, 16, is_causal=True).tiles == explained(32, 64).tiles == (1, 1)
     assert explained(1, 16, is_causal=True).implementation == "reference"
     assert explained(1, 4096).tiles[1] > 8
+    assert explained(2, 1, 1024, block_sizes=(1, 1024)).tiles == (1, 1)
+    nothing = explained(2, 0, 7, implementation="blockwise")
+    assert nothing.flops == nothing.memory == 0
     other = scores.Custom(lambda query, key: -jnp.sum(jnp.abs(query - key)))
     assert explained(1, 16, score=other).implementation == "reference"
     assert explained(1, 4096, score=other).implementation == "blockwise"

@@ -207,6 +207,12 @@ def ring(**options):
 def test_a_ring_knows_what_it_can_take_back():
     assert ring().truncate(6).length == 6 and ring().truncate(0).length == 0
     assert ring(ragged=True).truncate(jnp.array([0, 9, 6])).length.tolist() == [0, 9, 6]
+    picked = ring(ragged=True).truncate(jnp.array([0, 9, 6])).select(jnp.array([2, 0]))
+    assert picked.length.tolist() == [6, 0]
+    with pytest.raises(ValueError, match="truncate to 5 tokens needs tokens"):  # of the one that was last before
+        picked.truncate(jnp.array([5, 0]))
+    assert_same(ring().append(jnp.ones((BATCH, 0, KV_HEADS, FEATURES)), jnp.ones((BATCH, 0, KV_HEADS, VALUE_FEATURES))),
+                ring())  # fmt: skip
     twice = ring().truncate(8).append(*(jnp.ones((BATCH, 1, KV_HEADS, size)) for size in (FEATURES, VALUE_FEATURES)))
     with pytest.raises(ValueError, match="the first 4 are lost"):
         twice.truncate(8).truncate(5)

@@ -272,6 +272,11 @@ def test_wrong_sizes_are_refused(error, text, change, keys):
         assert text in str(caught.value)
 
 
+def test_no_features_are_refused(keys):
+    with pytest.raises(ValueError, match=r"must have at least one feature \(last axis\) to project; got 0"):
+        attnlib.MultiHeadAttention(num_heads=2, key_dim=3).init(next(keys), jnp.ones((2, 5, 0)))
+
+
 X = np.ones((2, 5, 12), np.float32)
 
 
@@ -298,6 +303,8 @@ X = np.ones((2, 5, 12), np.float32)
         (ValueError, 'score="additive" needs params["score"]["scale"]', dict(score="additive")),
         (ValueError, "score must be \"dot\", \"additive\"", dict(score="luong")),
         (TypeError, "dtype must be a floating-point dtype", dict(dtype=jnp.int32)),
+        (TypeError, "dtype must be a floating-point dtype, and 8-bit inputs require it",
+         dict(query=X.astype(jnp.float8_e4m3fn))),
         (ValueError, "implementation 'flash' is unknown", dict(implementation="flash")),
         (ValueError, "params must be a mapping with query, key, value, out", dict(params={"query": {}})),
     ],

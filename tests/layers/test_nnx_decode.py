@@ -153,6 +153,7 @@ def test_a_view_makes_its_cache_and_shares_the_parameters():
     again = nnx.view(view, decode=True, batch_size=(2,), max_length=LENGTH)
     assert again.attention.cached_key is view.attention.cached_key
     assert nnx.view(view, decode=False).attention.decode is False
+    assert nnx.view(view, deterministic=False).attention.decode is True  # as it was
     for wrong, text in (
         (dict(batch_size=3), r"shares a cache with the batch axes \(2,\)"),
         (dict(max_length=LENGTH + 1), "shares a cache of 11 tokens"),

@@ -153,6 +153,10 @@ def test_greedy_decoding_reads_its_own_answer_and_nothing_else(forms):
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=0, atol=1e-5)
     assert (np.asarray(weights).transpose(0, 2, 1)[codes == data.PADDING] == 0).all()
 
+    texts, drawn = dates.translate(model, params, examples, alphabet, 40)
+    assert texts == [data.decode_iso(each) for each in np.asarray(logits.argmax(-1))]
+    np.testing.assert_array_equal(drawn, weights)
+
 
 def test_attention_received_by_pixels():
     """Each block's weights, averaged over queries, lie on the pixels they belong to."""

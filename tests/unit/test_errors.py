@@ -72,6 +72,11 @@ OF_ONE_AXIS = [
                        ("BucketedBias", lambda: modifiers.BucketedBias(zeros(8, 4))))
 ]  # fmt: skip
 
+OF_ONE_AXIS.append(
+    wrong("positions over two axes", ValueError, "query_positions and key_positions need one attention axis; got 2",
+          query_positions=np.arange(15), **TWO_AXES)
+)  # fmt: skip
+
 CALLS = [
     *SHAPES,
     *TYPES,

@@ -71,6 +71,7 @@ def test_a_class_keeps_its_structure():
     for kind in pytree_classes():
         one, other = (jax.tree.structure(instance(kind)) for _ in range(2))
         assert one == other and hash(one) == hash(other), kind
+        assert hash(one.node_data()) == hash(other.node_data()), kind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +115,19 @@ def test_a_base_class_registers_its_subclasses():
         assert np.all(np.asarray(weights)[..., 2] == 0) and np.allclose(np.asarray(weights).sum(-1), 1)
 
 
+class Unhashable:
+    """Equal to others of its class, as an array may be, and without a hash that would say so."""
+
+    def __eq__(self, other):
+        return isinstance(other, Unhashable)
+
+    def __hash__(self):
+        raise TypeError("unhashable")
+
+    def __repr__(self):
+        return "Unhashable"
+
+
 def test_equal_static_values_of_two_types_are_told_apart():
     pairs = [
         (1, True), (1, 1.0), (0.0, -0.0), ((1,), (True,)), ("a", b"a"), (jax.tree.structure(0), None),
@@ -123,6 +137,16 @@ def test_equal_static_values_of_two_types_are_told_apart():
         assert value_key(one) != value_key(other), (one, other)
         assert value_key(one) == value_key(one)
     assert value_key(float("nan")) == value_key(float("nan"))
+    one, other = Unhashable(), Unhashable()
+    assert value_key(one) == value_key(one) != value_key(other)
+    assert repr(value_key(one)) == "ObjectKey(Unhashable)"
+
+    def function():
+        return later
+
+    before = value_key(function)
+    later = 1
+    assert value_key(function) != before
     assert jax.tree.structure(Scaled(1.0, 1)) != jax.tree.structure(Scaled(1.0, True))
 
 

@@ -95,7 +95,7 @@ def choose_kind(problem: AttentionProblem) -> Kind:
 
 
 def _dense_is_faster(problem: AttentionProblem, pairs: int, logits: int) -> bool:
-    """Whether one tile is faster than the reference, which is for small problems, and sooner slow with a mask."""
+    """Whether one tile is faster than the reference. Under a mask it is so for smaller problems."""
     limits = [_DENSE_FROM] if problem.mask is None else [_DENSE_FROM, _DENSE_FROM_MASKED]
 
     def reached(limit: tuple[int, int]) -> bool:
