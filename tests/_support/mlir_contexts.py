@@ -13,7 +13,8 @@ PROGRAMS = 50  # of a context: it keeps the types, locations and constants of al
 
 def share():
     """Lets JAX take the same context for `PROGRAMS` programs, then another one."""
-    make, numbers, context = mlir.make_ir_context, itertools.count(), None
+    make, numbers = mlir.make_ir_context, itertools.count(1)
+    context = make()  # threads may ask for it at once
 
     def shared():
         nonlocal context

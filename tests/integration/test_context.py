@@ -13,7 +13,7 @@ pytestmark = pytest.mark.devices
 EVERY = [(one.name, setting) for one in CASES for setting in SETTINGS]
 # Left out by default, since other cases cut and send arrays of the same kinds. The slow tests run them.
 LIKE_OTHERS = {
-    "bilinear a head", "custom", "no mask", "traced lengths", "dense, rows of one", "not and or",
+    "bilinear a head", "custom", "no mask", "far window", "traced lengths", "dense, rows of one", "not and or",
     "explicit keys", "bias a row", "alibi",
 }  # fmt: skip
 NAMES = [one.name for one in CASES if one.name not in LIKE_OTHERS]

@@ -66,16 +66,15 @@ TYPES = [
 
 TWO_AXES = dict(query=zeros(2, 5, 3, 4, 8), key=zeros(2, 7, 3, 4, 8), value=zeros(2, 7, 3, 4, 8))
 OF_ONE_AXIS = [
-    wrong(f"{name} over two axes", ValueError, f"{name} needs one attention axis; got 2. Use modifiers.RelativeBias",
-          score_mod=Later(make), **TWO_AXES)
-    for name, make in (("ALiBi", lambda: modifiers.ALiBi(zeros(4))),
-                       ("BucketedBias", lambda: modifiers.BucketedBias(zeros(8, 4))))
-]  # fmt: skip
-
-OF_ONE_AXIS.append(
     wrong("positions over two axes", ValueError, "query_positions and key_positions need one attention axis; got 2",
-          query_positions=np.arange(15), **TWO_AXES)
-)  # fmt: skip
+          query_positions=np.arange(15), **TWO_AXES),
+    *(
+        wrong(f"{name} over two axes", ValueError, f"{name} needs one attention axis; got 2", "modifiers.RelativeBias",
+              score_mod=Later(make), **TWO_AXES)
+        for name, make in (("ALiBi", lambda: modifiers.ALiBi(zeros(4))),
+                           ("BucketedBias", lambda: modifiers.BucketedBias(zeros(8, 4))))
+    ),
+]  # fmt: skip
 
 CALLS = [
     *SHAPES,

@@ -137,17 +137,22 @@ def test_equal_static_values_of_two_types_are_told_apart():
         assert value_key(one) != value_key(other), (one, other)
         assert value_key(one) == value_key(one)
     assert value_key(float("nan")) == value_key(float("nan"))
+    assert jax.tree.structure(Scaled(1.0, 1)) != jax.tree.structure(Scaled(1.0, True))
+
+
+def test_an_object_without_a_hash_is_the_same_as_itself_alone():
     one, other = Unhashable(), Unhashable()
     assert value_key(one) == value_key(one) != value_key(other)
     assert repr(value_key(one)) == "ObjectKey(Unhashable)"
 
+
+def test_a_function_is_another_once_a_variable_that_it_reads_has_a_value():
     def function():
         return later
 
     before = value_key(function)
     later = 1
     assert value_key(function) != before
-    assert jax.tree.structure(Scaled(1.0, 1)) != jax.tree.structure(Scaled(1.0, True))
 
 
 def test_a_function_is_known_by_what_it_reads():

@@ -30,7 +30,7 @@ _SPAN_QUERIES = 128, 256, 512
 _PAIRS_LOOP_OVER_HEADS = 2**16
 # Logits up to which one tile of all pairs is faster than a loop over heads, and than tiles of all heads.
 _DENSE_LOOP_OVER_HEADS, _DENSE_ALL_HEADS = 2**21, 2**23
-# Pairs of a key head, and logits of all, from which on it is faster than the reference, without and with a mask.
+# Pairs of a key head, and logits in all, from which on one tile is faster than the reference: always, and with a mask.
 _DENSE_FROM, _DENSE_FROM_MASKED = (2**10, 0), (2**8, 2**14)
 # The decode path: rows of a batch index and of a key head up to which it is faster, and the keys from which on.
 _DECODE_ROWS, _DECODE_ROWS_OF_A_KEY_HEAD, _DECODE_KEYS = 64, 8, 512
